@@ -1,0 +1,134 @@
+"""The one door to other programs.
+
+Every program is started with an argument list (never through a shell), in the C
+locale, with a deadline, and with its output bounded. Long-lived helpers are
+started so that the kernel ends them when stillframe dies (``setpriv --pdeathsig``):
+a qemu-nbd left behind would hold a lock on the image it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from stillframe.errors import ProgramFailed, ProgramMissing, ProgramTimedOut
+
+_OUTPUT_LIMIT_BYTES = 64 * 1024 * 1024
+_STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a finished program left: its exit code and both its streams as text."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(
+    command: Sequence[str], *, timeout_s: float, accept: Sequence[int] = (0,), stdin: str = ""
+) -> Output:
+    """Run *command* to its end and return what it printed.
+
+    Raises ProgramMissing, ProgramTimedOut (the program was killed), or
+    ProgramFailed when its exit code is not in *accept*.
+    """
+    try:
+        done = subprocess.run(
+            list(command), capture_output=True, timeout=timeout_s, input=stdin.encode(),
+            check=False, env=_environment({}),
+        )
+    except FileNotFoundError as error:
+        raise ProgramMissing(command[0]) from error
+    except subprocess.TimeoutExpired as error:
+        raise ProgramTimedOut(" ".join(command), timeout_s) from error
+    output = Output(
+        done.returncode,
+        done.stdout[:_OUTPUT_LIMIT_BYTES].decode(errors="replace"),
+        done.stderr[:_OUTPUT_LIMIT_BYTES].decode(errors="replace"),
+    )
+    if done.returncode not in accept:
+        raise ProgramFailed(" ".join(command), done.returncode, output.stderr.strip()[-2000:])
+    return output
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Keep *command* running for the length of the block, then end it.
+
+    It dies with stillframe even if stillframe is killed. Raises ProgramMissing.
+    """
+    process = _start(["setpriv", "--pdeathsig", "TERM", *command], environment or {}, None)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def start_detached(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start *command* in a session of its own, so that it outlives stillframe.
+
+    Its standard input is a pipe: end of file there tells it that stillframe died.
+    Raises ProgramMissing.
+    """
+    return _start(command, {}, subprocess.PIPE)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End *process*: SIGTERM, then SIGKILL after five seconds; always reaped on return."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def is_alive(pid: int, started: str) -> bool:
+    """Return whether process *pid* is the one that began at *started* (see start_mark)."""
+    return start_mark(pid) == started
+
+
+def start_mark(pid: int) -> str:
+    """Return a text that tells process *pid* from any other that had or will have its number.
+
+    It is the boot's ID and the start time in clock ticks; empty when there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+    except OSError:
+        return ""
+    # Field 3 (first after the name) is the state; a zombie holds nothing any more.
+    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], stdin: int | None
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            list(command), stdin=stdin if stdin is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment(environment),
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise ProgramMissing(command[0]) from error
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C", **extra}
