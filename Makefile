@@ -1,0 +1,99 @@
+# Everything a person or a machine does with this project, one word each. `make` alone shows them.
+# `make demo` and `make test` each work as the first command on a fresh Debian 12: what is missing is
+# installed first, and what is there is left alone (a second call installs nothing and needs no network).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install develop apt apt-dev test test-slow lint demo bench lock clean
+
+# The distribution's own interpreter: its libvirt and nbd modules are for no other.
+PYTHON := /usr/bin/python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+LAB := $(RUN) -m lab.enter --
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# For pytest, as in: make test ARGS="-k units -x"
+ARGS ?=
+
+APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
+       qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2
+APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+install: apt $(VENV)/.installed ## what stillframe needs to run: Debian packages and .venv
+
+develop: apt-dev $(VENV)/.developed ## install, and what tests, demo and benchmarks need
+
+test: develop ## every test but the slow ones (root: the lab has its own namespaces)
+	$(LAB) $(RUN) -m pytest $(ARGS)
+
+test-slow: develop ## the tests that take minutes
+	$(LAB) $(RUN) -m pytest -m slow $(ARGS)
+
+lint: develop ## ruff, mypy, import-linter (they are part of make test too)
+	$(VENV)/bin/ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+demo: develop ## mirror a live guest, kill a run in its commit, recover, boot the mirror
+	$(LAB) $(RUN) -m lab.demo
+
+bench: develop ## measure, side by side with other tools in the same run
+	$(LAB) $(RUN) -m bench.mirror $(ARGS)
+
+# Looks first, so that it is quick and works offline once all is there. RUNLEVEL=1: no service is started.
+define apt_install
+@missing=$$(comm -13 <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(1) 2>/dev/null \
+	| sed -n 's/^installed //p' | sort -u) <(printf '%s\n' $(1) | sort -u)); \
+if [ -n "$$missing" ]; then \
+	echo "Installing Debian packages:" $$missing; \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get update -qq; \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $$missing; \
+fi
+endef
+
+apt:
+	$(call apt_install,$(APT))
+
+apt-dev:
+	$(call apt_install,$(APT) $(APT_DEV))
+
+# The environment is a function of the lock files: when one changed it is made anew, so that nothing old
+# stays in it. Distribution packages show through (libvirt, nbd); what is locked is installed over them.
+$(VENV)/.made: requirements.lock requirements-dev.lock | apt
+	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@touch $@
+
+$(VENV)/.locked: $(VENV)/.made
+	$(RUN) -m pip install --quiet --ignore-installed --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml
+	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# apt-dev as an order-only prerequisite: it comes first, but being phony never makes this stale.
+$(VENV)/.developed: $(VENV)/.installed requirements-dev.lock | apt-dev
+	$(RUN) -m pip install --quiet --ignore-installed --no-deps --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# Versions and hashes from PyPI alone: this machine's pip configuration (mirrors, local wheels) stays out.
+PIP_TOOLS := 7.6.2
+COMPILE = env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null CUSTOM_COMPILE_COMMAND="make lock" \
+	build/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --build-deps-for editable \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host $(ARGS)
+
+lock: apt ## refresh both lock files (ARGS=--upgrade, or ARGS="-P rich")
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet pip-tools==$(PIP_TOOLS)
+	$(COMPILE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+
+clean: ## remove what make and the tools wrote here
+	rm -rf $(VENV) build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
