@@ -1,0 +1,146 @@
+"""What qemu-img does for stillframe: look, make an overlay, compare, and commit offline."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from stillframe import process
+from stillframe.block.image import ImagePlace, file_place
+from stillframe.errors import CopyFailed, OverlayTaken, ProgramFailed
+
+_INFO_TIMEOUT_S = 30.0
+_CREATE_TIMEOUT_S = 60.0
+_NOT_IN_USE = "Stop what uses the image, or wait until it is done; then run the command again"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What qemu-img says of one image of a chain.
+
+    `backing` is the backing file as the header has it ("" for none), `backing_format` the
+    format written beside it. `bitmaps` are (name, flags) of persistent bitmaps.
+    `allocated_bytes` is what the file takes on its file system.
+    """
+
+    name: str
+    driver: str
+    virtual_size_bytes: int
+    allocated_bytes: int
+    backing: str = ""
+    backing_format: str = ""
+    corrupt: bool = False
+    bitmaps: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tuple[ImageInfo, ...]:
+    """Return the image and all its backing images, the top one first. Works while in use.
+
+    Only metadata is read, so the image is opened without taking its lock (``-U``).
+    Raises ProgramFailed (also when an image of the chain is missing), ProgramTimedOut.
+    """
+    output = process.run(
+        ["qemu-img", "info", "-U", "--output=json", "--backing-chain", place.json_name()],
+        timeout_s=timeout_s,
+    )
+    return tuple(_info(entry) for entry in json.loads(output.stdout))
+
+
+def image_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> ImageInfo:
+    """Return what qemu-img says of the image alone. Works while in use, and as chain_info does."""
+    output = process.run(
+        ["qemu-img", "info", "-U", "--output=json", place.json_name()], timeout_s=timeout_s)
+    return _info(json.loads(output.stdout))
+
+
+def create_overlay(
+    path: str, base: ImagePlace, virtual_size_bytes: int, *, timeout_s: float = _CREATE_TIMEOUT_S
+) -> None:
+    """Make an empty qcow2 at *path* that stands on *base*; durable when this returns.
+
+    The base is not opened: it may be in use, and need not be reachable. Raises OverlayTaken
+    if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
+    """
+    try:
+        # Taking the name first makes a race with another program end in an error, not in a loss.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError as error:
+        raise OverlayTaken(
+            f"{path} already exists, and no known run of stillframe made it.",
+            f"look at it (qemu-img info -U {path}), move it away if it is not needed, run again",
+        ) from error
+    try:
+        process.run(
+            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", base.backing_text(), "-F",
+             base.driver, path, str(virtual_size_bytes)],
+            timeout_s=timeout_s,
+        )
+        _fsync(path)
+    except BaseException:
+        os.unlink(path)
+        raise
+    _fsync(os.path.dirname(path))
+
+
+def compare(first: ImagePlace, second: ImagePlace, *, timeout_s: float) -> bool:
+    """Return whether both images read the same to the last byte (a longer one ends in zeroes).
+
+    QEMU's locks are taken: raises CopyFailed when an image is in use for writing, or unreadable.
+    """
+    try:
+        output = process.run(
+            ["qemu-img", "compare", first.json_name(), second.json_name()],
+            timeout_s=timeout_s, accept=(0, 1),
+        )
+    except ProgramFailed as error:
+        raise CopyFailed(
+            f"{first.text()} and {second.text()} could not be compared: {error.stderr}", _NOT_IN_USE
+        ) from error
+    return output.code == 0
+
+
+def commit_offline(overlay_path: str, base: ImagePlace, *, timeout_s: float) -> None:
+    """Write what *overlay_path* holds into *base*, its backing file, while nobody uses them.
+
+    The overlay is left as it is. QEMU's locks are taken on both: raises CopyFailed, with nothing
+    written, when a running program has one open; also when the overlay's header names another
+    base, and when writing failed (the overlay is then still whole: the call can be repeated).
+    """
+    overlay = file_place(overlay_path, "qcow2")
+    named = image_info(overlay).backing
+    if named != base.backing_text():
+        raise CopyFailed(
+            f"{overlay_path} stands on {named!r}, not on {base.text()!r}: it was not written back.",
+            f"qemu-img info -U --backing-chain {overlay_path}",
+        )
+    command = ["qemu-img", "commit", "-q", "-d", "-b", named, overlay.json_name()]
+    try:
+        process.run(command, timeout_s=timeout_s)
+    except ProgramFailed as error:
+        raise CopyFailed(
+            f"{overlay_path} could not be written back into {base.text()}: {error.stderr}", _NOT_IN_USE
+        ) from error
+    if base.kind.is_local:
+        _fsync(base.path)
+
+
+def _info(entry: dict[str, Any]) -> ImageInfo:
+    data = entry.get("format-specific", {}).get("data", {})
+    bitmaps = tuple(
+        (bitmap["name"], tuple(bitmap.get("flags", ()))) for bitmap in data.get("bitmaps", ()))
+    return ImageInfo(
+        name=entry["filename"], driver=entry["format"], virtual_size_bytes=entry["virtual-size"],
+        allocated_bytes=entry.get("actual-size", 0), backing=entry.get("backing-filename", ""),
+        backing_format=entry.get("backing-filename-format", ""),
+        corrupt=bool(data.get("corrupt", False)), bitmaps=bitmaps,
+    )
+
+
+def _fsync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
