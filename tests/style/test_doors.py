@@ -30,8 +30,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         (
             "time.time", "time.time_ns", "time.sleep", "time.monotonic", "time.monotonic_ns",
             "time.perf_counter", "time.perf_counter_ns", "time.localtime", "time.gmtime",
-            "time.clock_gettime", "datetime.datetime.now", "datetime.datetime.utcnow", "datetime.datetime.today",
-            "datetime.date.today",
+            "time.clock_gettime", "datetime.datetime.now", "datetime.datetime.utcnow",
+            "datetime.datetime.today", "datetime.date.today",
         ),
         ("clock.py",),
     ),
