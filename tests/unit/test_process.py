@@ -53,7 +53,7 @@ def test_a_missing_program_is_named() -> None:
 def test_a_program_that_hangs_is_killed_at_its_deadline(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     before = time.monotonic()
-    with pytest.raises(ProgramTimedOut, match="sleep 60.* did not end"):
+    with pytest.raises(ProgramTimedOut, match="did not end"):
         process.run(["sh", "-c", f"echo $$ > {pid_file}; exec sleep 60"], timeout_s=0.5)
     assert time.monotonic() - before < 10
     assert process.start_mark(int(pid_file.read_text())) == ""
