@@ -1,0 +1,213 @@
+"""The kinds of storage a test guest's disk can stand on, each made and taken down by the lab."""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.enter import SOCKETS_DIR
+from lab.images import KIB, MIB, Model, make_initial, run
+from lab.waiting import wait_for
+
+_NBD_START_TIMEOUT_S = 20.0
+
+
+class Kind(enum.Enum):
+    """What a disk stands on."""
+
+    RAW = "raw file"
+    QCOW2 = "qcow2 file"
+    BLOCK = "loop block device holding raw data"
+    NBD = "raw file behind an NBD server on a unix socket"
+    NBD_TCP = "raw file behind an NBD server on 127.0.0.1"
+    CHAIN = "base, mid and top qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """A disk that a guest is to have.
+
+    `qcow2_options` goes to ``qemu-img create -o`` (``cluster_size=64k,compat=0.10``), `elements` into
+    the disk's XML (``<shareable/>``), `filled` puts random data into parts of it beforehand.
+    """
+
+    target: str = "vda"
+    kind: Kind = Kind.QCOW2
+    size_bytes: int = 64 * MIB
+    qcow2_options: str = ""
+    elements: str = ""
+    bus: str = "virtio"
+    filled: bool = True
+
+
+class Disk:
+    """A disk's storage, made in *folder*, with a model of what it must hold."""
+
+    def __init__(self, spec: DiskSpec, folder: Path, label: str) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.label = label
+        #: Every image file, bottom first; the last one is what the guest writes to.
+        self.files: list[Path] = []
+        self.nbd_port = 0
+        self._loop_device = ""
+        self._loop_hold = -1
+        self._server: subprocess.Popen[bytes] | None = None
+        self.model = Model(folder / f"{spec.target}.model")
+        if spec.filled:
+            make_initial(self.model.path, spec.size_bytes, f"{label}-{spec.target}")
+        else:
+            self.model.path.touch()
+            self.model.resize(spec.size_bytes)
+        {Kind.RAW: self._make_raw, Kind.QCOW2: self._make_qcow2, Kind.CHAIN: self._make_chain,
+         Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd}[spec.kind]()
+
+    @property
+    def image_format(self) -> str:
+        """Return the format name as QEMU knows it."""
+        return "qcow2" if self.spec.kind in (Kind.QCOW2, Kind.CHAIN) else "raw"
+
+    @property
+    def path(self) -> Path:
+        """Return the file or device that the guest's disk names (for NBD: the served raw file)."""
+        return Path(self._loop_device) if self._loop_device else self.files[-1]
+
+    @property
+    def base(self) -> Path:
+        """Return the lowest image of the chain."""
+        return self.files[0]
+
+    @property
+    def socket_path(self) -> Path:
+        """Return the NBD server's unix socket."""
+        return SOCKETS_DIR / f"{self.label}-{self.spec.target}.nbd"
+
+    @property
+    def address(self) -> str:
+        """Return what qemu-img reads the whole disk from: a path or an NBD address."""
+        if self.spec.kind is Kind.NBD:
+            return f"nbd+unix:///{self.spec.target}?socket={self.socket_path}"
+        if self.spec.kind is Kind.NBD_TCP:
+            return f"nbd://127.0.0.1:{self.nbd_port}/{self.spec.target}"
+        return str(self.path)
+
+    def xml(self) -> str:
+        """Return the libvirt element."""
+        kind = {Kind.BLOCK: "block", Kind.NBD: "network", Kind.NBD_TCP: "network"}.get(self.spec.kind, "file")
+        cache = "none" if kind != "network" and _direct_works(self.folder) else "writeback"
+        return (f"<disk type='{kind}' device='disk'>"
+                f"<driver name='qemu' type='{self.image_format}' cache='{cache}' discard='unmap'/>"
+                f"{self._source_xml()}<target dev='{self.spec.target}' bus='{self.spec.bus}'/>"
+                f"{self.spec.elements}</disk>")
+
+    def remove(self) -> None:
+        """Take down what serves the disk; its files stay until the folder goes."""
+        self.stop_server()
+        if self._loop_hold >= 0:
+            os.close(self._loop_hold)
+            self._loop_hold = -1
+        self.socket_path.unlink(missing_ok=True)
+
+    def start_server(self) -> None:
+        """Start the NBD server of this disk (again), for as many clients as come."""
+        where = ["--socket", str(self.socket_path)]
+        if self.spec.kind is Kind.NBD_TCP:
+            self.nbd_port = self.nbd_port or _free_port()
+            where = ["--bind", "127.0.0.1", "--port", str(self.nbd_port)]
+        with (self.folder / f"{self.spec.target}.nbd.log").open("ab") as log:
+            self._server = subprocess.Popen(
+                ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", "--discard=unmap",
+                 "--cache=writeback", f"--export-name={self.spec.target}", *where, str(self.files[0])],
+                stdout=log, stderr=log)
+        wait_for(f"NBD server of {self.label} {self.spec.target}", self._server_answers, _NBD_START_TIMEOUT_S)
+        if self.spec.kind is Kind.NBD:
+            self.socket_path.chmod(0o666)
+
+    def stop_server(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the NBD server of this disk, if it has one."""
+        if self._server is not None:
+            self._server.send_signal(number)
+            self._server.wait()
+            self._server = None
+
+    def _server_answers(self) -> bool:
+        unix = self.spec.kind is Kind.NBD
+        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as link:
+            return link.connect_ex(str(self.socket_path) if unix else ("127.0.0.1", self.nbd_port)) == 0
+
+    def _source_xml(self) -> str:
+        match self.spec.kind:
+            case Kind.BLOCK:
+                return f"<source dev='{self.path}'/>"
+            case Kind.NBD:
+                host = f"<host transport='unix' socket='{self.socket_path}'/>"
+                return f"<source protocol='nbd' name='{self.spec.target}'>{host}</source>"
+            case Kind.NBD_TCP:
+                host = f"<host name='127.0.0.1' port='{self.nbd_port}'/>"
+                return f"<source protocol='nbd' name='{self.spec.target}'>{host}</source>"
+            case _:
+                return f"<source file='{self.path}'/>"
+
+    def _make_raw(self) -> None:
+        self.files = [self.folder / f"{self.spec.target}.raw"]
+        self.model.copy_at_moment(self.files[0])
+
+    def _make_qcow2(self) -> None:
+        self.files = [self.folder / f"{self.spec.target}.qcow2"]
+        self._convert_into(self.files[0])
+
+    def _make_chain(self) -> None:
+        self.files = [self.folder / f"{self.spec.target}-{part}.qcow2" for part in ("base", "mid", "top")]
+        self._convert_into(self.files[0])
+        for lower, upper, pattern in zip(self.files, self.files[1:], (0x6D, 0x74), strict=False):
+            options = ["-o", self.spec.qcow2_options] if self.spec.qcow2_options else []
+            run("qemu-img", "create", "-q", "-f", "qcow2", *options, "-b", lower, "-F", "qcow2", upper)
+            # Each layer hides some of the one below, so that a reader that skips a layer is caught.
+            offset, length = pattern * 64 * KIB, 512 * KIB
+            run("qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {offset} {length}", upper)
+            run("qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {pattern * KIB} {128 * KIB}", upper)
+            self.model.write(offset, bytes([pattern]) * length)
+            self.model.write(pattern * KIB, bytes([pattern]) * (128 * KIB))
+
+    def _make_block(self) -> None:
+        self._make_raw()
+        self._loop_device = run("losetup", "--find", "--show", self.files[0]).strip()
+        self._loop_hold = os.open(self._loop_device, os.O_RDONLY)
+        # Detaching a device in use marks it to go with its last user: nothing is left if the lab dies.
+        run("losetup", "--detach", self._loop_device)
+
+    def _make_nbd(self) -> None:
+        self._make_raw()
+        self.start_server()
+
+    def _convert_into(self, image: Path) -> None:
+        options = ["-o", self.spec.qcow2_options] if self.spec.qcow2_options else []
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.model.path, image)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a guest's folder with everything in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _direct_works(folder: Path) -> bool:
+    probe = folder / ".direct"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True

@@ -1,0 +1,30 @@
+"""Waiting for something to become true, with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+_PAUSE_S = 0.02
+
+T = TypeVar("T")
+
+
+class TooLate(AssertionError):
+    """What was waited for did not happen in time."""
+
+
+def wait_for(what: str, look: Callable[[], T | None], timeout_s: float) -> T:
+    """Call *look* until it returns something true, and return that.
+
+    Raises TooLate, which names *what* was waited for and what was seen last.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        seen = look()
+        if seen:
+            return seen
+        if time.monotonic() > deadline_s:
+            raise TooLate(f"{what}: not within {timeout_s:g} s (last seen: {seen!r})")
+        time.sleep(_PAUSE_S)

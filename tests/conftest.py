@@ -1,0 +1,97 @@
+"""Fixtures for tests that need the lab: a libvirtd of one's own and guests in it.
+
+Everything of the lab is imported late: tests in tests/unit run where libvirt's binding is absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lab.enter import IMAGES_DIR, inside_lab
+
+if TYPE_CHECKING:
+    from lab.dbguest import DbGuest
+
+    from lab.daemons import LibvirtDaemons
+    from lab.diskguest import DiskGuest
+    from lab.disks import DiskSpec
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def session_daemons() -> Iterator[LibvirtDaemons]:
+    """Start libvirtd once for all tests."""
+    if not inside_lab():
+        pytest.fail("This test needs the lab. Run `make test`, or "
+                    "`python -m lab.enter -- python -m pytest ...`.", pytrace=False)
+    from lab.daemons import LibvirtDaemons
+
+    daemons = LibvirtDaemons()
+    daemons.start()
+    yield daemons
+    daemons.terminate()
+
+
+@pytest.fixture
+def daemons(session_daemons: LibvirtDaemons) -> Iterator[LibvirtDaemons]:
+    """Give the lab's libvirtd, alive at the start; whatever domains a test leaves are removed after it."""
+    session_daemons.start()
+    yield session_daemons
+    session_daemons.start()
+    session_daemons.remove_all_domains()
+
+
+@pytest.fixture
+def images_dir(daemons: LibvirtDaemons) -> Path:
+    """Give the folder for guests' images, which QEMU's user can reach."""
+    return IMAGES_DIR
+
+
+@pytest.fixture
+def disk_guest(daemons: LibvirtDaemons, images_dir: Path) -> Iterator[Callable[..., DiskGuest]]:
+    """Make guests without an operating system: ``disk_guest(DiskSpec(...), ..., transient=True)``.
+
+    The guest is defined and, unless ``started=False``, runs.
+    """
+    from lab.diskguest import DiskGuest
+    from lab.disks import DiskSpec as Spec
+
+    with contextlib.ExitStack() as cleanup:
+        def make(*disks: DiskSpec, name: str = "", started: bool = True, **options: Any) -> DiskGuest:
+            label = name or f"disk-{next(_numbers)}"
+            guest = DiskGuest(daemons, images_dir, label, disks or (Spec(),), **options)
+            cleanup.callback(guest.remove)
+            guest.define()
+            if started:
+                guest.start()
+            return guest
+
+        yield make
+
+
+@pytest.fixture
+def db_guest(daemons: LibvirtDaemons, images_dir: Path) -> Iterator[Callable[..., DbGuest]]:
+    """Make guests with a database that is written to all the time: ``db_guest(image_format="raw")``.
+
+    The guest runs, its agent answers and its first rows are acknowledged, unless ``started=False``.
+    """
+    from lab.dbguest import DbGuest
+
+    with contextlib.ExitStack() as cleanup:
+        def make(*, name: str = "", started: bool = True, **options: Any) -> DbGuest:
+            guest = DbGuest(daemons, images_dir, name or f"db-{next(_numbers)}", **options)
+            cleanup.callback(guest.remove)
+            guest.define()
+            if started:
+                guest.start()
+                guest.wait_ready()
+            return guest
+
+        yield make
