@@ -20,6 +20,9 @@ from stillframe.errors import ProgramFailed, ProgramMissing, ProgramTimedOut
 _OUTPUT_LIMIT_BYTES = 64 * 1024 * 1024
 _STOP_TIMEOUT_S = 5.0
 
+#: A long-lived program, as running() gives it: for the types of those who take one.
+Helper = subprocess.Popen[bytes]
+
 
 @dataclass(frozen=True, slots=True)
 class Output:

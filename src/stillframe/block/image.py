@@ -138,17 +138,14 @@ def nbd_place(
     return protocol_place(driver, {"driver": "nbd", "server": server, "export": export})
 
 
-def rbd_place(
+def rbd_place(  # noqa: PLR0913 -- Ceph needs this many words to name an image
     driver: str, *, pool: str, image: str, namespace: str = "", snapshot: str = "", conf: str = "",
     user: str = "", hosts: tuple[tuple[str, int], ...] = (),
 ) -> ImagePlace:
     """Return the place of a Ceph RBD image. *user* is the Ceph ID without ``client.``."""
-    options: dict[str, Any] = {"driver": "rbd", "pool": pool, "image": image}
-    for key, value in (
-        ("namespace", namespace), ("snapshot", snapshot), ("conf", conf), ("user", user),
-    ):
-        if value:
-            options[key] = value
+    given = {"pool": pool, "image": image, "namespace": namespace, "snapshot": snapshot, "conf": conf,
+             "user": user}
+    options: dict[str, Any] = {"driver": "rbd"} | {key: value for key, value in given.items() if value}
     if hosts:
         options["server"] = [{"host": host, "port": str(port)} for host, port in hosts]
     return protocol_place(driver, options)
