@@ -14,9 +14,11 @@ from tests.style.sources import BIN, ROOT
 
 
 def _run(*command: str | Path, cwd: Path = ROOT, stdin: str = "", **environment: str) -> tuple[int, str]:
+    # The lab sets PYTHONPATH; to mypy that would make the project's own packages installed, untyped ones.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, input=stdin, capture_output=True, text=True, check=False,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **environment},
+        env={**inherited, "NO_COLOR": "1", "COLUMNS": "200", **environment},
     )
     return done.returncode, done.stdout + done.stderr
 
