@@ -47,6 +47,7 @@ log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 """
 _QEMU_CONF = """\
 security_driver = "none"
+cgroup_device_acl = ["/dev/null", "/dev/full", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/ptmx"]
 """
 # The lab reads results from QEMU's log, which must not be rotated away below it.
 _VIRTLOGD_CONF = """\
@@ -144,8 +145,12 @@ def _furnish(folder: Path) -> None:
     # Without control groups to write to, libvirt leaves the machine's own ones alone.
     subprocess.run(["umount", "--recursive", "--lazy", "/sys/fs/cgroup"], check=False, capture_output=True)
     if Path("/dev/kvm").exists():
-        # The guests are emulated on every machine alike; libvirt would probe the device otherwise.
-        subprocess.run(["mount", "--bind", "/dev/null", "/dev/kvm"], check=True)
+        # The guests are emulated, on every machine alike. An empty read-only file is what even root
+        # can't open for writing: libvirt takes it as "no KVM" and neither probes it nor QEMU each time.
+        empty = folder / "no-kvm"
+        empty.touch()
+        subprocess.run(["mount", "--bind", str(empty), "/dev/kvm"], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", "/dev/kvm"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
