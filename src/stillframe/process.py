@@ -101,7 +101,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def is_alive(pid: int, started: str) -> bool:
     """Return whether process *pid* is the one that began at *started* (see start_mark)."""
-    return start_mark(pid) == started
+    return bool(started) and start_mark(pid) == started
 
 
 def start_mark(pid: int) -> str:

@@ -8,6 +8,7 @@ forms are powers of 1024.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -28,7 +29,7 @@ def parse_size_bytes(text: str) -> int:
     match = _SIZE.match(text)
     if match is None:
         raise ValueError(f"not a size: {text!r} (write it like 512M or 20G)")
-    return int(float(match[1]) * _FACTORS[match[2].upper()])
+    return int(Decimal(match[1]) * _FACTORS[match[2].upper()])
 
 
 def parse_duration_s(text: str) -> float:
@@ -45,16 +46,17 @@ def parse_duration_s(text: str) -> float:
 def size_text(size_bytes: float) -> str:
     """Return *size_bytes* for a person: at most one decimal, binary unit."""
     for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if abs(size_bytes) >= factor:
+        # The unit is chosen after rounding: 1023.96 KiB would else be shown as 1024.0 KiB.
+        if round(abs(size_bytes) / factor, 1) >= 1 and abs(size_bytes) * 1024 / factor >= 1023.95:
             return f"{size_bytes / factor:.1f} {unit}"
     return f"{int(size_bytes)} B"
 
 
 def duration_text(seconds: float) -> str:
     """Return *seconds* for a person: "85 ms", "3.2 s", "4 min 05 s", "2 h 10 min"."""
-    if seconds < 1:
+    if round(seconds * 1000) < 1000:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 3600:

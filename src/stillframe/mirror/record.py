@@ -15,8 +15,11 @@ import enum
 from dataclasses import dataclass
 
 import msgspec
+from blake3 import blake3
 
 FORMAT = 1
+WHOLE = "whole"
+DAMAGED = "damaged"
 
 
 class ImageIdentity(msgspec.Struct, frozen=True):
@@ -31,8 +34,8 @@ class DiskRecord(msgspec.Struct, frozen=True):
     """One mirrored disk.
 
     `map_digest` is the BLAKE3 (hex) of the whole map file. `identity` is the image after the
-    last write (in a marker: before the update is applied); None means that the image must be
-    read in full before the map is believed. `source` is for people: where the disk's image was.
+    last write (in a marker: before the update is applied, None if it is a new image); None in
+    mirror.json means that the map is not to be believed. `source` is for people: where the disk's image was.
     """
 
     target: str
@@ -42,7 +45,7 @@ class DiskRecord(msgspec.Struct, frozen=True):
     map_digest: str
     source: str
     identity: ImageIdentity | None = None
-    #: In a marker: whether the image is staged whole (TARGET.img.new) instead of as a redo file.
+    #: In a marker: whether the image is staged whole (TARGET.img.new), not as a redo file.
     whole: bool = False
 
 
@@ -59,10 +62,42 @@ class MirrorRecord(msgspec.Struct, frozen=True):
     captured_at: str
     consistency: str
     disks: tuple[DiskRecord, ...]
-    state: str = "whole"
+    state: str = WHOLE
     removed: tuple[str, ...] = ()
     format: int = FORMAT
     checksum: str = ""
+
+    def disk(self, target: str) -> DiskRecord | None:
+        """Return the record of the disk *target*, None if it is not in this mirror."""
+        return next((disk for disk in self.disks if disk.target == target), None)
+
+
+class RecordUnreadable(Exception):
+    """The file is torn, damaged, edited, or of a format this version doesn't know."""
+
+
+def encode(record: MirrorRecord) -> bytes:
+    """Return *record* as the text of mirror.json, with its checksum filled in."""
+    sealed = msgspec.structs.replace(record, checksum=_checksum(record))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
+
+
+def decode(text: bytes) -> MirrorRecord:
+    """Return the record that *text* holds. Raises RecordUnreadable."""
+    try:
+        record = msgspec.json.decode(text, type=MirrorRecord)
+    except msgspec.MsgspecError as error:
+        raise RecordUnreadable(f"it is not a mirror record ({error})") from error
+    if record.format != FORMAT:
+        raise RecordUnreadable(f"its format is {record.format}, this stillframe knows {FORMAT}")
+    if record.checksum != _checksum(record):
+        raise RecordUnreadable("its checksum does not fit its text")
+    return record
+
+
+def _checksum(record: MirrorRecord) -> str:
+    bare = msgspec.structs.replace(record, checksum="")
+    return str(blake3(msgspec.json.encode(bare, order="sorted")).hexdigest())
 
 
 class FolderState(enum.Enum):

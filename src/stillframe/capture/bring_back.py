@@ -1,0 +1,332 @@
+"""Bringing the guest back onto its own images: look, decide, do one step, look again.
+
+The same loop ends a normal run, a failed one, and whatever a crash left. Each step's
+intent is in the journal before it is taken. A call that fails is not believed: the next
+look tells what came of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.block.image import file_place
+from stillframe.block.tools import commit_offline, compare
+from stillframe.capture import in_qemu
+from stillframe.capture.decide import Action, Decision, Sight, decide
+from stillframe.capture.explain import attention
+from stillframe.capture.journal import DiskRecord, Journal, RunRecord
+from stillframe.capture.limits import Limits
+from stillframe.capture.sight import look, ready_to_pivot
+from stillframe.capture.states import DiskPhase, State
+from stillframe.capture.thaw import thaw_until_verified
+from stillframe.clock import Clock, Deadline, utc_text
+from stillframe.errors import (
+    ConnectionLost,
+    CopyFailed,
+    GuestUnknown,
+    HypervisorError,
+    NeedsAttention,
+    StillframeError,
+)
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.domain_xml import with_source
+
+_POLL_S = 0.25
+_SETTLE_S = 20.0
+_CONVERGE_S = 10.0
+_THAW_S = 30.0
+_OFFLINE_S = 6 * 3600.0
+_FAILURES_LIMIT = 8
+_STEPS_LIMIT = 200_000
+_DEFINITIONS = Path("/etc/libvirt/qemu")
+
+
+@dataclass(frozen=True, slots=True)
+class CommitProgress:
+    """How far the commits of all disks are, in bytes."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """Who is told what happens: words for people, and how far a commit is."""
+
+    say: Callable[[str], None]
+    commit: Callable[[CommitProgress], None]
+
+
+class BringBack:
+    """Takes one run of one domain to DONE, or raises NeedsAttention with everything left as it is."""
+
+    def __init__(
+        self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
+    ) -> None:
+        self._journal = journal
+        self._domain = domain
+        self._clock = clock
+        self._limits = limits
+        self._watcher = watcher
+        self._compared: dict[str, bool] = {}
+        self._waiting: Deadline | None = None
+        self._waiting_for: Decision | None = None
+        self._thaw_hopeless = False
+        self._failures = 0
+
+    def look(self, record: RunRecord) -> Sight:
+        """Return what is seen now, without doing anything."""
+        waited_out = self._waiting is not None and self._waiting.passed()
+        return look(
+            record, self._domain, self._clock, self._compared,
+            waited_out=waited_out, thaw_hopeless=self._thaw_hopeless,
+        )
+
+    def finish(self, record: RunRecord) -> RunRecord:
+        """Do step after step until the run is DONE; return its record.
+
+        Raises NeedsAttention where no safe step is left; nothing of the guest is changed then.
+        """
+        for _ in range(_STEPS_LIMIT):
+            decision = decide(record, self.look(record))
+            if decision.action is Action.FINISH:
+                return self._journal.enter(
+                    record, State.DONE, decision.reason, ended_at=utc_text(self._clock.now())
+                )
+            record = self._attempt(record, decision)
+        raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", _again(record))
+
+    def _attempt(self, record: RunRecord, decision: Decision) -> RunRecord:
+        if decision.action is Action.ASK:
+            raise attention(record, decision, self._limits)
+        if decision.action is not Action.WAIT:
+            self._waiting = None
+        before = record
+        try:
+            record = _STEPS[decision.action](self, record, decision)
+            self._failures = 0
+            return record
+        except NeedsAttention:
+            raise
+        except (HypervisorError, GuestUnknown, CopyFailed) as error:
+            self._failed(before, decision, error)
+            return self._journal.current(before)
+
+    def _failed(self, record: RunRecord, decision: Decision, error: StillframeError) -> None:
+        self._failures += 1
+        self._journal.note(self._journal.current(record), f"{decision.action.name} failed: {error.message}")
+        if self._failures >= _FAILURES_LIMIT:
+            raise NeedsAttention(
+                f"Could not {decision.action.value}: {error.message}", _again(record),
+            ) from error
+        if isinstance(error, ConnectionLost):
+            self._domain.connection.ensure()
+        else:
+            self._domain.connection.wait_change(_POLL_S * self._failures)
+
+    # --- the steps ----------------------------------------------------------------------------
+
+    def _release(self, record: RunRecord, decision: Decision) -> RunRecord:
+        given_up = record.given_up or decision.reason
+        record = self._journal.enter(record, State.RELEASED, decision.reason, given_up=given_up)
+        return self._journal.done(record)
+
+    def _thaw(self, record: RunRecord, _decision: Decision) -> RunRecord:
+        self._watcher.say("thawing the guest's file systems")
+        if thaw_until_verified(self._domain, self._clock, _THAW_S, self._limits.agent_s):
+            return self._journal.note(record, "thaw verified", thaw_verified=True)
+        self._thaw_hopeless = True
+        return self._journal.note(record, "the guest agent did not confirm a thaw")
+
+    def _wait(self, record: RunRecord, decision: Decision) -> RunRecord:
+        committing = decision.reason.endswith("commit runs")
+        if self._waiting is None or self._waiting_for != decision:
+            limit_s = self._limits.commit_s if committing else _SETTLE_S
+            if record.state is State.SHUTTING_DOWN:
+                limit_s = record.shutdown_timeout_s
+            self._waiting, self._waiting_for = Deadline(self._clock, limit_s), decision
+        if committing:
+            self._report_commit(record)
+            if self._waiting.passed():
+                self._give_up_commit(record, decision)
+        self._domain.connection.wait_change(_POLL_S)
+        return record
+
+    def _report_commit(self, record: RunRecord) -> None:
+        view = self._domain.view()
+        jobs = [job for job in (view.qemu.jobs if view.qemu else ()) if "commit" in job.name]
+        self._watcher.commit(
+            CommitProgress(sum(job.done for job in jobs), sum(job.total for job in jobs))
+        )
+
+    def _give_up_commit(self, record: RunRecord, decision: Decision) -> None:
+        for target in decision.targets:
+            with contextlib.suppress(HypervisorError):
+                self._domain.abort_commit(target)
+        self._journal.note(record, "the commit did not converge and was aborted; the overlay is whole")
+        raise NeedsAttention(
+            f"Writing the overlay of {record.name} back did not end within "
+            f"{self._limits.commit_s:.0f} s: the guest writes faster than its base takes it.",
+            f"stillframe recover {record.name}   # when the guest is less busy",
+        )
+
+    def _start_commit(self, record: RunRecord, decision: Decision) -> RunRecord:
+        disks = _with_phase(record, decision.targets, DiskPhase.OVERLAID)
+        record = self._journal.enter(record, State.COMMITTING, " ".join(decision.targets), disks=disks)
+        view = self._domain.view()
+        for target in decision.targets:
+            chain = view.live.disks[target].chain if view.live else ()
+            known = record.disk(target)
+            # The guard against merging the user's own top: exactly our overlay over exactly our base.
+            if len(chain) < 2 or chain[0].place != known.overlay_path or chain[1].key != known.base_key:
+                raise NeedsAttention(
+                    f"The chain of {target} is not stillframe's overlay on the recorded base any more.",
+                    f"virsh dumpxml {record.name}",
+                )
+            self._domain.start_commit(target, chain[1].index, chain[0].index)
+        return self._journal.done(record)
+
+    def _suspend(self, record: RunRecord, decision: Decision) -> RunRecord:
+        record = self._journal.enter(record, State.SUSPENDING, suspended=True)
+        self._domain.suspend()
+        return self._journal.done(record)
+
+    def _pivot(self, record: RunRecord, decision: Decision) -> RunRecord:
+        deadline = Deadline(self._clock, _CONVERGE_S)
+        while not ready_to_pivot(self._domain.view(), record, decision.targets):
+            if deadline.passed():
+                if record.suspended:
+                    self._domain.resume()
+                raise HypervisorError("The commit is not ready although the guest stands still.", 0)
+            self._domain.connection.wait_change(_POLL_S / 10)
+        disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
+        record = self._journal.enter(record, State.PIVOTING, " ".join(decision.targets), disks=disks)
+        for target in decision.targets:
+            self._domain.pivot(target)
+        return self._journal.done(record)
+
+    def _confirm_base(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._fsync_definitions()
+        disks = _with_phase(record, decision.targets, DiskPhase.ON_BASE)
+        return self._journal.note(record, f"on base: {' '.join(decision.targets)}", disks=disks)
+
+    def _resume(self, record: RunRecord, decision: Decision) -> RunRecord:
+        record = self._journal.enter(record, State.RESUMING, decision.reason)
+        self._domain.resume()
+        return self._journal.done(record, suspended=False)
+
+    def _commit_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._watcher.say(f"libvirt has forgotten the overlay of {' '.join(decision.targets)}: asking QEMU")
+        disks = _with_phase(record, decision.targets, DiskPhase.OVERLAID)
+        record = self._journal.enter(record, State.COMMITTING, "in QEMU", disks=disks)
+        for target in decision.targets:
+            known = record.disk(target)
+            self._domain.qmp(lambda qmp, known=known: in_qemu.start(qmp, known))  # type: ignore[misc]  # bound now
+        return self._journal.done(record)
+
+    def _finish_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
+        for target in decision.targets:
+            known = record.disk(target)
+            deadline = Deadline(self._clock, _CONVERGE_S)
+            while not self._domain.qmp(lambda qmp, known=known: in_qemu.finish(qmp, known)):  # type: ignore[misc]  # bound now
+                if deadline.passed():
+                    raise HypervisorError(f"QEMU's commit of {target} does not end.", 0)
+                self._clock.pause(_POLL_S / 10)
+        return self._journal.note(record, f"committed in QEMU: {' '.join(decision.targets)}")
+
+    def _drop_nodes(self, record: RunRecord, decision: Decision) -> RunRecord:
+        for target in decision.targets:
+            known = record.disk(target)
+            self._domain.qmp(lambda qmp, known=known: in_qemu.drop_unused(qmp, known))  # type: ignore[misc]  # bound now
+        return record
+
+    def _compare(self, record: RunRecord, decision: Decision) -> RunRecord:
+        for target in decision.targets:
+            self._watcher.say(f"comparing base and overlay of {target}")
+            known = record.disk(target)
+            overlay = file_place(known.overlay_path, "qcow2")
+            self._compared[target] = compare(known.base, overlay, timeout_s=_OFFLINE_S)
+        return record
+
+    def _commit_offline(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._watcher.say(f"the guest is off: writing the overlay of {' '.join(decision.targets)} back")
+        disks = _with_phase(record, decision.targets, DiskPhase.OVERLAID)
+        record = self._journal.enter(record, State.COMMITTING, "offline", disks=disks)
+        for target in decision.targets:
+            known = record.disk(target)
+            commit_offline(known.overlay_path, known.base, timeout_s=_OFFLINE_S)
+            self._compared[target] = True
+        return self._journal.done(record)
+
+    def _point_to_base(self, record: RunRecord, decision: Decision) -> RunRecord:
+        view = self._domain.view()
+        if view.inactive is None:
+            raise HypervisorError("The domain has no definition to correct.", 0)
+        text = view.inactive.text
+        for target in decision.targets:
+            text = with_source(text, target, record.disk(target).source())
+        self._domain.define(text)
+        return self._journal.note(record, f"defined with base again: {' '.join(decision.targets)}")
+
+    def _unlink(self, record: RunRecord, decision: Decision) -> RunRecord:
+        record = self._journal.enter(record, State.CLEANING, " ".join(decision.targets))
+        self._fsync_definitions()
+        for target in decision.targets:
+            path = Path(record.disk(target).overlay_path)
+            path.unlink()
+            _fsync_folder(path.parent)
+        return self._journal.done(record)
+
+    def _start(self, record: RunRecord, decision: Decision) -> RunRecord:
+        record = self._journal.enter(record, State.RESTARTING, decision.reason)
+        self._domain.start()
+        return self._journal.done(record, start_verified=True)
+
+    def _fsync_definitions(self) -> None:
+        # libvirt renames a new definition into place without an fsync of the folder.
+        if _DEFINITIONS.is_dir():
+            for path in (*_DEFINITIONS.glob(f"{self._domain.name}.xml"), _DEFINITIONS):
+                _fsync_folder(path)
+
+
+_STEPS: dict[Action, Callable[[BringBack, RunRecord, Decision], RunRecord]] = {
+    Action.RELEASE: BringBack._release,
+    Action.THAW: BringBack._thaw,
+    Action.WAIT: BringBack._wait,
+    Action.DROP_NODES: BringBack._drop_nodes,
+    Action.COMMIT_IN_QEMU: BringBack._commit_in_qemu,
+    Action.FINISH_IN_QEMU: BringBack._finish_in_qemu,
+    Action.START_COMMIT: BringBack._start_commit,
+    Action.SUSPEND: BringBack._suspend,
+    Action.PIVOT: BringBack._pivot,
+    Action.POINT_TO_BASE: BringBack._point_to_base,
+    Action.CONFIRM_BASE: BringBack._confirm_base,
+    Action.RESUME: BringBack._resume,
+    Action.COMPARE: BringBack._compare,
+    Action.COMMIT_OFFLINE: BringBack._commit_offline,
+    Action.UNLINK: BringBack._unlink,
+    Action.START: BringBack._start,
+}
+
+
+def _with_phase(record: RunRecord, targets: tuple[str, ...], phase: DiskPhase) -> tuple[DiskRecord, ...]:
+    return tuple(
+        disk.with_phase(phase) if disk.target in targets else disk for disk in record.disks
+    )
+
+
+def _again(record: RunRecord) -> str:
+    return f"stillframe recover {record.name}"
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+

@@ -1,0 +1,330 @@
+"""The one decision: given the journal and what is seen now, what is the next safe step?
+
+A pure function. A run that ends normally and `recover` after any crash go through it
+alike, one step at a time, looking anew after each. It never trusts the journal alone:
+the journal says what may have been begun, the sight says what is. The table in
+docs/CAPTURE.md is this file in words.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stillframe.capture.journal import DiskRecord, RunRecord
+from stillframe.capture.states import BEFORE_RELEASE, DiskPhase, State
+from stillframe.hypervisor.model import Power
+
+
+class Seen(enum.Enum):
+    """Which image something (QEMU, the live XML, the inactive XML) names as a disk's top."""
+
+    BASE = "base"
+    OVERLAY = "overlay"
+    UNDER = "our overlay below another image"
+    OTHER = "another image"
+    UNKNOWN = "unknown"
+
+
+class JobSeen(enum.Enum):
+    """The block job on a disk. COMMITTING and READY are a commit of our overlay."""
+
+    NONE = "none"
+    COMMITTING = "committing"
+    READY = "ready"
+    FOREIGN = "foreign"
+
+
+class FileSeen(enum.Enum):
+    """What lies at the overlay's path."""
+
+    ABSENT = "absent"
+    OURS = "ours"
+    OTHER = "another file"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSight:
+    """What is seen of one disk.
+
+    *base_present*: the recorded base is there. *base_intact*: nothing wrote to it since the
+    capture (True where that can't be told, as for devices). *base_newer*: it was written to
+    later than the overlay. *equal*: whether base and base+overlay read the same, None while
+    not compared. *named_by*: another domain whose chain names the overlay.
+    """
+
+    target: str
+    qemu: Seen
+    live: Seen
+    inactive: Seen
+    job: JobSeen = JobSeen.NONE
+    overlay: FileSeen = FileSeen.OURS
+    base_present: bool = True
+    base_intact: bool = True
+    base_newer: bool = False
+    leaked_nodes: tuple[str, ...] = ()
+    named_by: str = ""
+    equal: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What is seen of the domain and all disks of the run.
+
+    *shutdown_pending*: the guest was asked to shut down and its time is not over. *waited_out*:
+    waiting for this same sight to change has been given up. *thaw_hopeless*: the thaw was
+    tried for its whole time.
+    """
+
+    power: Power
+    disks: tuple[DiskSight, ...]
+    managed_save: bool = False
+    shutdown_pending: bool = False
+    waited_out: bool = False
+    thaw_hopeless: bool = False
+
+
+class Action(enum.Enum):
+    """One safe next step. Each is repeatable: it may have been begun before a crash."""
+
+    RELEASE = "give up what is left of the copy, so that commits may begin"
+    THAW = "thaw the guest's file systems"
+    WAIT = "wait and look again"
+    DROP_NODES = "close block nodes that nothing uses"
+    COMMIT_IN_QEMU = "commit the overlay by QEMU's own command, since libvirt has forgotten it"
+    FINISH_IN_QEMU = "end QEMU's own commit"
+    START_COMMIT = "start writing the overlays back"
+    SUSPEND = "stop the guest's CPUs for the pivot"
+    PIVOT = "make the bases the guest's images again"
+    POINT_TO_BASE = "make the domain's definition name the base again"
+    CONFIRM_BASE = "write down that the base is the truth again"
+    RESUME = "let the guest go on"
+    COMPARE = "compare base and overlay"
+    COMMIT_OFFLINE = "write the overlay back with qemu-img, the guest being off"
+    UNLINK = "delete the overlays"
+    START = "start the guest, which stillframe had shut down"
+    FINISH = "close the run"
+    ASK = "leave everything as it is and ask"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The next step, for which disks, and why (for people)."""
+
+    action: Action
+    targets: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def decide(record: RunRecord, sight: Sight) -> Decision:
+    """Return the one safe next step for the run *record*, given *sight*."""
+    if sight.power is Power.HIDDEN:
+        return Decision(Action.ASK, (), "libvirt takes the guest for shut off, but its QEMU still runs")
+    if sight.shutdown_pending and sight.power is Power.RUNNING and not sight.waited_out:
+        return Decision(Action.WAIT, (), "the guest was asked to shut down and may still do so")
+    if record.state in BEFORE_RELEASE:
+        return Decision(Action.RELEASE, (), f"the run ended while {record.state.value}")
+    if _maybe_frozen(record, sight):
+        return Decision(Action.THAW, (), "the guest may be frozen")
+    for disk in sight.disks:
+        problem = _foreign_problem(disk, record)
+        if problem:
+            return Decision(Action.ASK, (disk.target,), problem)
+    decision = _decide_running(record, sight) if sight.power.has_qemu else _decide_off(record, sight)
+    return decision or _decide_end(record, sight)
+
+
+def settled(disk: DiskSight) -> bool:
+    """Return whether nothing of the run is left on *disk*, or nothing that is ours."""
+    return disk.overlay is not FileSeen.OURS and not disk.leaked_nodes and all(
+        seen not in (Seen.OVERLAY, Seen.UNDER) for seen in (disk.qemu, disk.live, disk.inactive)
+    )
+
+
+def _maybe_frozen(record: RunRecord, sight: Sight) -> bool:
+    begun = record.freeze_begun and not record.thaw_verified
+    return begun and sight.power is Power.RUNNING and not sight.thaw_hopeless
+
+
+def _foreign_problem(disk: DiskSight, record: RunRecord) -> str:
+    if settled(disk):
+        return ""
+    if disk.job is JobSeen.FOREIGN:
+        return f"another program runs a block job on {disk.target}"
+    for place, seen in (("QEMU", disk.qemu), ("the live XML", disk.live),
+                        ("the domain's definition", disk.inactive)):
+        if seen is Seen.UNDER:
+            return f"somebody put another overlay on top of stillframe's on {disk.target}"
+        if seen is Seen.OTHER:
+            return f"{place} names an image for {disk.target} that is neither the base nor the overlay"
+    in_use = Seen.OVERLAY in (disk.qemu, disk.live, disk.inactive)
+    if in_use and disk.overlay is not FileSeen.OURS:
+        path = record.disk(disk.target).overlay_path
+        return f"{disk.target} is on the overlay {path}, but the file there is {disk.overlay.value}"
+    if in_use and not disk.base_present:
+        return f"the base of {disk.target} is not where it was"
+    return ""
+
+
+# --- The guest runs ---------------------------------------------------------------------------
+
+
+def _decide_running(record: RunRecord, sight: Sight) -> Decision | None:
+    disks = [disk for disk in sight.disks if not settled(disk) or disk.qemu is Seen.BASE]
+    unknown = _pick(disks, lambda disk: disk.qemu is Seen.UNKNOWN)
+    if unknown:
+        action = Action.ASK if sight.waited_out else Action.WAIT
+        return Decision(action, unknown, "QEMU does not tell which image the disk uses")
+    return (
+        _decide_forgotten(record, disks)
+        or _decide_commit(record, sight, disks)
+        or _decide_pivoted(record, sight, disks)
+    )
+
+
+def _decide_forgotten(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
+    """QEMU writes to the overlay while libvirt's XML says base: the next cold start would lose data."""
+    forgotten = [disk for disk in disks if disk.qemu is Seen.OVERLAY and disk.live is Seen.BASE]
+    if not forgotten:
+        return None
+    changed = _base_changed(record, forgotten)
+    if changed:
+        return changed
+    for job, action, reason in (
+        (JobSeen.READY, Action.FINISH_IN_QEMU, "QEMU's own commit is ready"),
+        (JobSeen.NONE, Action.COMMIT_IN_QEMU, "QEMU writes to the overlay, but libvirt says base"),
+        (JobSeen.COMMITTING, Action.WAIT, "QEMU's own commit runs"),
+    ):
+        targets = tuple(disk.target for disk in forgotten if disk.job is job)
+        if targets:
+            return Decision(action, targets, reason)
+    return None
+
+
+def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> Decision | None:
+    overlaid = [disk for disk in disks if disk.qemu is Seen.OVERLAY]
+    if not overlaid:
+        return None
+    idle = [disk for disk in overlaid if disk.job is JobSeen.NONE]
+    if idle:
+        changed = _base_changed(record, idle)
+        return changed or Decision(
+            Action.START_COMMIT, _pick(idle), "the guest writes to the overlay, no commit runs"
+        )
+    if any(disk.job is JobSeen.COMMITTING for disk in overlaid):
+        return Decision(Action.WAIT, _pick(overlaid), "the commit runs")
+    if sight.power is Power.RUNNING:
+        return Decision(Action.SUSPEND, _pick(overlaid), "all commits are ready")
+    return Decision(Action.PIVOT, _pick(overlaid), "all commits are ready and the CPUs stand still")
+
+
+def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> Decision | None:
+    stale_live = _pick(disks, lambda disk: disk.live is Seen.OVERLAY)
+    stale = _pick(disks, lambda disk: disk.inactive is Seen.OVERLAY)
+    busy = _pick(disks, lambda disk: disk.job is not JobSeen.NONE)
+    if stale_live or stale or busy:
+        if not sight.waited_out:
+            return Decision(Action.WAIT, stale_live or stale or busy, "libvirt has not caught up with the pivot")
+        if stale and not stale_live and not busy:
+            return Decision(Action.POINT_TO_BASE, stale, "the definition still names the overlay")
+        return Decision(Action.ASK, stale_live or busy, "libvirt does not catch up with the pivot")
+    unconfirmed = _pick(disks, lambda disk: record.disk(disk.target).phase is not DiskPhase.ON_BASE)
+    if unconfirmed:
+        return Decision(Action.CONFIRM_BASE, unconfirmed, "QEMU and both XMLs name the base")
+    if sight.power is Power.PAUSED_ON_IO_ERROR:
+        if sight.waited_out:
+            return Decision(Action.ASK, (), "the guest stays paused after an I/O error")
+        return Decision(Action.RESUME, (), "the guest was paused by an I/O error, now it is on its base")
+    if sight.power is Power.PAUSED and record.suspended:
+        return Decision(Action.RESUME, (), "stillframe had stopped the CPUs")
+    leaked = _pick(disks, lambda disk: bool(disk.leaked_nodes))
+    if leaked:
+        return Decision(Action.DROP_NODES, leaked, "QEMU holds the overlay open without using it")
+    return None
+
+
+# --- The guest is off -------------------------------------------------------------------------
+
+
+def _decide_off(record: RunRecord, sight: Sight) -> Decision | None:
+    for disk in sight.disks:
+        if settled(disk):
+            continue
+        if sight.managed_save:
+            return Decision(
+                Action.ASK, (disk.target,),
+                "the guest has a managed save image, whose memory belongs to the overlay",
+            )
+        decision = _decide_off_disk(record, record.disk(disk.target), disk)
+        if decision:
+            return decision
+    return None
+
+
+def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> Decision | None:
+    target = (disk.target,)
+    if known.phase is DiskPhase.ON_BASE:
+        if disk.inactive is Seen.OVERLAY:
+            return Decision(
+                Action.ASK, target, "the definition names the overlay again, but the base is newer"
+            )
+        return None
+    if disk.equal:
+        if disk.inactive is Seen.OVERLAY:
+            return Decision(Action.POINT_TO_BASE, target, "base and overlay read the same")
+        return Decision(Action.CONFIRM_BASE, target, "base and overlay read the same")
+    if not record_may_differ(record, known) and disk.equal is None:
+        return Decision(Action.CONFIRM_BASE, target, "the overlay was never put on")
+    # Once a commit has begun the base changes by our own doing, and its times say nothing.
+    base_changed = record.state is State.RELEASED and not disk.base_intact
+    must_compare = known.phase is DiskPhase.PIVOTING or disk.inactive is Seen.BASE or base_changed
+    if must_compare and disk.equal is None:
+        return Decision(Action.COMPARE, target, "only the images tell which of the two is complete")
+    if known.phase is DiskPhase.PIVOTING:
+        return Decision(Action.ASK, target, "base and overlay differ, and either may be the newer one")
+    if base_changed:
+        return Decision(Action.ASK, target, "the base was written to while the overlay stood on it")
+    if disk.inactive is Seen.BASE and (record.state is not State.RELEASED or disk.base_newer):
+        return Decision(Action.ASK, target, "the definition names the base, but the overlay holds other data")
+    return Decision(Action.COMMIT_OFFLINE, target, "the guest is off and its overlay is complete")
+
+
+def record_may_differ(record: RunRecord, known: DiskRecord) -> bool:
+    """Return whether the overlay of disk *known* may hold data: whether it may ever have been used."""
+    return known.phase is not DiskPhase.PLANNED or record.snapshot_begun
+
+
+# --- Both -------------------------------------------------------------------------------------
+
+
+def _decide_end(record: RunRecord, sight: Sight) -> Decision:
+    for disk in sight.disks:
+        if disk.overlay is FileSeen.OURS and disk.named_by:
+            return Decision(
+                Action.ASK, (disk.target,), f"the guest {disk.named_by} names the overlay in its chain"
+            )
+    ours = _pick(sight.disks, lambda disk: disk.overlay is FileSeen.OURS)
+    if ours:
+        return Decision(Action.UNLINK, ours, "nothing uses the overlays any more")
+    if sight.power is Power.OFF and record.shutdown_begun_at and not record.start_verified:
+        return Decision(Action.START, (), "stillframe had shut the guest down")
+    if record.freeze_begun and not record.thaw_verified and sight.power is Power.RUNNING:
+        return Decision(Action.ASK, (), "the guest agent does not confirm that the guest is thawed")
+    return Decision(Action.FINISH, (), "nothing of the run is left")
+
+
+def _base_changed(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
+    # Once a commit has begun the base changes by our own doing, and its times say nothing.
+    if record.state is not State.RELEASED:
+        return None
+    changed = _pick(disks, lambda disk: not disk.base_intact)
+    if not changed:
+        return None
+    return Decision(Action.ASK, changed, "the base was written to while the overlay stood on it")
+
+
+def _pick(
+    disks: Sequence[DiskSight], test: Callable[[DiskSight], bool] = lambda _disk: True
+) -> tuple[str, ...]:
+    return tuple(disk.target for disk in disks if test(disk))

@@ -1,0 +1,102 @@
+"""Watching the overlays grow, so that the copy is given up before a file system is full.
+
+Polled, not by libvirt's block threshold event: that event is one-shot, can be missed, and
+doesn't see other programs fill the file system.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.capture.limits import Limits
+from stillframe.clock import Clock
+from stillframe.errors import OverlayFull, OverlaySpace
+from stillframe.units import size_text
+
+_POLL_S = 0.5
+_SECTOR_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """For one file system: the overlays on it, and when the copy is given up, in bytes."""
+
+    paths: tuple[str, ...]
+    limit_bytes: int
+    reserve_bytes: int
+
+    def reached(self) -> OverlayFull | None:
+        """Return the error to stop with if the overlays are too large or the space too small."""
+        used = sum(allocated_bytes(path) for path in self.paths)
+        free = free_bytes(str(Path(self.paths[0]).parent))
+        if used < self.limit_bytes and free > self.reserve_bytes:
+            return None
+        return OverlayFull(
+            f"The copy was given up: the overlays hold {size_text(used)} "
+            f"(limit {size_text(self.limit_bytes)}), {size_text(free)} are free "
+            f"(at least {size_text(self.reserve_bytes)} are kept).",
+            "run again with --overlay-dir on a larger file system, or a higher --overlay-limit",
+        )
+
+
+def plan_watermarks(paths: Sequence[str], limits: Limits) -> tuple[Watermark, ...]:
+    """Return one watermark for each file system that *paths* (not yet existing) will be on.
+
+    Raises OverlaySpace when less than the required space is free.
+    """
+    by_device: dict[int, list[str]] = {}
+    for path in paths:
+        by_device.setdefault(os.stat(Path(path).parent).st_dev, []).append(path)
+    marks = []
+    for group in by_device.values():
+        folder = str(Path(group[0]).parent)
+        free = free_bytes(folder)
+        needed = max(limits.min_free_bytes, (limits.overlay_bytes or 0) + limits.reserve_bytes)
+        if free < needed:
+            raise OverlaySpace(
+                f"Only {size_text(free)} are free in {folder} for the overlay; "
+                f"{size_text(needed)} are required.",
+                "free some space, or choose --overlay-dir, --min-free or --overlay-limit",
+            )
+        marks.append(Watermark(tuple(group), limits.overlay_bytes or free // 2, limits.reserve_bytes))
+    return tuple(marks)
+
+
+def free_bytes(folder: str) -> int:
+    """Return what an unprivileged process could still write in *folder*."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def allocated_bytes(path: str) -> int:
+    """Return what the file takes on its file system; 0 if it is not there."""
+    try:
+        return os.stat(path).st_blocks * _SECTOR_BYTES
+    except FileNotFoundError:
+        return 0
+
+
+class GrowthWatch:
+    """A thread that looks at the watermarks until it is closed. `reached` holds the error then."""
+
+    def __init__(self, marks: Sequence[Watermark], clock: Clock) -> None:
+        self._marks = tuple(marks)
+        self._clock = clock
+        self._end = threading.Event()
+        self.reached: OverlayFull | None = None
+        self._thread = threading.Thread(target=self._watch, name="overlay-growth", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._clock.wait(self._end, _POLL_S):
+            for mark in self._marks:
+                self.reached = self.reached or mark.reached()

@@ -1,0 +1,118 @@
+"""The guard: a small process of its own that thaws the guest if the run can't.
+
+    python -m stillframe.capture.guard URI UUID NAME STATE_FOLDER RUN_ID DEADLINE_S
+
+It is started before the freeze and says `ready` once it is connected. Its standard input
+is a pipe from the run: the line `done` there means that the run has verified the thaw
+itself. End of file without it means that the run died. Then, or when DEADLINE_S seconds
+have passed, it thaws until the guest agent says thawed. It has a session of its own, so
+that a Ctrl-C or a kill of the run's process group leaves it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stillframe import process
+from stillframe.capture.journal import Journal
+from stillframe.capture.thaw import thaw_until_verified
+from stillframe.clock import Clock, Deadline, SystemClock
+from stillframe.errors import FreezeFailed, StillframeError
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import Domain
+
+#: How long the guard goes on trying to thaw a guest whose agent does not answer.
+PERSISTENCE_S = 3600.0
+_ANSWER_S = 5.0
+_READY_S = 20.0
+
+
+class Guard:
+    """The run's end of the guard."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+
+    def dismiss(self) -> None:
+        """Tell the guard that the thaw is verified, and wait until it is gone."""
+        if self._child.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._child.stdin.write(b"done\n")
+                self._child.stdin.flush()
+        process.stop(self._child)
+
+
+@contextlib.contextmanager
+def guarded(domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock) -> Iterator[Guard]:
+    """Have the guest guarded within the block. When it ends without dismiss(), the guard thaws.
+
+    Raises FreezeFailed when the guard does not start; nothing is frozen then.
+    """
+    child = process.start_detached([
+        sys.executable, "-m", "stillframe.capture.guard", domain.connection.uri, domain.uuid,
+        domain.name, str(journal.folder), run_id, str(deadline_s),
+    ])
+    guard = Guard(child)
+    if not _is_ready(child, Deadline(clock, _READY_S)):
+        guard.dismiss()
+        raise FreezeFailed(
+            "The process that guards the freeze did not start, so the guest was not frozen.",
+            "run again; or with --quiesce none for a crash-consistent copy",
+        )
+    try:
+        yield guard
+    finally:
+        if child.stdin is not None:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+
+
+def _is_ready(child: subprocess.Popen[bytes], deadline: Deadline) -> bool:
+    if child.stdout is None:
+        return False
+    ready, _, _ = select.select([child.stdout], [], [], deadline.remaining_s())
+    return bool(ready) and child.stdout.readline().strip() == b"ready"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the guard; return 0 if the run thawed the guest itself, 3 if the guard did, 4 if nobody could."""
+    uri, uuid, name, folder, run_id, deadline_s = arguments
+    clock = SystemClock()
+    domain = Domain(Connection(uri, clock), uuid, name)
+    print("ready", flush=True)
+    why = _wait_for_run(float(deadline_s))
+    if not why:
+        return 0
+    thawed = _thaw(domain, clock)
+    words = f"the guard {'thawed the guest' if thawed else 'could not thaw the guest'}: {why}"
+    with contextlib.suppress(StillframeError):
+        Journal(Path(folder), clock).remark(run_id, words)
+    return 3 if thawed else 4
+
+
+def _thaw(domain: Domain, clock: Clock) -> bool:
+    deadline = Deadline(clock, PERSISTENCE_S)
+    while not deadline.passed():
+        # libvirtd may be down as well: an hour is longer than any restart.
+        with contextlib.suppress(StillframeError):
+            if thaw_until_verified(domain, clock, deadline.remaining_s(), _ANSWER_S):
+                return True
+        clock.pause(1.0)
+    return False
+
+
+def _wait_for_run(deadline_s: float) -> str:
+    """Return why the guard must act, "" when the run says that it need not."""
+    ready, _, _ = select.select([sys.stdin], [], [], deadline_s)
+    if not ready:
+        return f"the guest was frozen for {deadline_s:.0f} s"
+    return "" if sys.stdin.readline().strip() == "done" else "the run died"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,288 @@
+"""What a run is going to do, decided before anything is changed.
+
+`make_plan` looks at everything that could be in the way and raises the error that names it;
+with the plan in hand, a run begins. `doctor` shows the same plan without running it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.block.image import ImagePlace, block_place, file_place, nbd_place, rbd_place
+from stillframe.capture.growth import Watermark, plan_watermarks
+from stillframe.capture.journal import DiskRecord
+from stillframe.capture.limits import Limits
+from stillframe.capture.neighbours import other_users
+from stillframe.capture.states import Quiesce
+from stillframe.errors import (
+    AgentSilent,
+    ForeignSnapshot,
+    GuestBusy,
+    GuestHasNoDisks,
+    GuestPaused,
+    GuestShutOff,
+    GuestState,
+    GuestUnfit,
+    GuestUnknown,
+    ImageShared,
+    NeedsAttention,
+    OverlayFolderNeeded,
+    OverlayTaken,
+    ShutdownImpossible,
+)
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
+
+#: What an overlay's file name ends in.
+OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
+_FORMATS = ("raw", "qcow2")
+_RBD_PORT = 6789
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user asked for, for one guest. *exclude* are targets not to capture."""
+
+    quiesce: Quiesce = Quiesce.AUTO
+    overlay_folder: Path | None = None
+    exclude: tuple[str, ...] = ()
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that may begin. *others* are the targets that get no overlay."""
+
+    domain: Domain
+    view: DomainView
+    live: DomainXml
+    disks: tuple[DiskRecord, ...]
+    others: tuple[str, ...]
+    excluded: tuple[ExcludedDisk, ...]
+    quiesce: Quiesce
+    warnings: tuple[str, ...]
+    watermarks: tuple[Watermark, ...]
+    limits: Limits
+
+
+def make_plan(domain: Domain, wishes: Wishes) -> Plan:
+    """Return the plan for capturing *domain* with the overlay method.
+
+    Changes nothing. Raises a Refused error that names what is in the way.
+    """
+    view = domain.view()
+    live = _running(view)
+    _refuse_jobs(view, live)
+    _refuse_snapshots(domain)
+    chosen, excluded = _choose_disks(live, wishes.exclude, view.name)
+    disks = tuple(_plan_disk(domain, view, disk, wishes.overlay_folder) for disk in chosen)
+    _refuse_shared(domain, live, chosen)
+    quiesce, warnings = _choose_quiesce(domain, view, live, wishes)
+    watermarks = plan_watermarks([disk.overlay_path for disk in disks], wishes.limits)
+    targets = {disk.target for disk in disks}
+    others = tuple(
+        target for target in (*live.disks, *(each.target for each in live.excluded))
+        if target not in targets
+    )
+    return Plan(
+        domain, view, live, disks, others, excluded, quiesce, warnings, watermarks, wishes.limits
+    )
+
+
+def _running(view: DomainView) -> DomainXml:
+    if view.power is Power.GONE:
+        raise GuestUnknown(f"There is no guest called {view.name} any more.", "virsh list --all")
+    if view.power is Power.OFF:
+        raise GuestShutOff(
+            f"{view.name} is shut off; a guest is mirrored while it runs.", f"virsh start {view.name}"
+        )
+    if view.power is Power.HIDDEN:
+        raise NeedsAttention(
+            f"libvirt takes {view.name} for shut off, but its QEMU still runs.",
+            f"stillframe recover {view.name}", GuestState.UNKNOWN,
+        )
+    if view.power is not Power.RUNNING or view.live is None or view.qemu is None:
+        raise GuestPaused(
+            f"{view.name} is {view.power.value}.", f"virsh resume {view.name}, then run again"
+        )
+    return view.live
+
+
+def _refuse_jobs(view: DomainView, live: DomainXml) -> None:
+    for disk in live.disks.values():
+        kind = disk.mirror.job or "unknown" if disk.mirror else ""
+        if kind or disk.target in (view.jobs or {}):
+            raise GuestBusy(
+                f"Another program runs a block job ({kind or 'starting'}) on {disk.target} of {view.name}.",
+                f"virsh blockjob {view.name} {disk.target} --info   # wait for its end, then run again",
+            )
+    if view.domain_job:
+        raise GuestBusy(
+            f"Another job (a backup, a migration or a save) runs on {view.name}.",
+            f"virsh domjobinfo {view.name}   # wait for its end, then run again",
+        )
+    if view.qemu and view.qemu.jobs:
+        names = ", ".join(job.name for job in view.qemu.jobs)
+        raise GuestBusy(
+            f"QEMU runs jobs on {view.name} that libvirt does not show: {names}.",
+            f"virsh qemu-monitor-command {view.name} --pretty '{{\"execute\":\"query-block-jobs\"}}'",
+        )
+
+
+def _refuse_snapshots(domain: Domain) -> None:
+    holders = domain.snapshot_holders()
+    if holders:
+        raise ForeignSnapshot(
+            f"{domain.name} stands on the external snapshot {', '.join(holders)}, "
+            "which stillframe did not make.",
+            f"virsh snapshot-list {domain.name}; commit and delete it, then run again",
+        )
+
+
+def _choose_disks(
+    live: DomainXml, exclude: Sequence[str], name: str
+) -> tuple[list[Disk], tuple[ExcludedDisk, ...]]:
+    unknown = [target for target in exclude if target not in live.disks]
+    if unknown:
+        raise GuestUnfit(
+            f"{name} has no disk {', '.join(unknown)} that could be excluded.", f"virsh domblklist {name}"
+        )
+    chosen = [disk for target, disk in live.disks.items() if target not in exclude]
+    asked = tuple(ExcludedDisk(target, "you excluded it") for target in exclude)
+    if not chosen:
+        reasons = "".join(f"\n  {each.target}: {each.reason}" for each in (*live.excluded, *asked))
+        raise GuestHasNoDisks(f"{name} has no disk that can be captured.{reasons}",
+                              f"virsh domblklist {name} --details")
+    return chosen, (*live.excluded, *asked)
+
+
+def _plan_disk(domain: Domain, view: DomainView, disk: Disk, folder: Path | None) -> DiskRecord:
+    top = disk.top
+    if top.format not in _FORMATS:
+        raise GuestUnfit(
+            f"{disk.target} of {view.name} is {top.format}; stillframe captures raw and qcow2.",
+            f"stillframe mirror {view.name} DEST --exclude {disk.target}",
+        )
+    if "<encryption" in top.xml:
+        raise GuestUnfit(
+            f"{disk.target} of {view.name} is encrypted by QEMU, which is not supported.",
+            f"stillframe mirror {view.name} DEST --exclude {disk.target}",
+        )
+    if top.place.endswith(OVERLAY_SUFFIX):
+        raise OverlayTaken(
+            f"{disk.target} of {view.name} stands on {top.place}, an overlay of stillframe "
+            "that this journal does not know.",
+            f"stillframe status --state-dir with the state folder of the run that made it; "
+            f"or virsh blockcommit {view.name} {disk.target} --active --pivot --shallow",
+        )
+    _refuse_other_definition(view, disk)
+    known = None if view.qemu is None else view.qemu.disks.get(disk.target)
+    if known is None or not known.files:
+        raise GuestUnfit(
+            f"QEMU does not tell which image {disk.target} of {view.name} uses.",
+            f"virsh qemu-monitor-command {view.name} --pretty '{{\"execute\":\"query-block\"}}'",
+        )
+    return DiskRecord(
+        target=disk.target,
+        base=place_of(top),
+        base_source_xml=top.xml,
+        base_kind=top.kind,
+        base_format=top.format,
+        base_key=top.key,
+        base_qemu_file=known.files[0],
+        size_bytes=domain.capacity_bytes(disk.target),
+        overlay_path=_overlay_path(view.name, disk, folder),
+    )
+
+
+def _refuse_other_definition(view: DomainView, disk: Disk) -> None:
+    if view.inactive is None:
+        return
+    defined = view.inactive.disks.get(disk.target)
+    # A disk that was hot-plugged for this boot alone has no definition, and that is fine.
+    if defined is not None and defined.top.key != disk.top.key:
+        raise GuestUnfit(
+            f"{disk.target} of {view.name} runs on {disk.top.place}, but its definition names "
+            f"{defined.top.place}: the next start would use another image.",
+            f"virsh edit {view.name}   # make it name the image that is in use",
+        )
+
+
+def place_of(source: Source) -> ImagePlace:
+    """Return the image that libvirt's *source* names. Raises GuestUnfit for protocols not known."""
+    if source.kind == "file":
+        return file_place(source.place, source.format)
+    if source.kind == "block":
+        return block_place(source.place, source.format)
+    if source.protocol == "nbd":
+        return nbd_place(
+            source.format, socket=source.socket, host=source.host, port=source.port or 10809,
+            export=source.export,
+        )
+    if source.protocol == "rbd":
+        pool, _, image = source.export.partition("/")
+        hosts = ((source.host, source.port or _RBD_PORT),) if source.host else ()
+        return rbd_place(source.format, pool=pool, image=image, hosts=hosts)
+    raise GuestUnfit(
+        f"Network disks by {source.protocol} are not supported.", "virsh domblklist GUEST --details"
+    )
+
+
+def _overlay_path(name: str, disk: Disk, folder: Path | None) -> str:
+    if folder is None and disk.top.kind != "file":
+        raise OverlayFolderNeeded(
+            f"{disk.target} of {name} is {disk.top.place}, which has no folder for an overlay.",
+            f"stillframe mirror {name} DEST --overlay-dir /var/lib/libvirt/images",
+        )
+    place = folder if folder is not None else Path(disk.top.place).parent
+    if not place.is_dir():
+        raise OverlayFolderNeeded(
+            f"The folder for overlays {place} does not exist.", f"mkdir -p {place}"
+        )
+    path = str(place.absolute() / f"{name}-{disk.target}{OVERLAY_SUFFIX}")
+    if os.path.lexists(path):
+        raise OverlayTaken(
+            f"{path} already exists, and no open run of this journal made it.",
+            f"qemu-img info -U {path}   # move it away if it is not needed, then run again",
+        )
+    return path
+
+
+def _refuse_shared(domain: Domain, live: DomainXml, chosen: list[Disk]) -> None:
+    places = {disk.top.place: disk.target for disk in chosen}
+    users = other_users(domain.connection, domain.uuid, set(places))
+    for disk in (*live.disks.values(), *live.bystanders.values()):
+        below = disk.chain[1:] if disk.top.place in places else disk.chain
+        for source in below:
+            if source.place in places:
+                users[source.place] = f"{domain.name} ({disk.target})"
+    for place, user in users.items():
+        raise ImageShared(
+            f"{place} ({places[place]} of {domain.name}) is also an image of {user}.",
+            f"virsh dumpxml {user.split()[0]}   # a shared image can't be captured safely",
+        )
+
+
+def _choose_quiesce(
+    domain: Domain, view: DomainView, live: DomainXml, wishes: Wishes
+) -> tuple[Quiesce, tuple[str, ...]]:
+    wanted = wishes.quiesce
+    if wanted is Quiesce.SHUTDOWN and not view.persistent:
+        raise ShutdownImpossible(
+            f"{view.name} is transient: it would be gone after a shutdown.",
+            f"stillframe mirror {view.name} DEST --quiesce agent",
+        )
+    if wanted in (Quiesce.SHUTDOWN, Quiesce.NONE):
+        return wanted, ()
+    if live.has_agent_channel and domain.agent_answers(max(1, round(wishes.limits.agent_s))):
+        return Quiesce.AGENT, ()
+    why = "does not answer" if live.has_agent_channel else "is not configured"
+    if wanted is Quiesce.AGENT:
+        raise AgentSilent(
+            f"The guest agent of {view.name} {why}.",
+            "systemctl status qemu-guest-agent   # inside the guest; or use --quiesce auto",
+        )
+    return Quiesce.NONE, (f"the guest agent {why}: the copy is only crash-consistent",)

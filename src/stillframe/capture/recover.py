@@ -1,0 +1,50 @@
+"""Recovering a domain from whatever an earlier run left: the same loop as a normal run's end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stillframe.capture.bring_back import BringBack
+from stillframe.capture.decide import Decision, decide
+from stillframe.capture.journal import RunRecord
+from stillframe.capture.limits import Limits
+from stillframe.capture.run import Tools
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import Domain
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What was done for one run that had been left open: the words of each step, in order."""
+
+    run: RunRecord
+    words: tuple[str, ...]
+
+
+def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recovered]:
+    """Bring *domain* back from every run that was left open. Needs the domain's lock.
+
+    Raises NeedsAttention where only a person may choose; nothing is changed then.
+    """
+    recovered = []
+    for left in tools.journal.open_runs(domain.uuid):
+        tools.watcher.say(f"an earlier run of {left.name} ended while {left.state.value}: recovering")
+        seen = len(tools.journal.history(left.id))
+        done = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher).finish(left)
+        steps = tools.journal.history(left.id)[seen:]
+        words = tuple(f"{step.state}: {step.detail}" if step.detail else step.state for step in steps)
+        recovered.append(Recovered(done, words))
+    return recovered
+
+
+def next_steps(domain: Domain, tools: Tools, limits: Limits) -> list[tuple[RunRecord, Decision]]:
+    """Return for every open run of *domain* what recover would do first, without doing it."""
+    return [
+        (run, decide(run, BringBack(tools.journal, domain, tools.clock, limits, tools.watcher).look(run)))
+        for run in tools.journal.open_runs(domain.uuid)
+    ]
+
+
+def domain_of(connection: Connection, run: RunRecord) -> Domain:
+    """Return the domain of a run, even if libvirt no longer knows it."""
+    return Domain(connection, run.uuid, run.name)

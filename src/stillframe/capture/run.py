@@ -1,0 +1,360 @@
+"""The overlay method: the forward half of a run, up to the moment the bases stand still.
+
+Within the block of `captured` the bases stand still and can be copied. Behind it the guest
+is back on its own images, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from stillframe.block.image import FileIdentity, ImagePlace, file_identity
+from stillframe.block.tools import create_overlay
+from stillframe.capture.bring_back import BringBack, Watcher
+from stillframe.capture.growth import GrowthWatch
+from stillframe.capture.guard import Guard, guarded
+from stillframe.capture.journal import Journal, RunRecord, new_run_id
+from stillframe.capture.plan import Plan
+from stillframe.capture.states import BEFORE_RELEASE, Consistency, DiskPhase, Quiesce, State
+from stillframe.capture.thaw import thaw_until_verified
+from stillframe.clock import Clock, Deadline, utc_text
+from stillframe.errors import (
+    ConnectionLost,
+    CopyFailed,
+    FreezeFailed,
+    GuestState,
+    HypervisorError,
+    NeedsAttention,
+    OverlayTaken,
+    ProgramFailed,
+    ShutdownTimedOut,
+    SnapshotFailed,
+    StillframeError,
+)
+from stillframe.hypervisor.model import Power
+from stillframe.process import start_mark
+
+_THAW_S = 30.0
+_POLL_S = 0.25
+
+Stop = Callable[[], StillframeError | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a run works with."""
+
+    journal: Journal
+    clock: Clock
+    watcher: Watcher
+
+
+@dataclass(frozen=True, slots=True)
+class StillDisk:
+    """A disk that stands still: *base* reads what the guest's disk held at the captured moment."""
+
+    target: str
+    base: ImagePlace
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """All disks of a domain at one moment. Valid only within the block of `captured`.
+
+    *frozen_s* is how long the guest was frozen, 0 if it was not. *stop* returns the error to
+    end the copy with, if there is a reason. *check_still* raises CopyFailed if a base was
+    written to since the moment; call it before the copy is called good.
+    """
+
+    run_id: str
+    captured_at: str
+    consistency: Consistency
+    disks: tuple[StillDisk, ...]
+    warnings: tuple[str, ...]
+    frozen_s: float
+    stop: Stop
+    check_still: Callable[[], None]
+
+
+@contextlib.contextmanager
+def captured(plan: Plan, tools: Tools, destination: str, stop: Stop) -> Iterator[Capture]:
+    """Put overlays on all disks of the plan and give their bases, standing still.
+
+    *stop* is asked throughout; an error it returns ends the run. When the block ends, by
+    success or by any exception, overlays are committed back, the guest is on its own
+    images, and no overlay is left; only NeedsAttention says otherwise.
+    Raises RunFailed and what the block raises.
+    """
+    run = _Run(plan, tools, destination, stop)
+    back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
+    try:
+        capture = run.take()
+        watch = GrowthWatch(plan.watermarks, tools.clock)
+        try:
+            yield run.with_watch(capture, watch)
+        finally:
+            watch.close()
+    except BaseException as error:
+        run.give_up(error)
+        _bring_back(back, run, error)
+        raise
+    run.release()
+    run.record = back.finish(run.record)
+
+
+def _bring_back(back: BringBack, run: _Run, cause: BaseException) -> None:
+    try:
+        run.record = back.finish(run.record)
+    except StillframeError as error:
+        raise NeedsAttention(
+            f"The run failed: {_words(cause)}\nThen, bringing the guest back: {error.message}",
+            error.next_command, error.guest,
+        ) from cause
+
+
+class _Run:
+    """The forward half, step by step. *record* is always what the journal has."""
+
+    def __init__(self, plan: Plan, tools: Tools, destination: str, stop: Stop) -> None:
+        self._plan = plan
+        self._domain = plan.domain
+        self._journal = tools.journal
+        self._clock = tools.clock
+        self._say = tools.watcher.say
+        self._stop = stop
+        self._warnings = list(plan.warnings)
+        self._frozen_s = 0.0
+        pid = os.getpid()
+        self.record = self._journal.begin(RunRecord(
+            id=new_run_id(tools.clock, plan.domain.uuid), uuid=plan.domain.uuid, name=plan.domain.name,
+            uri=plan.domain.connection.uri, destination=destination, quiesce=plan.quiesce,
+            state=State.PLANNED, began_at=utc_text(tools.clock.now()), pid=pid,
+            process_mark=start_mark(pid), disks=plan.disks,
+        ))
+
+    def take(self) -> Capture:
+        """Put the overlays on; return the capture. Raises RunFailed."""
+        self._create_overlays()
+        if self._plan.quiesce is Quiesce.AGENT:
+            consistency = self._take_frozen()
+        elif self._plan.quiesce is Quiesce.SHUTDOWN:
+            consistency = self._take_shut_down()
+        else:
+            self._put_overlays_on()
+            consistency = Consistency.CRASH
+        self._enter(State.COPYING, consistency=consistency.value)
+        self._remember_bases()
+        return Capture(
+            self.record.id, self.record.captured_at, consistency,
+            tuple(StillDisk(disk.target, disk.base, disk.size_bytes) for disk in self.record.disks),
+            tuple(self._warnings), self._frozen_s, self._stop, self.check_still,
+        )
+
+    def with_watch(self, capture: Capture, watch: GrowthWatch) -> Capture:
+        """Return *capture* with a stop that also tells when an overlay grew too large."""
+        def stop() -> StillframeError | None:
+            return self._stop() or watch.reached
+
+        return replace(capture, stop=stop)
+
+    def check_still(self) -> None:
+        """Raise CopyFailed if somebody wrote to a base while it was being copied."""
+        for disk in self.record.disks:
+            if disk.base_identity is not None and not disk.base_identity.special \
+                    and _identity(disk.base) != disk.base_identity:
+                raise CopyFailed(
+                    f"The base of {disk.target} ({disk.base.text()}) was changed during the copy.",
+                    "find out which program writes to it (fuser -v), then run again",
+                )
+
+    def release(self) -> None:
+        """Write down that the copy is durable."""
+        self._enter(State.RELEASED, "the copy is durable")
+
+    def give_up(self, error: BaseException) -> None:
+        """Write down that the copy was given up, and why."""
+        record = self.record = self._journal.current(self.record)
+        if record.state in BEFORE_RELEASE:
+            self._enter(State.RELEASED, "given up", given_up=_words(error))
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def _enter(self, state: State, detail: str = "", **changes: object) -> None:
+        self.record = self._journal.enter(self.record, state, detail, **changes)
+
+    def _done(self, detail: str = "", **changes: object) -> None:
+        self.record = self._journal.done(self.record, detail, **changes)
+
+    def _check_stop(self) -> None:
+        error = self._stop()
+        if error is not None:
+            raise error
+
+    def _create_overlays(self) -> None:
+        self._check_stop()
+        self._enter(State.OVERLAYS)
+        made = []
+        for disk in self.record.disks:
+            try:
+                create_overlay(disk.overlay_path, disk.base, disk.size_bytes)
+            except OverlayTaken:
+                raise
+            except (ProgramFailed, OSError) as error:
+                raise SnapshotFailed(
+                    f"The overlay {disk.overlay_path} could not be made: {error}",
+                    "check the folder's rights and space, or choose --overlay-dir",
+                ) from error
+            made.append(
+                msgspec.structs.replace(disk, overlay_identity=file_identity(disk.overlay_path))
+            )
+        self._done(disks=tuple(made))
+
+    def _take_frozen(self) -> Consistency:
+        limits = self._plan.limits
+        self._check_stop()
+        with guarded(
+            self._domain, self._journal, self.record.id, limits.freeze_s, self._clock
+        ) as guard:
+            self._enter(State.FREEZING, freeze_begun=True)
+            began_s = self._clock.monotonic_s()
+            frozen = self._freeze(guard)
+            self._done(f"{frozen} file systems frozen")
+            self._put_overlays_on()
+            return self._thaw(guard, frozen, began_s)
+
+    def _freeze(self, guard: Guard) -> int:
+        self._say("freezing the guest's file systems")
+        try:
+            return self._domain.freeze(max(1, round(self._plan.limits.freeze_s / 2)))
+        except HypervisorError as error:
+            # The agent may still carry the freeze out later: only a verified thaw ends this.
+            self._say("the freeze failed; thawing")
+            if self._verify_thaw(guard):
+                raise FreezeFailed(
+                    f"The guest agent of {self.record.name} did not freeze in time: {error.message} "
+                    "The guest is thawed.",
+                    f"look at the agent inside the guest; or stillframe mirror {self.record.name} DEST "
+                    "--quiesce none",
+                ) from error
+            raise FreezeFailed(
+                f"The guest agent of {self.record.name} did not freeze in time and does not answer: "
+                "a late freeze may still come, and a guard goes on thawing for an hour.",
+                f"stillframe recover {self.record.name}", GuestState.UNKNOWN,
+            ) from error
+
+    def _thaw(self, guard: Guard, frozen: int, began_s: float) -> Consistency:
+        self._enter(State.THAWING)
+        thawed = 0
+        with contextlib.suppress(HypervisorError):
+            thawed = self._domain.thaw(max(1, round(self._plan.limits.agent_s)))
+        frozen_s = self._clock.monotonic_s() - began_s
+        if not self._verify_thaw(guard):
+            self._warnings.append("the guest agent does not confirm the thaw; a guard goes on trying")
+        self._done(f"frozen for {frozen_s:.3f} s, {thawed} file systems thawed")
+        self._frozen_s = frozen_s
+        if frozen == 0:
+            self._warnings.append("the agent froze no file system: the copy is only crash-consistent")
+            return Consistency.CRASH
+        if thawed == 0 or frozen_s > self._plan.limits.freeze_s:
+            # Windows ends a freeze by itself after ten seconds, our guard after its deadline.
+            self._warnings.append(
+                "the guest was thawed before the capture was over: the copy is only crash-consistent"
+            )
+            return Consistency.CRASH
+        return Consistency.FILESYSTEM
+
+    def _verify_thaw(self, guard: Guard) -> bool:
+        answer_s = self._plan.limits.agent_s
+        if not thaw_until_verified(self._domain, self._clock, _THAW_S, answer_s):
+            return False
+        self.record = self._journal.note(self.record, "thaw verified", thaw_verified=True)
+        guard.dismiss()
+        return True
+
+    def _take_shut_down(self) -> Consistency:
+        limits = self._plan.limits
+        self._check_stop()
+        self._enter(
+            State.SHUTTING_DOWN, shutdown_begun_at=utc_text(self._clock.now()),
+            shutdown_timeout_s=limits.shutdown_s,
+        )
+        self._say("asking the guest to shut down")
+        self._domain.ask_to_shut_down()
+        deadline = Deadline(self._clock, limits.shutdown_s)
+        while self._domain.power() is not Power.OFF:
+            if deadline.passed():
+                raise ShutdownTimedOut(
+                    f"{self.record.name} did not shut down within {limits.shutdown_s:.0f} s. It runs on; "
+                    "should it still go down later, nothing will start it again.",
+                    f"virsh domstate {self.record.name}   # and virsh start if it went down; "
+                    "a longer time: --shutdown-timeout",
+                )
+            self._domain.connection.wait_change(_POLL_S)
+        self._done("shut off")
+        self._put_overlays_on()
+        self._enter(State.STARTING)
+        self._domain.start()
+        self._done(start_verified=True)
+        return Consistency.SHUTDOWN
+
+    def _put_overlays_on(self) -> None:
+        self._check_stop()
+        self._enter(State.SNAPSHOT, snapshot_begun=True)
+        overlays = {disk.target: disk.overlay_path for disk in self.record.disks}
+        try:
+            self._domain.put_overlays_on(overlays, self._plan.others)
+        except ConnectionLost:
+            # libvirt may have carried it out all the same: only a look tells.
+            self._domain.connection.ensure()
+        except HypervisorError as error:
+            raise SnapshotFailed(
+                f"libvirt did not put the overlay on {self.record.name}: {error.message}",
+                "docs/ERRORS.md#snapshot-failed lists the causes by libvirt's code",
+            ) from error
+        captured_at = utc_text(self._clock.now())
+        self._verify_overlaid()
+        phase = DiskPhase.OVERLAID
+        self._done(
+            captured_at=captured_at, disks=tuple(disk.with_phase(phase) for disk in self.record.disks)
+        )
+
+    def _verify_overlaid(self) -> None:
+        view = self._domain.view()
+        for disk in self.record.disks:
+            xml = view.live if view.power.has_qemu else view.inactive
+            seen = xml.disks.get(disk.target) if xml else None
+            in_qemu = view.qemu.disks.get(disk.target) if view.qemu else None
+            on_overlay = seen is not None and seen.top.place == disk.overlay_path
+            if not on_overlay or (in_qemu is not None and in_qemu.files[0] != disk.overlay_path):
+                raise SnapshotFailed(
+                    f"{disk.target} of {self.record.name} is not on its overlay although libvirt was asked.",
+                    f"virsh dumpxml {self.record.name}; journalctl -u libvirtd",
+                )
+
+    def _remember_bases(self) -> None:
+        disks = tuple(
+            msgspec.structs.replace(disk, base_identity=_identity(disk.base))
+            for disk in self.record.disks
+        )
+        self._done(disks=disks)
+
+
+def _identity(base: ImagePlace) -> FileIdentity | None:
+    try:
+        return base.identity()
+    except OSError as error:
+        raise CopyFailed(f"The base {base.text()} can't be looked at: {error}",
+                         f"ls -l {base.text()}") from error
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, StillframeError):
+        return error.message
+    return f"{type(error).__name__}: {error}"
+

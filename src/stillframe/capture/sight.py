@@ -1,0 +1,197 @@
+"""Looking: from libvirt's two XMLs, QEMU's block graph and the files to a Sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from stillframe.block.image import FileIdentity, file_identity, file_place
+from stillframe.block.tools import image_info
+from stillframe.capture.decide import DiskSight, FileSeen, JobSeen, Seen, Sight, settled
+from stillframe.capture.journal import DiskRecord, RunRecord, age_s
+from stillframe.capture.neighbours import other_users
+from stillframe.capture.states import State
+from stillframe.clock import Clock
+from stillframe.errors import ProgramFailed
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import DomainView, DomainXml, QemuDisk, QemuJob, QemuView
+
+#: The name of a commit that stillframe starts behind libvirt's back, by target.
+OWN_JOB = "stillframe-commit-{}"
+_LIBVIRT_COMMIT = "active-commit"
+
+
+def look(
+    record: RunRecord, domain: Domain, clock: Clock, compared: Mapping[str, bool],
+    *, waited_out: bool = False, thaw_hopeless: bool = False,
+) -> Sight:
+    """Return what is to be seen of the run's domain, disks and files right now.
+
+    *compared* holds the results of image comparisons made since the guest went off.
+    Raises HypervisorError, NoHypervisor.
+    """
+    view = domain.view()
+    disks = tuple(_look_at_disk(disk, view, compared) for disk in record.disks)
+    if not any(_in_use(disk) for disk in disks):
+        disks = _with_other_users(record, domain, disks)
+    pending = (
+        record.state is State.SHUTTING_DOWN
+        and age_s(clock, record.shutdown_begun_at) < record.shutdown_timeout_s
+    )
+    return Sight(
+        view.power, disks, managed_save=view.managed_save, shutdown_pending=pending,
+        waited_out=waited_out, thaw_hopeless=thaw_hopeless,
+    )
+
+
+def ready_to_pivot(view: DomainView, record: RunRecord, targets: tuple[str, ...]) -> bool:
+    """Return whether each target's commit is ready and has nothing left to copy.
+
+    Only while the CPUs stand still does this stay true.
+    """
+    if view.live is None or view.qemu is None:
+        return False
+    for target in targets:
+        disk = view.live.disks.get(target)
+        job = _qemu_job(view.qemu, target, record.disk(target))
+        if disk is None or disk.mirror is None or not disk.mirror.ready:
+            return False
+        if job is None or job.status != "ready" or job.done != job.total:
+            return False
+    return True
+
+
+def _look_at_disk(known: DiskRecord, view: DomainView, compared: Mapping[str, bool]) -> DiskSight:
+    base_now, base_present = _base_file(known)
+    overlay_now = _overlay_file(known)
+    qemu, live, inactive = (
+        _seen_by_qemu(known, view.qemu), _seen_in(known, view.live), _seen_in(known, view.inactive)
+    )
+    return DiskSight(
+        target=known.target,
+        qemu=qemu,
+        live=live,
+        inactive=inactive,
+        job=_seen_job(known, view),
+        overlay=_seen_file(known, overlay_now),
+        base_present=base_present,
+        base_intact=_intact(known, base_now),
+        base_newer=bool(base_now and overlay_now and base_now.mtime_ns > overlay_now.mtime_ns),
+        leaked_nodes=_leaked(known, view.qemu) if qemu is Seen.BASE else (),
+        equal=None if view.power.has_qemu else compared.get(known.target),
+    )
+
+
+def _seen_by_qemu(known: DiskRecord, qemu: QemuView | None) -> Seen:
+    disk: QemuDisk | None = None if qemu is None else qemu.disks.get(known.target)
+    if disk is None or not disk.files:
+        return Seen.UNKNOWN
+    return _which(known, disk.files[0] == known.base_qemu_file, disk.files)
+
+
+def _seen_in(known: DiskRecord, xml: DomainXml | None) -> Seen:
+    if xml is None:
+        return Seen.UNKNOWN
+    disk = xml.disks.get(known.target)
+    if disk is None:
+        return Seen.OTHER
+    places = tuple(source.place for source in disk.chain)
+    return _which(known, disk.top.key == known.base_key, places)
+
+
+def _which(known: DiskRecord, is_base: bool, chain: tuple[str, ...]) -> Seen:
+    if is_base:
+        return Seen.BASE
+    if chain[0] == known.overlay_path:
+        return Seen.OVERLAY
+    return Seen.UNDER if known.overlay_path in chain else Seen.OTHER
+
+
+def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
+    disk = None if view.live is None else view.live.disks.get(known.target)
+    if disk is None or view.qemu is None:
+        return JobSeen.NONE
+    job = _qemu_job(view.qemu, known.target, known)
+    if disk.mirror is not None:
+        if disk.mirror.job != _LIBVIRT_COMMIT or disk.top.place != known.overlay_path:
+            return JobSeen.FOREIGN
+        return JobSeen.READY if disk.mirror.ready else JobSeen.COMMITTING
+    if view.jobs and known.target in view.jobs:
+        return JobSeen.COMMITTING
+    if job is not None:
+        return JobSeen.READY if job.status in ("ready", "concluded") else JobSeen.COMMITTING
+    return JobSeen.NONE
+
+
+def _qemu_job(qemu: QemuView, target: str, known: DiskRecord) -> QemuJob | None:
+    # libvirt names its jobs after the disk and the overlay's node: commit-vda-libvirt-3-format.
+    names = {OWN_JOB.format(target)}
+    names |= {f"commit-{target}-{node.name}" for node in qemu.nodes if node.file == known.overlay_path}
+    for job in qemu.jobs:
+        if job.name in names:
+            return job
+    return None
+
+
+def _leaked(known: DiskRecord, qemu: QemuView | None) -> tuple[str, ...]:
+    if qemu is None or _qemu_job(qemu, known.target, known) is not None:
+        return ()
+    # The format layer first: it holds the storage layer, which can't be closed before it.
+    found = [node for node in qemu.nodes if node.file == known.overlay_path]
+    return tuple(node.name for node in sorted(found, key=lambda node: node.driver != "qcow2"))
+
+
+def _base_file(known: DiskRecord) -> tuple[FileIdentity | None, bool]:
+    try:
+        now = known.base.identity()
+    except OSError:
+        return None, False
+    recorded = known.base_identity
+    return now, recorded is None or now is None or now.same_file(recorded)
+
+
+def _intact(known: DiskRecord, now: FileIdentity | None) -> bool:
+    recorded = known.base_identity
+    if recorded is None or now is None or recorded.special:
+        return True  # a device's times do not tell, and before the capture there is nothing to compare
+    return (now.size_bytes, now.mtime_ns) == (recorded.size_bytes, recorded.mtime_ns)
+
+
+def _overlay_file(known: DiskRecord) -> FileIdentity | None:
+    try:
+        return file_identity(known.overlay_path)
+    except OSError:
+        return None
+
+
+def _seen_file(known: DiskRecord, now: FileIdentity | None) -> FileSeen:
+    if now is None:
+        return FileSeen.ABSENT
+    recorded = known.overlay_identity
+    if recorded is not None:
+        return FileSeen.OURS if now.same_file(recorded) and _backing_is_base(known) else FileSeen.OTHER
+    # The run died between making the file and writing down which it is: its backing file tells.
+    return FileSeen.OURS if now.size_bytes == 0 or _backing_is_base(known) else FileSeen.OTHER
+
+
+def _backing_is_base(known: DiskRecord) -> bool:
+    try:
+        info = image_info(file_place(known.overlay_path, "qcow2"))
+    except ProgramFailed:
+        return False
+    return info.backing == known.base.backing_text()
+
+
+def _in_use(disk: DiskSight) -> bool:
+    uses = (disk.qemu, disk.live, disk.inactive)
+    return Seen.OVERLAY in uses or Seen.UNDER in uses
+
+
+def _with_other_users(
+    record: RunRecord, domain: Domain, disks: tuple[DiskSight, ...]
+) -> tuple[DiskSight, ...]:
+    paths = {record.disk(disk.target).overlay_path for disk in disks if not settled(disk)}
+    users = other_users(domain.connection, record.uuid, paths) if paths else {}
+    return tuple(
+        replace(disk, named_by=users.get(record.disk(disk.target).overlay_path, "")) for disk in disks
+    )

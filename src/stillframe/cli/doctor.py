@@ -1,0 +1,92 @@
+"""`stillframe doctor`: can this guest be captured, how, and what is in the way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from stillframe.capture.growth import free_bytes
+from stillframe.capture.plan import Plan, make_plan
+from stillframe.cli.screen import error_body
+from stillframe.cli.session import Session
+from stillframe.config import GuestSettings, for_guest
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, Refused, StillframeError
+from stillframe.hypervisor.domain import Domain, all_domains, find_domain
+from stillframe.units import size_text
+
+_PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
+
+
+def doctor(session: Session, names: Sequence[str]) -> int:
+    """Say of each named guest (or of all) whether it can be captured; return the exit code."""
+    host = _host(session)
+    domains = [find_domain(session.connection, name) for name in names] or all_domains(session.connection)
+    bodies: list[dict[str, object]] = []
+    errors: list[StillframeError] = []
+    for domain in domains:
+        try:
+            bodies.append({"guest": domain.name, "ok": True, **_examine(session, domain)})
+        except StillframeError as error:
+            errors.append(error)
+            bodies.append({"guest": domain.name, "ok": False, "error": error_body(error)})
+            session.screen.result(f"{domain.name}: can't be captured now.")
+            session.screen.result("  " + error.text().replace("\n", "\n  "))
+    session.screen.json({"host": host, "guests": bodies})
+    if not errors:
+        return EXIT_OK
+    return errors[0].exit_code if len(bodies) == 1 else EXIT_PARTIAL
+
+
+def _host(session: Session) -> dict[str, object]:
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    library = session.connection.look(lambda connect: connect.getLibVersion())
+    qemu = session.connection.look(lambda connect: connect.getVersion())
+    free = free_bytes(str(session.journal.folder))
+    session.screen.result(
+        f"host: libvirt {_version(library)}, QEMU {_version(qemu)}, "
+        f"journal in {session.journal.folder} ({size_text(free)} free)"
+    )
+    for program in missing:
+        session.screen.result(f"host: {program} is missing: apt-get install qemu-utils util-linux")
+    return {"libvirt": _version(library), "qemu": _version(qemu), "missing_programs": missing}
+
+
+def _examine(session: Session, domain: Domain) -> dict[str, object]:
+    left = session.journal.open_runs(domain.uuid)
+    if left:
+        raise Refused(
+            f"A run of {domain.name} ended while {left[0].state.value} and was not recovered.",
+            f"stillframe recover {domain.name}",
+        )
+    plan = make_plan(domain, for_guest(session.settings, domain.name, GuestSettings()))
+    session.screen.result(f"{domain.name}: can be captured by the overlay method")
+    for line in _plan_lines(plan):
+        session.screen.result(f"  {line}")
+    return {
+        "method": "overlay", "quiesce": plan.quiesce.value, "warnings": plan.warnings,
+        "disks": [
+            {"target": disk.target, "image": disk.base.text(), "format": disk.base_format,
+             "size_bytes": disk.size_bytes, "overlay": disk.overlay_path}
+            for disk in plan.disks
+        ],
+        "excluded": [{"target": each.target, "reason": each.reason} for each in plan.excluded],
+    }
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    lines = [f"quiesce: {plan.quiesce.value}", *(f"warning: {warning}" for warning in plan.warnings)]
+    lines += [
+        f"{disk.target}: {disk.base_format} {disk.base.text()}, {size_text(disk.size_bytes)}; "
+        f"overlay {disk.overlay_path}"
+        for disk in plan.disks
+    ]
+    lines += [f"{each.target}: left out, {each.reason}" for each in plan.excluded]
+    lines += [
+        f"overlays may grow to {size_text(mark.limit_bytes)} before the copy is given up"
+        for mark in plan.watermarks
+    ]
+    return lines
+
+
+def _version(number: int) -> str:
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -1,0 +1,90 @@
+"""What every command needs: settings, the journal, libvirt, and signals turned into a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+
+from stillframe.capture.journal import Journal
+from stillframe.capture.run import Tools
+from stillframe.cli.screen import Screen
+from stillframe.clock import SystemClock
+from stillframe.config import Settings, read_settings
+from stillframe.errors import Interrupted, StillframeError
+from stillframe.hypervisor.connection import Connection
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that all commands share."""
+
+    connect: str | None
+    state_dir: Path | None
+    config: Path | None
+    as_json: bool
+    quiet: bool
+
+
+class Session:
+    """One call of the command."""
+
+    def __init__(self, common: Common) -> None:
+        self._common = common
+        self.screen = Screen(as_json=common.as_json, quiet=common.quiet)
+        self.clock = SystemClock()
+        self._interrupted: str = ""
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The configuration file. Raises ConfigInvalid."""
+        return read_settings(self._common.config)
+
+    @cached_property
+    def state_folder(self) -> Path:
+        """The folder with the journal."""
+        return self._common.state_dir or Path(self.settings.state_dir)
+
+    @cached_property
+    def journal(self) -> Journal:
+        """The journal. Raises StateFolderUnusable."""
+        return Journal(self.state_folder, self.clock)
+
+    @cached_property
+    def connection(self) -> Connection:
+        """The connection to libvirt. Raises NoHypervisor, NotPermitted."""
+        return Connection(self._common.connect or self.settings.connect, self.clock)
+
+    @cached_property
+    def tools(self) -> Tools:
+        """What runs work with."""
+        return Tools(self.journal, self.clock, self.screen.watcher())
+
+    def stop(self) -> StillframeError | None:
+        """Return the error to end runs with once a signal came."""
+        if not self._interrupted:
+            return None
+        return Interrupted(
+            f"{self._interrupted} ended the run. The last good mirror is as it was.",
+            "run the same command again when you like",
+        )
+
+    @contextlib.contextmanager
+    def signals_as_stop(self) -> Iterator[None]:
+        """Within the block, SIGINT and SIGTERM end the run cleanly instead of killing it."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupted = signal.Signals(number).name
+        self.screen.say(f"{self._interrupted}: ending the run; the guest is being brought back…")

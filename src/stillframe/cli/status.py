@@ -1,0 +1,100 @@
+"""`stillframe status`: runs, leftovers, guests on overlays, the last good mirror of each guest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stillframe.capture.journal import RunRecord
+from stillframe.capture.lock import lock_holder
+from stillframe.capture.plan import OVERLAY_SUFFIX
+from stillframe.cli.session import Session
+from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
+from stillframe.hypervisor.domain import all_domains
+from stillframe.mirror.folder import MirrorFolder
+
+_SHOWN_RUNS = 100
+
+
+def status(session: Session) -> int:
+    """Print the state of everything; return NeedsAttention's exit code if something was left."""
+    runs = [_run_body(session, run) for run in session.journal.open_runs()]
+    overlaid = _overlaid(session)
+    mirrors = _mirrors(session)
+    session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "mirrors": mirrors})
+    _print(session, runs, overlaid, mirrors)
+    left = [run for run in runs if not run["running"]]
+    unknown = [each for each in overlaid if each["run"] == ""]
+    return NeedsAttention.exit_code if left or unknown else EXIT_OK
+
+
+def _print(
+    session: Session, runs: list[dict[str, object]], overlaid: list[dict[str, str]],
+    mirrors: list[dict[str, str]],
+) -> None:
+    say = session.screen.result
+    for run in runs:
+        state = f"is {run['state']} ({run['holder']})" if run["running"] else (
+            f"ended while {run['state']} and was not recovered: stillframe recover {run['guest']}")
+        say(f"run {run['id']} of {run['guest']} {state}")
+        for path in run["overlays"] if isinstance(run["overlays"], list) else []:
+            say(f"  overlay {path}")
+    for each in overlaid:
+        owner = f"run {each['run']}" if each["run"] else "no known run: a person must look"
+        say(f"{each['guest']} {each['target']} is on the overlay {each['overlay']} ({owner})")
+    for mirror in mirrors:
+        say(
+            f"mirror of {mirror['guest']} in {mirror['folder']}: {mirror['state']}"
+            + (f", as of {mirror['captured_at']}, {mirror['consistency']}-consistent"
+               if mirror["captured_at"] else "")
+        )
+    if not (runs or overlaid or mirrors):
+        say("no run yet: stillframe mirror GUEST DEST")
+
+
+def _run_body(session: Session, run: RunRecord) -> dict[str, object]:
+    holder = lock_holder(session.journal.folder, run.uuid)
+    return {
+        "id": run.id, "guest": run.name, "state": run.state.value, "began_at": run.began_at,
+        "destination": run.destination, "running": bool(holder), "holder": holder,
+        "overlays": [disk.overlay_path for disk in run.disks if os.path.exists(disk.overlay_path)],
+    }
+
+
+def _overlaid(session: Session) -> list[dict[str, str]]:
+    known = {
+        disk.overlay_path: run.id for run in session.journal.open_runs() for disk in run.disks
+    }
+    found = []
+    try:
+        for domain in all_domains(session.connection):
+            for xml in domain.descriptions()[:1]:
+                found += [
+                    {"guest": domain.name, "target": disk.target, "overlay": disk.top.place,
+                     "run": known.get(disk.top.place, "")}
+                    for disk in xml.disks.values() if disk.top.place.endswith(OVERLAY_SUFFIX)
+                ]
+    except StillframeError as error:
+        session.screen.warn(f"guests can't be looked at: {error.message}")
+    return found
+
+
+def _mirrors(session: Session) -> list[dict[str, str]]:
+    folders: dict[str, str] = {}
+    for run in session.journal.last_runs(_SHOWN_RUNS):
+        folders.setdefault(run.destination, run.name)
+    found = []
+    for folder, guest in sorted(folders.items()):
+        try:
+            seen = MirrorFolder(Path(folder), clock=session.clock).inspect()
+        except StillframeError as error:
+            found.append({"guest": guest, "folder": folder, "state": error.message,
+                          "captured_at": "", "consistency": ""})
+            continue
+        record = seen.pending or seen.record
+        found.append({
+            "guest": guest, "folder": folder, "state": seen.state.value,
+            "captured_at": record.captured_at if record else "",
+            "consistency": record.consistency if record else "",
+        })
+    return found

@@ -1,0 +1,114 @@
+"""The configuration file: TOML in, typed structs out. With the CLI, the only reader of environment.
+
+[defaults]                 # for all guests
+quiesce = "auto"
+overlay_dir = "/var/lib/libvirt/images"
+overlay_limit = "20G"
+min_free = "1G"
+freeze_timeout = "10s"
+agent_timeout = "5s"
+shutdown_timeout = "2m"
+commit_timeout = "1h"
+exclude = ["vdb"]
+
+[guests.NAME]              # the same keys, for one guest
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from stillframe.capture.limits import Limits
+from stillframe.capture.plan import Wishes
+from stillframe.capture.states import Quiesce
+from stillframe.errors import ConfigInvalid
+from stillframe.units import parse_duration_s, parse_size_bytes
+
+DEFAULT_FILE = Path("/etc/stillframe/stillframe.toml")
+DEFAULT_STATE_FOLDER = Path("/var/lib/stillframe")
+DEFAULT_URI = "qemu:///system"
+
+
+class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings for a guest; None where nothing was said. Sizes and times as people write them."""
+
+    quiesce: Quiesce | None = None
+    overlay_dir: str | None = None
+    overlay_limit: str | None = None
+    min_free: str | None = None
+    freeze_timeout: str | None = None
+    agent_timeout: str | None = None
+    shutdown_timeout: str | None = None
+    commit_timeout: str | None = None
+    exclude: tuple[str, ...] | None = None
+
+    def over(self, other: GuestSettings) -> GuestSettings:
+        """Return these settings, completed by *other* where nothing was said."""
+        mine = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        return msgspec.structs.replace(other, **mine)
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    connect: str = DEFAULT_URI
+    state_dir: str = str(DEFAULT_STATE_FOLDER)
+    defaults: GuestSettings = GuestSettings()
+    guests: Mapping[str, GuestSettings] = {}
+
+
+def read_settings(path: Path | None) -> Settings:
+    """Return the settings of *path*, or of the default file if it exists.
+
+    Raises ConfigInvalid, with the line or the key that is wrong.
+    """
+    chosen = path or Path(os.environ.get("STILLFRAME_CONFIG", str(DEFAULT_FILE)))
+    try:
+        data = chosen.read_bytes()
+    except FileNotFoundError as error:
+        if path is None:
+            return Settings()
+        raise ConfigInvalid(f"There is no configuration file {chosen}.", f"ls -l {chosen}") from error
+    except OSError as error:
+        raise ConfigInvalid(f"{chosen} can't be read: {error.strerror}.", f"ls -l {chosen}") from error
+    try:
+        return msgspec.toml.decode(data, type=Settings)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigInvalid(f"{chosen} is not valid: {error}.", f"edit {chosen}") from error
+
+
+def wishes(settings: GuestSettings) -> Wishes:
+    """Return what the settings ask for. Raises ConfigInvalid for a value that is no size or time."""
+    plain = Limits()
+    try:
+        return Wishes(
+            quiesce=settings.quiesce or Quiesce.AUTO,
+            overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
+            exclude=settings.exclude or (),
+            limits=Limits(
+                freeze_s=_seconds(settings.freeze_timeout, plain.freeze_s),
+                agent_s=_seconds(settings.agent_timeout, plain.agent_s),
+                shutdown_s=_seconds(settings.shutdown_timeout, plain.shutdown_s),
+                commit_s=_seconds(settings.commit_timeout, plain.commit_s),
+                overlay_bytes=parse_size_bytes(settings.overlay_limit) if settings.overlay_limit else None,
+                min_free_bytes=(
+                    parse_size_bytes(settings.min_free) if settings.min_free else plain.min_free_bytes
+                ),
+            ),
+        )
+    except ValueError as error:
+        raise ConfigInvalid(f"{error}.", "correct the option or the configuration file") from error
+
+
+def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
+    """Return the wishes for guest *name*: options over its own section over the defaults."""
+    own = settings.guests.get(name, GuestSettings())
+    return wishes(options.over(own.over(settings.defaults)))
+
+
+def _seconds(text: str | None, otherwise: float) -> float:
+    return parse_duration_s(text) if text else otherwise

@@ -1,0 +1,275 @@
+"""One libvirt domain: looking at it, and the single steps that change it.
+
+Every method looks the domain up anew, so that none is bound to a connection that may be
+gone. Looks are repeated after a reconnect; steps are made once (see Connection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import libvirt
+
+from stillframe.errors import ConnectionLost, GuestUnknown, HypervisorError
+from stillframe.hypervisor import monitor
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain_xml import read_domain_xml, snapshot_xml
+from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Power
+
+T = TypeVar("T")
+
+_XML_FLAGS_INACTIVE = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+_SNAPSHOT_FLAGS = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+)
+_COMMIT_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+_PID_FOLDER = Path("/run/libvirt/qemu")
+
+
+class Domain:
+    """A domain by its UUID. *name* is what it was called when it was found."""
+
+    def __init__(self, connection: Connection, uuid: str, name: str) -> None:
+        self.connection = connection
+        self.uuid = uuid
+        self.name = name
+
+    def view(self) -> DomainView:
+        """Return everything one look gives; power GONE when the domain is not defined.
+
+        Raises HypervisorError, NoHypervisor.
+        """
+        try:
+            return self._look(self._view)
+        except GuestUnknown:
+            hidden = qemu_pid(self.name) is not None
+            return DomainView(self.name, self.uuid, Power.HIDDEN if hidden else Power.GONE)
+
+    def power(self) -> Power:
+        """Return whether the domain runs."""
+        try:
+            return self._look(lambda domain: _power(domain, self.name))
+        except GuestUnknown:
+            return Power.GONE
+
+    def descriptions(self) -> list[DomainXml]:
+        """Return the domain's XMLs: live (if it runs) and inactive (if it is persistent)."""
+
+        def read(domain: libvirt.virDomain) -> list[DomainXml]:
+            flags = [0] if domain.isActive() else []
+            flags += [_XML_FLAGS_INACTIVE] if domain.isPersistent() else []
+            return [read_domain_xml(domain.XMLDesc(flag)) for flag in flags]
+
+        try:
+            return self._look(read)
+        except GuestUnknown:
+            return []
+
+    def capacity_bytes(self, target: str) -> int:
+        """Return the virtual size of disk *target*."""
+        return int(self._look(lambda domain: domain.blockInfo(target, 0)[0]))
+
+    def snapshot_holders(self) -> tuple[str, ...]:
+        """Return the names of libvirt snapshots that keep a disk on an external overlay."""
+        return self._look(_external_snapshots)
+
+    def put_overlays_on(self, overlays: Mapping[str, str], others: tuple[str, ...]) -> None:
+        """Put the pre-created *overlays* (target → path) on, all in one QEMU transaction.
+
+        Every other disk must be in *others*. No snapshot metadata is made.
+        Raises HypervisorError, ConnectionLost.
+        """
+        text = snapshot_xml(overlays, others)
+        self._act(lambda domain: domain.snapshotCreateXML(text, _SNAPSHOT_FLAGS))
+
+    def start_commit(self, target: str, base_index: int, top_index: int) -> None:
+        """Start the active commit of exactly top into base, both named by libvirt's indexes."""
+        base, top = f"{target}[{base_index}]", f"{target}[{top_index}]"
+        self._act(lambda domain: domain.blockCommit(target, base, top, 0, _COMMIT_FLAGS))
+
+    def pivot(self, target: str) -> None:
+        """End the commit of *target* by making the base its image again."""
+        self._act(lambda domain: domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT))
+
+    def abort_commit(self, target: str) -> None:
+        """End the commit of *target*; the guest stays on its overlay, and nothing is lost."""
+        self._act(lambda domain: domain.blockJobAbort(target, 0))
+
+    def suspend(self) -> None:
+        """Stop the guest's CPUs."""
+        self._act(lambda domain: domain.suspend())
+
+    def resume(self) -> None:
+        """Let the guest's CPUs go on."""
+        self._act(lambda domain: domain.resume())
+
+    def start(self) -> None:
+        """Start the domain."""
+        self._act(lambda domain: domain.create())
+
+    def ask_to_shut_down(self) -> None:
+        """Ask the guest to shut down, by its agent if it answers, else by ACPI."""
+
+        def ask(domain: libvirt.virDomain) -> None:
+            try:
+                domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
+            except libvirt.libvirtError:
+                domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_DEFAULT)
+
+        self._act(ask)
+
+    def define(self, text: str) -> None:
+        """Make *text* the domain's inactive XML."""
+        self.connection.act(lambda connect: connect.defineXML(text))
+
+    def qmp(self, action: Callable[[monitor.Qmp], T]) -> T:
+        """Return what *action* makes of QEMU's own monitor.
+
+        Raises HypervisorError, also for what QEMU refuses.
+        """
+        return self._act(lambda domain: action(monitor.passthrough(domain)))
+
+    def freeze(self, timeout_s: int) -> int:
+        """Freeze the guest's file systems; return how many.
+
+        After any error the freeze may still happen later: thaw until it is verified.
+        """
+
+        def ask(domain: libvirt.virDomain) -> int:
+            domain.agentSetResponseTimeout(timeout_s, 0)
+            return int(domain.fsFreeze())
+
+        return self._act(ask)
+
+    def thaw(self, timeout_s: int) -> int:
+        """Thaw the guest's file systems; return how many."""
+
+        def ask(domain: libvirt.virDomain) -> int:
+            domain.agentSetResponseTimeout(timeout_s, 0)
+            return int(domain.fsThaw())
+
+        return self._act(ask)
+
+    def is_frozen(self, timeout_s: int) -> bool:
+        """Return whether the guest agent says that file systems are frozen.
+
+        Raises HypervisorError when it does not answer.
+        """
+        return monitor.fsfreeze_status(self._look, timeout_s) != "thawed"
+
+    def agent_answers(self, timeout_s: int) -> bool:
+        """Return whether the guest agent answers a ping."""
+        try:
+            return monitor.agent_ping(self._look, timeout_s)
+        except HypervisorError:
+            return False
+
+    def _look(self, question: Callable[[libvirt.virDomain], T]) -> T:
+        return self.connection.look(lambda connect: question(connect.lookupByUUIDString(self.uuid)))
+
+    def _act(self, step: Callable[[libvirt.virDomain], T]) -> T:
+        return self.connection.act(lambda connect: step(connect.lookupByUUIDString(self.uuid)))
+
+    def _view(self, domain: libvirt.virDomain) -> DomainView:
+        power = _power(domain, self.name)
+        persistent = bool(domain.isPersistent())
+        inactive = read_domain_xml(domain.XMLDesc(_XML_FLAGS_INACTIVE)) if persistent else None
+        if not power.has_qemu:
+            saved = bool(domain.hasManagedSaveImage())
+            return DomainView(
+                domain.name(), self.uuid, power, persistent, None, inactive, managed_save=saved
+            )
+        try:
+            return self._view_running(domain, persistent)
+        except (libvirt.libvirtError, HypervisorError):
+            # Either the guest just ended, or libvirt's monitor refuses; only the former is a view.
+            if not _power(domain, self.name).has_qemu:
+                return DomainView(domain.name(), self.uuid, Power.OFF, persistent, None, inactive)
+            raise
+
+    def _view_running(self, domain: libvirt.virDomain, persistent: bool) -> DomainView:
+        before = read_domain_xml(domain.XMLDesc(0))
+        # The monitor waits for whatever libvirt is doing with the domain, XMLDesc does not:
+        # asked for afterwards, the XMLs are no older than what QEMU said.
+        qemu = monitor.read_view(
+            monitor.passthrough(domain), {disk.target: disk.alias for disk in before.disks.values()}
+        )
+        jobs = {target: job for target in before.disks if (job := _block_job(domain, target))}
+        busy = domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
+        return DomainView(
+            domain.name(), self.uuid, _power(domain, self.name), persistent,
+            read_domain_xml(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)),
+            read_domain_xml(domain.XMLDesc(_XML_FLAGS_INACTIVE)) if persistent else None,
+            jobs, busy, False, qemu,
+        )
+
+
+def find_domain(connection: Connection, name_or_uuid: str) -> Domain:
+    """Return the domain of that name or UUID. Raises GuestUnknown."""
+
+    def find(connect: libvirt.virConnect) -> Domain:
+        with contextlib.suppress(libvirt.libvirtError):
+            found = connect.lookupByName(name_or_uuid)
+            return Domain(connection, found.UUIDString(), found.name())
+        found = connect.lookupByUUIDString(name_or_uuid)
+        return Domain(connection, found.UUIDString(), found.name())
+
+    try:
+        return connection.look(find)
+    except (GuestUnknown, HypervisorError) as error:
+        if isinstance(error, ConnectionLost):
+            raise
+        raise GuestUnknown(
+            f"There is no guest called {name_or_uuid!r} at {connection.uri}.", "virsh list --all"
+        ) from error
+
+
+def all_domains(connection: Connection) -> list[Domain]:
+    """Return every domain that libvirt knows, in order of name."""
+    found = connection.look(
+        lambda connect: [(each.name(), each.UUIDString()) for each in connect.listAllDomains()]
+    )
+    return [Domain(connection, uuid, name) for name, uuid in sorted(found)]
+
+
+def qemu_pid(name: str) -> int | None:
+    """Return the process ID of the QEMU that runs domain *name*, None if there is none.
+
+    From libvirt's pid file and the process table, since libvirt itself can take a running
+    domain for shut off after a crash.
+    """
+    try:
+        pid = int((_PID_FOLDER / f"{name}.pid").read_text().strip())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if f"guest={name}".encode() in command else None
+
+
+def _power(domain: libvirt.virDomain, name: str) -> Power:
+    state, reason = domain.state()
+    if state in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_NOSTATE):
+        return Power.HIDDEN if qemu_pid(name) is not None else Power.OFF
+    if state == libvirt.VIR_DOMAIN_PAUSED:
+        io_error = reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
+        return Power.PAUSED_ON_IO_ERROR if io_error else Power.PAUSED
+    return Power.PAUSED if state == libvirt.VIR_DOMAIN_PMSUSPENDED else Power.RUNNING
+
+
+def _block_job(domain: libvirt.virDomain, target: str) -> BlockJob | None:
+    info: dict[str, Any] = domain.blockJobInfo(target)
+    return BlockJob(info["type"], info["cur"], info["end"]) if info else None
+
+
+def _external_snapshots(domain: libvirt.virDomain) -> tuple[str, ...]:
+    held: list[str] = []
+    for snapshot in domain.listAllSnapshots():
+        if "snapshot='external'" in snapshot.getXMLDesc():
+            held.append(snapshot.getName())
+    return tuple(held)

@@ -1,0 +1,157 @@
+"""Domain XML in and out: which disks there are, what their chains look like.
+
+Live XML lists a running disk's whole chain as nested <backingStore> elements with
+indexes; inactive XML usually names only the top.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping
+
+from stillframe.errors import NeedsAttention
+from stillframe.hypervisor.model import Disk, DomainXml, ExcludedDisk, Mirror, Source
+
+_CAPTURABLE_KINDS = ("file", "block", "network")
+
+
+def read_domain_xml(text: str) -> DomainXml:
+    """Return what *text*, a domain's XML from libvirt, says."""
+    root = ET.fromstring(text)
+    disks: dict[str, Disk] = {}
+    bystanders: dict[str, Disk] = {}
+    excluded: list[ExcludedDisk] = []
+    for element in root.iterfind("./devices/disk"):
+        reason = _why_excluded(element)
+        if reason:
+            excluded.append(ExcludedDisk(_target(element), reason))
+            if element.find("source") is not None:
+                bystanders[_target(element)] = _read_disk(element)
+        else:
+            disk = _read_disk(element)
+            disks[disk.target] = disk
+    return DomainXml(
+        text=text,
+        name=root.findtext("name", ""),
+        uuid=root.findtext("uuid", ""),
+        disks=disks,
+        excluded=tuple(excluded),
+        bystanders=bystanders,
+        has_agent_channel=root.find(
+            "./devices/channel/target[@name='org.qemu.guest_agent.0']"
+        ) is not None,
+    )
+
+
+def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:
+    """Return a disk-only snapshot's XML: *overlays* maps a target to its overlay's path.
+
+    Every other disk of the domain must be in *others*: libvirt snapshots disks that are
+    not listed, too.
+    """
+    root = ET.Element("domainsnapshot")
+    disks = ET.SubElement(root, "disks")
+    for target, path in overlays.items():
+        disk = ET.SubElement(disks, "disk", name=target, snapshot="external", type="file")
+        ET.SubElement(disk, "driver", type="qcow2")
+        ET.SubElement(disk, "source", file=path)
+    for target in others:
+        ET.SubElement(disks, "disk", name=target, snapshot="no")
+    return ET.tostring(root, encoding="unicode")
+
+
+def with_source(domain_text: str, target: str, base: Source) -> str:
+    """Return *domain_text* (inactive XML) with disk *target* reading from *base* again.
+
+    What a person changed elsewhere in the XML meanwhile is kept. Raises NeedsAttention
+    if the disk is no longer there.
+    """
+    root = ET.fromstring(domain_text)
+    for element in root.iterfind("./devices/disk"):
+        if _target(element) == target:
+            _point_to(element, base)
+            return ET.tostring(root, encoding="unicode")
+    raise NeedsAttention(
+        f"The domain's definition has no disk {target} any more.",
+        f"virsh edit {root.findtext('name', '')}",
+    )
+
+
+def _point_to(element: ET.Element, base: Source) -> None:
+    for name in ("source", "backingStore"):
+        for child in element.findall(name):
+            element.remove(child)
+    element.set("type", base.kind)
+    driver = element.find("driver")
+    if driver is None:
+        driver = ET.SubElement(element, "driver", name="qemu")
+    driver.set("type", base.format)
+    source = ET.fromstring(base.xml)
+    source.attrib.pop("index", None)
+    element.insert(list(element).index(driver) + 1, source)
+
+
+def _target(element: ET.Element) -> str:
+    target = element.find("target")
+    return "?" if target is None else target.get("dev", "?")
+
+
+def _why_excluded(element: ET.Element) -> str:
+    device = element.get("device", "disk")
+    kind = element.get("type", "file")
+    if device != "disk":
+        return f"it is a {device}"
+    for name in ("readonly", "shareable", "transient"):
+        if element.find(name) is not None:
+            return f"it is {name}"
+    if element.find("source") is None:
+        return "it has no image"
+    if kind not in _CAPTURABLE_KINDS:
+        return f"disks of type {kind} are not supported"
+    return ""
+
+
+def _read_disk(element: ET.Element) -> Disk:
+    alias = element.find("alias")
+    mirror = element.find("mirror")
+    return Disk(
+        target=_target(element),
+        alias="" if alias is None else alias.get("name", ""),
+        chain=tuple(_chain(element)),
+        mirror=None if mirror is None else Mirror(
+            mirror.get("job", ""), mirror.get("ready", "") == "yes"
+        ),
+    )
+
+
+def _chain(element: ET.Element) -> Iterable[Source]:
+    driver = element.find("driver")
+    image_format = "" if driver is None else driver.get("type", "")
+    current: ET.Element | None = element
+    while current is not None:
+        source = current.find("source")
+        if source is None:
+            return
+        # The top carries its index on <source>, the images below on <backingStore>.
+        index = source.get("index") or current.get("index") or "-1"
+        yield _source(current.get("type", "file"), image_format, source, int(index))
+        current = current.find("backingStore")
+        if current is not None:
+            found = current.find("format")
+            image_format = "" if found is None else found.get("type", "")
+
+
+def _source(kind: str, image_format: str, element: ET.Element, index: int) -> Source:
+    text = ET.tostring(element, encoding="unicode").strip()
+    image_format = image_format or "raw"
+    if kind != "network":
+        place = element.get("file") or element.get("dev") or ""
+        return Source(kind, image_format, place, index, xml=text)
+    hosts = element.findall("host")
+    host = hosts[0] if hosts else ET.Element("host")
+    protocol, export = element.get("protocol", ""), element.get("name", "")
+    socket, server, port = host.get("socket", ""), host.get("name", ""), int(host.get("port", "0"))
+    return Source(
+        kind, image_format, f"{protocol}://{socket or f'{server}:{port}'}/{export}", index,
+        protocol, server, port, socket, export, text,
+    )

@@ -1,0 +1,159 @@
+"""What is known of a domain, as plain data without any libvirt object in it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class Power(enum.Enum):
+    """Whether a domain runs, as far as libvirt and the process table tell."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    PAUSED_ON_IO_ERROR = "paused after an I/O error"
+    OFF = "shut off"
+    HIDDEN = "shut off for libvirt, but its QEMU still runs"
+    GONE = "not defined"
+
+    @property
+    def has_qemu(self) -> bool:
+        """Whether libvirt talks to a QEMU of the domain."""
+        return self in (Power.RUNNING, Power.PAUSED, Power.PAUSED_ON_IO_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image of a disk's chain as libvirt names it.
+
+    *kind* is libvirt's type attribute (file, block, network, volume, …), *place* a path
+    or, for a network disk, the protocol's own address; *index* is libvirt's number in
+    `vda[index]`, -1 where the XML gives none. *xml* is the <source> element as text.
+    """
+
+    kind: str
+    format: str
+    place: str
+    index: int = -1
+    protocol: str = ""
+    host: str = ""
+    port: int = 0
+    socket: str = ""
+    export: str = ""
+    xml: str = ""
+
+    @property
+    def key(self) -> str:
+        """A text that is equal for two sources exactly if they name the same image."""
+        return f"{self.kind}:{self.place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """The <mirror> element of a disk: a block job that libvirt knows of."""
+
+    job: str
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk as one XML shows it: its chain from top to bottom, and a job if one runs."""
+
+    target: str
+    alias: str
+    chain: tuple[Source, ...]
+    mirror: Mirror | None = None
+
+    @property
+    def top(self) -> Source:
+        """The image that the guest writes to."""
+        return self.chain[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ExcludedDisk:
+    """A disk that is never captured, and why."""
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DomainXml:
+    """One XML description (live or inactive), read.
+
+    *bystanders* are the disks that are never captured but still name images (read-only ones,
+    CD-ROMs and the like), under their targets.
+    """
+
+    text: str
+    name: str
+    uuid: str
+    disks: Mapping[str, Disk]
+    excluded: tuple[ExcludedDisk, ...]
+    bystanders: Mapping[str, Disk]
+    has_agent_channel: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJob:
+    """A block job as blockJobInfo() shows it, in libvirt's units of progress (bytes for commit)."""
+
+    kind: int
+    cur: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class QemuDisk:
+    """What QEMU itself says of a disk: file names from top to bottom, and the top's node name."""
+
+    node: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QemuNode:
+    """One node of QEMU's block graph."""
+
+    name: str
+    driver: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class QemuJob:
+    """One block job of QEMU. *done* and *total* are bytes for a commit."""
+
+    name: str
+    kind: str
+    status: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class QemuView:
+    """QEMU's own block graph and jobs, asked for over QMP: the truth about a running domain."""
+
+    disks: Mapping[str, QemuDisk]
+    nodes: tuple[QemuNode, ...]
+    jobs: tuple[QemuJob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainView:
+    """Everything that one look at a domain gives."""
+
+    name: str
+    uuid: str
+    power: Power
+    persistent: bool = False
+    live: DomainXml | None = None
+    inactive: DomainXml | None = None
+    jobs: Mapping[str, BlockJob] | None = None
+    domain_job: bool = False
+    managed_save: bool = False
+    qemu: QemuView | None = None

@@ -1,0 +1,134 @@
+"""QEMU's own word, asked for through libvirt's monitor passthrough.
+
+libvirt's XML can be wrong for ever after a crash at the wrong instant; QEMU's block
+graph can't. The answers are read here; block-commit and its kin are used only where
+libvirt itself no longer knows of the overlay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import libvirt_qemu
+
+from stillframe.errors import HypervisorError
+from stillframe.hypervisor.model import QemuDisk, QemuJob, QemuNode, QemuView
+
+#: Runs one QMP command and returns what is under "return".
+Qmp = Callable[[str, Mapping[str, Any]], Any]
+
+
+def passthrough(domain: Any) -> Qmp:
+    """Return a Qmp over libvirt domain object *domain*."""
+
+    def execute(command: str, arguments: Mapping[str, Any]) -> Any:
+        text = json.dumps({"execute": command, "arguments": arguments})
+        answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
+        if "error" in answer:
+            raise HypervisorError(f"QEMU said: {answer['error'].get('desc', answer['error'])}", 0)
+        return answer["return"]
+
+    return execute
+
+
+def read_view(qmp: Qmp, aliases: Mapping[str, str]) -> QemuView:
+    """Return QEMU's block graph; *aliases* maps a target to libvirt's device alias."""
+    devices = qmp("query-block", {})
+    disks: dict[str, QemuDisk] = {}
+    for target, alias in aliases.items():
+        for device in devices:
+            if alias in str(device.get("qdev", "")).split("/") and "inserted" in device:
+                disks[target] = _read_disk(device["inserted"])
+    nodes = _nodes(qmp)
+    jobs = tuple(
+        QemuJob(job["device"], job["type"], job.get("status", ""), job["offset"], job["len"])
+        for job in qmp("query-block-jobs", {})
+    )
+    return QemuView(disks, nodes, jobs)
+
+
+def commit_unknown_overlay(qmp: Qmp, job: str, overlay_file: str, base_file: str) -> None:
+    """Start committing *overlay_file* into *base_file* behind libvirt's back.
+
+    For a QEMU that writes to an overlay which libvirt has forgotten. Raises HypervisorError.
+    """
+    nodes = _nodes(qmp)
+    top = format_node(nodes, overlay_file)
+    base = format_node(nodes, base_file)
+    qmp("block-commit", {
+        "job-id": job, "device": top, "top-node": top, "base-node": base, "auto-dismiss": False,
+    })
+
+
+def format_node(nodes: tuple[QemuNode, ...], file: str) -> str:
+    """Return the name of the topmost node over *file*: its format, not its storage.
+
+    Raises HypervisorError when QEMU has no such node.
+    """
+    found = [node for node in nodes if node.file == file]
+    formats = [node for node in found if node.driver in ("qcow2", "raw")]
+    for node in formats or found:
+        return node.name
+    raise HypervisorError(f"QEMU has no block node for {file}", 0)
+
+
+def drop_nodes(qmp: Qmp, names: tuple[str, ...]) -> None:
+    """Close the named nodes, which nothing uses. Raises HypervisorError."""
+    for name in names:
+        qmp("blockdev-del", {"node-name": name})
+
+
+def nodes_of(qmp: Qmp, file: str) -> tuple[str, ...]:
+    """Return the names of all nodes over *file*, format before storage."""
+    found = [node for node in _nodes(qmp) if node.file == file]
+    return tuple(node.name for node in sorted(found, key=lambda node: node.driver not in ("qcow2", "raw")))
+
+
+def plain_file(name: str) -> str:
+    """Return the path or address inside QEMU's *name* of an image, without a json: wrapping."""
+    if not name.startswith("json:"):
+        return name
+    options = json.loads(name[len("json:"):])
+    while isinstance(options.get("file"), dict):
+        options = options["file"]
+    if options.get("driver") == "nbd":
+        return name
+    return str(options.get("filename", name))
+
+
+def _nodes(qmp: Qmp) -> tuple[QemuNode, ...]:
+    return tuple(
+        QemuNode(node["node-name"], node["drv"], plain_file(node["file"]))
+        for node in qmp("query-named-block-nodes", {"flat": True})
+    )
+
+
+def _read_disk(inserted: Mapping[str, Any]) -> QemuDisk:
+    files = []
+    image: Mapping[str, Any] | None = inserted.get("image")
+    while image is not None:
+        files.append(plain_file(str(image.get("filename", ""))))
+        image = image.get("backing-image")
+    return QemuDisk(str(inserted.get("node-name", "")), tuple(files))
+
+
+def fsfreeze_status(look: Callable[[Callable[[Any], str]], str], timeout_s: int) -> str:
+    """Return the guest agent's fsfreeze status ("thawed" or "frozen"), asked through *look*."""
+    return look(lambda domain: str(_agent(domain, "guest-fsfreeze-status", timeout_s)))
+
+
+def agent_ping(look: Callable[[Callable[[Any], bool]], bool], timeout_s: int) -> bool:
+    """Return True once the guest agent answered, asked through *look*."""
+
+    def ping(domain: Any) -> bool:
+        _agent(domain, "guest-ping", timeout_s)
+        return True
+
+    return look(ping)
+
+
+def _agent(domain: Any, command: str, timeout_s: int) -> Any:
+    text = json.dumps({"execute": command})
+    return json.loads(libvirt_qemu.qemuAgentCommand(domain, text, timeout_s, 0))["return"]

@@ -1,0 +1,180 @@
+"""The story of one mirror run: capture, copy, publish, commit back, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.block.reader import open_reader
+from stillframe.block.tools import chain_info
+from stillframe.capture.growth import free_bytes
+from stillframe.capture.lock import domain_lock
+from stillframe.capture.plan import Plan, Wishes, make_plan
+from stillframe.capture.recover import Recovered, recover_domain
+from stillframe.capture.run import Capture, Stop, Tools, captured
+from stillframe.errors import (
+    DestinationInsideGuest,
+    DestinationSpace,
+    DestinationUnwritable,
+    ProgramFailed,
+    StillframeError,
+)
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import ExcludedDisk
+from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.record import CaptureFacts
+from stillframe.mirror.update import CopyProgress, CopyResult, Update
+from stillframe.units import size_text
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorResult:
+    """What one mirror run came to. Times in seconds."""
+
+    guest: str
+    folder: str
+    captured_at: str
+    consistency: str
+    disks: tuple[CopyResult, ...]
+    excluded: tuple[ExcludedDisk, ...]
+    warnings: tuple[str, ...]
+    recovered: tuple[str, ...]
+    frozen_s: float
+    seconds: float
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a disk was compared in full because its map could not be believed."""
+        return any(disk.fell_back for disk in self.disks)
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorJob:
+    """What is to be mirrored, where to, and how. *report* is told how far each copy is."""
+
+    domain: Domain
+    destination: Path
+    wishes: Wishes
+    verify_destination: bool
+    stop: Stop
+    report: Callable[[CopyProgress], None]
+
+
+def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
+    """Make DEST/GUEST equal to what the guest's disks hold now.
+
+    What an earlier run left is recovered first. When this returns or raises anything but
+    NeedsAttention, the guest is on its own images. Raises any StillframeError.
+    """
+    began_s = tools.clock.monotonic_s()
+    domain = job.domain
+    with domain_lock(tools.journal.folder, domain.uuid, domain.name, f"mirror to {job.destination}"):
+        recovered = recover_domain(domain, tools, job.wishes.limits)
+        plan = make_plan(domain, job.wishes)
+        path = _destination_folder(job, plan)
+        folder = MirrorFolder(path, clock=tools.clock)
+        with folder.lock(f"mirror of {domain.name}"):
+            words = [word for each in recovered for word in _words(each)]
+            words += [told for told in [folder.recover().words] if told]
+            update = folder.begin(domain.name, domain.uuid)
+            _check_space(path, plan)
+            capture, results = _update(job, plan, tools, path, update)
+            update.finish()
+    return MirrorResult(
+        guest=domain.name, folder=str(path), captured_at=capture.captured_at,
+        consistency=capture.consistency.value, disks=results, excluded=plan.excluded,
+        warnings=capture.warnings, recovered=tuple(words), frozen_s=capture.frozen_s,
+        seconds=tools.clock.monotonic_s() - began_s,
+    )
+
+
+def _update(
+    job: MirrorJob, plan: Plan, tools: Tools, path: Path, update: Update
+) -> tuple[Capture, tuple[CopyResult, ...]]:
+    with _abandoned_on_error(update), captured(plan, tools, str(path), job.stop) as capture:
+        results = tuple(_copy(job, capture, tools, update))
+        capture.check_still()
+        update.publish(
+            CaptureFacts(capture.captured_at, capture.consistency.value, _definition(plan)),
+            stop=capture.stop,
+        )
+    return capture, results
+
+
+@contextlib.contextmanager
+def _abandoned_on_error(update: Update) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        # Published, it is the mirror now, even if the guest still needs attention.
+        if update.published:
+            with contextlib.suppress(StillframeError):
+                update.finish()
+        else:
+            update.abandon()
+        raise
+
+
+def _copy(job: MirrorJob, capture: Capture, tools: Tools, update: Update) -> Iterator[CopyResult]:
+    for disk in capture.disks:
+        with open_reader(disk.base, clock=tools.clock) as reader:
+            yield update.copy_disk(
+                disk.target, reader, source=disk.base.text(), stop=capture.stop, report=job.report,
+                verify_destination=job.verify_destination,
+            )
+
+
+def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
+    try:
+        destination = job.destination.resolve(strict=True)
+    except OSError as error:
+        raise DestinationUnwritable(
+            f"The destination {job.destination} is not there: {error.strerror}.",
+            f"mkdir -p {job.destination}   # or mount it, then run again",
+        ) from error
+    if not destination.is_dir() or not os.access(destination, os.W_OK | os.X_OK):
+        raise DestinationUnwritable(
+            f"The destination {destination} is not a folder that you can write to.",
+            f"ls -ld {destination}",
+        )
+    path = destination / plan.domain.name
+    for disk in plan.live.disks.values():
+        for source in disk.chain:
+            images = Path(source.place).parent.resolve() if source.kind == "file" else None
+            if images is not None and path.is_relative_to(images):
+                raise DestinationInsideGuest(
+                    f"The destination {path} lies inside {images}, which holds {disk.target} of "
+                    f"{plan.domain.name} itself.",
+                    "choose a folder on other storage",
+                )
+    return path
+
+
+def _check_space(path: Path, plan: Plan) -> None:
+    """Refuse a first copy that can't fit: what the images take now is about what the copy will take."""
+    needed = 0
+    for disk in plan.disks:
+        if (path / f"{disk.target}.img").exists():
+            continue
+        try:
+            allocated = sum(info.allocated_bytes for info in chain_info(disk.base))
+        except ProgramFailed:
+            continue  # only an estimate; the copy itself will find out
+        needed += min(allocated, disk.size_bytes)
+    free = free_bytes(str(path))
+    if needed > free:
+        raise DestinationSpace(
+            f"The first copy needs about {size_text(needed)}, but {path} has {size_text(free)} free.",
+            f"df -h {path}   # free some space or choose another destination",
+        )
+
+
+def _definition(plan: Plan) -> str:
+    return plan.view.inactive.text if plan.view.inactive is not None else plan.live.text
+
+
+def _words(recovered: Recovered) -> list[str]:
+    return [f"recovered run {recovered.run.id}", *recovered.words]

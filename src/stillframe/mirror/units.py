@@ -1,0 +1,62 @@
+"""The work of one copy, cut to size: which stretches to read, and which are zero anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from stillframe.extent import Extent
+from stillframe.units import MIB
+
+#: A thread's buffer: measured, larger is not faster, and smaller costs round trips.
+DATA_UNIT_BYTES = 4 * MIB
+#: Zero stretches are only looked up in the map, but stop must be noticed in good time.
+ZERO_UNIT_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A stretch of the disk: begins at a block's edge, ends at one or at the disk's end."""
+
+    offset_bytes: int
+    length_bytes: int
+    is_zero: bool
+
+
+def block_stretches(extents: Iterable[Extent], size_bytes: int, block_size: int) -> Iterator[Unit]:
+    """Yield the disk as alternating stretches of whole blocks, zero and not.
+
+    A block is zero only if all of it is. *extents* cover the disk in order, without gaps.
+    """
+    done = 0  # up to here all is yielded or belongs to the held stretch of data
+    data_start = 0
+    for extent in extents:
+        if not extent.kind.reads_as_zero:
+            done = min(_up(extent.end_bytes, block_size), size_bytes)
+            continue
+        start = max(_up(extent.offset_bytes, block_size), done)
+        end = size_bytes if extent.end_bytes >= size_bytes else extent.end_bytes // block_size * block_size
+        if start >= end:
+            continue
+        if start > data_start:
+            yield Unit(data_start, start - data_start, is_zero=False)
+        yield Unit(start, end - start, is_zero=True)
+        data_start = done = end
+    if data_start < size_bytes:
+        yield Unit(data_start, size_bytes - data_start, is_zero=False)
+
+
+def work_units(
+    extents: Iterable[Extent], size_bytes: int, block_size: int, data_unit_bytes: int = DATA_UNIT_BYTES
+) -> Iterator[Unit]:
+    """Yield the whole disk in order, in pieces that one thread does at a time."""
+    assert data_unit_bytes % block_size == 0
+    for stretch in block_stretches(extents, size_bytes, block_size):
+        piece = ZERO_UNIT_BYTES if stretch.is_zero else data_unit_bytes
+        end = stretch.offset_bytes + stretch.length_bytes
+        for at in range(stretch.offset_bytes, end, piece):
+            yield Unit(at, min(piece, end - at), stretch.is_zero)
+
+
+def _up(offset: int, block_size: int) -> int:
+    return -(-offset // block_size) * block_size
