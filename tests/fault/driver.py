@@ -1,0 +1,74 @@
+"""One run in a process of its own that stops itself (SIGSTOP) at a given step of the journal.
+
+    python tests/fault/driver.py mirror|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE
+
+STATE and PHASE ("intent" or "done") say where; "-" runs through. `reached` is printed just
+before stopping. The exit code is the error's, 0 for none; the error is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stillframe.capture.bring_back import Watcher
+from stillframe.capture.journal import Journal
+from stillframe.capture.limits import Limits
+from stillframe.capture.lock import domain_lock
+from stillframe.capture.plan import Wishes
+from stillframe.capture.recover import recover_domain
+from stillframe.capture.run import Tools
+from stillframe.capture.states import Quiesce, State
+from stillframe.clock import SystemClock
+from stillframe.errors import StillframeError
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import find_domain
+from stillframe.mirror.run import MirrorJob, mirror_guest
+from stillframe.units import MIB
+
+LIMITS = Limits(freeze_s=10, agent_s=5, shutdown_s=40, commit_s=60, min_free_bytes=64 * MIB)
+
+
+def stop_at(state: str, phase: str) -> Callable[[State, str], None]:
+    """Return the journal's hook that stops this process at the first such step."""
+    reached = False
+
+    def hook(seen_state: State, seen_phase: str) -> None:
+        nonlocal reached
+        if not reached and (seen_state.value, seen_phase) == (state, phase):
+            reached = True
+            print("reached", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return hook
+
+
+def main() -> int:
+    """Do the run."""
+    what, guest, destination, state_dir, overlays, quiesce, state, phase = sys.argv[1:]
+    clock = SystemClock()
+    journal = Journal(Path(state_dir), clock, stop_at(state, phase))
+    say = Watcher(say=lambda text: print(f"# {text}", flush=True), commit=lambda _progress: None)
+    tools = Tools(journal, clock, say)
+    try:
+        domain = find_domain(Connection("qemu:///system", clock), guest)
+        if what == "recover":
+            with domain_lock(journal.folder, domain.uuid, domain.name, "recover"):
+                recover_domain(domain, tools, LIMITS)
+        else:
+            wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=LIMITS)
+            mirror_guest(
+                MirrorJob(domain, Path(destination), wishes, False, lambda: None, lambda _progress: None),
+                tools,
+            )
+    except StillframeError as error:
+        print(error.text(), flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Stopping a run at a step, killing something there, recovering, and looking at every byte."""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.daemons import LibvirtDaemons
+from lab.guest import Guest
+from lab.waiting import wait_for
+from stillframe.capture.states import State
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_RUN_TIMEOUT_S = 150.0
+
+
+class Victim(enum.Enum):
+    """What is killed (SIGKILL)."""
+
+    TOOL = "tool"
+    LIBVIRTD = "libvirtd"
+    QEMU = "qemu"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's things are."""
+
+    destination: Path
+    state_dir: Path
+    overlays: Path
+
+    def mirror(self, guest: Guest) -> Path:
+        """Return the mirror folder of *guest*."""
+        return self.destination / guest.name
+
+
+class Run:
+    """A run in a process of its own, stopped at a step if one is given."""
+
+    def __init__(
+        self, place: Place, guest: Guest, *, what: str = "mirror", quiesce: str = "none",
+        state: State | None = None, phase: str = "-",
+    ) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("driver.py")), what, guest.name,
+             str(place.destination), str(place.state_dir), str(place.overlays), quiesce,
+             state.value if state else "-", phase],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,
+        )
+        self.output = ""
+
+    def wait_reached(self) -> bool:
+        """Wait until the run stopped at its step; return False if it ended without coming there."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.output += line
+            if line == "reached\n":
+                wait_for("the run stops itself", self._is_stopped, 10)
+                return True
+        return False
+
+    def kill(self) -> None:
+        """Kill the run."""
+        self._process.kill()
+        self._process.wait()
+
+    def go_on(self) -> int:
+        """Let the run go on; return its exit code once it ended."""
+        self._process.send_signal(signal.SIGCONT)
+        return self.end()
+
+    def end(self) -> int:
+        """Return the exit code once the run ended."""
+        rest, _ = self._process.communicate(timeout=_RUN_TIMEOUT_S)
+        self.output += rest
+        return self._process.returncode
+
+    def _is_stopped(self) -> bool:
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def strike(victim: Victim, run: Run, guest: Guest, daemons: LibvirtDaemons) -> None:
+    """Kill *victim* while *run* stands at its step; what survives goes on to its end."""
+    if victim is Victim.TOOL:
+        run.kill()
+        return
+    if victim is Victim.LIBVIRTD:
+        daemons.kill_libvirtd()
+        daemons.start()
+    else:
+        daemons.kill_qemu(guest.name)
+    run.go_on()
+
+
+def recover(place: Place, guest: Guest) -> subprocess.CompletedProcess[str]:
+    """Run `stillframe recover` on the guest and return what came of it."""
+    return subprocess.run(
+        [sys.executable, "-m", "stillframe", "recover", guest.name, "--state-dir", str(place.state_dir),
+         "--json"],
+        capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False, cwd=_ROOT,
+        env={**os.environ},
+    )
+
+
+def overlays_left(place: Place) -> list[Path]:
+    """Return the overlay files that are there."""
+    return list(place.overlays.rglob("*.stillframe-overlay.qcow2"))

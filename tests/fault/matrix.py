@@ -1,0 +1,38 @@
+"""Which cells the kill matrix has: every step of the journal, from the transition table itself."""
+
+from __future__ import annotations
+
+from stillframe.capture.states import State
+
+Step = tuple[State, str]
+
+#: These only mark a place: nothing is done in them whose outcome could be written down.
+NO_OUTCOME = frozenset({State.PLANNED, State.RELEASED, State.DONE})
+#: Steps that need a guest agent, a guest that shuts down, and one that was left shut down.
+AGENT = frozenset({State.FREEZING, State.THAWING})
+SHUTDOWN = frozenset({State.SHUTTING_DOWN, State.STARTING})
+RESTART = frozenset({State.RESTARTING})
+
+
+def all_steps() -> list[Step]:
+    """Return every step that a journal can hold."""
+    return [
+        (state, phase) for state in State for phase in ("intent", "done")
+        if not (phase == "done" and state in NO_OUTCOME)
+    ]
+
+
+def steps_of(states: frozenset[State]) -> list[Step]:
+    """Return the steps of *states*."""
+    return [step for step in all_steps() if step[0] in states]
+
+
+def plain_steps() -> list[Step]:
+    """Return the steps that any guest goes through, without an agent or a shutdown."""
+    return steps_of(frozenset(State) - AGENT - SHUTDOWN - RESTART)
+
+
+def name_of(step: object) -> str:
+    """Return a step's name for pytest."""
+    assert isinstance(step, tuple)
+    return f"{step[0].value}-{step[1]}"

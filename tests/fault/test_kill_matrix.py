@@ -1,0 +1,93 @@
+"""At every journal step, kill the tool, libvirtd or QEMU; recover; compare every byte.
+
+The guest here has no operating system: what it wrote is known to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab.daemons import LibvirtDaemons
+from lab.diskguest import DiskGuest
+from lab.disks import DiskSpec, Kind
+from lab.images import MIB
+from stillframe.capture.journal import Journal
+from stillframe.capture.states import State
+from stillframe.clock import SystemClock
+from stillframe.mirror.folder import MirrorFolder
+from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
+from tests.fault.matrix import Step, name_of, plain_steps
+
+MakeGuest = Callable[..., DiskGuest]
+
+
+@pytest.fixture
+def place(tmp_path: Path, images_dir: Path) -> Place:
+    destination = tmp_path / "mirrors"
+    destination.mkdir()
+    return Place(destination, tmp_path / "state", images_dir)
+
+
+def model_copy(guest: DiskGuest, folder: Path, name: str) -> dict[str, bytes]:
+    """Return what each disk holds now, by its model."""
+    return {
+        target: guest.model(target).copy_at_moment(folder / f"{name}-{target}").read_bytes()
+        for target in guest.disks
+    }
+
+
+def mirrored(place: Place, guest: DiskGuest) -> dict[str, bytes]:
+    """Return what the mirror holds."""
+    return {
+        target: (place.mirror(guest) / f"{target}.img").read_bytes() for target in guest.disks
+    }
+
+
+@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("step", plain_steps(), ids=name_of)
+def test_killed_at_a_step(
+    disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step,
+    victim: Victim,
+) -> None:
+    guest = disk_guest(DiskSpec("vda", size_bytes=16 * MIB), DiskSpec("vdb", Kind.RAW, 16 * MIB))
+    moments = [model_copy(guest, tmp_path, "first")]
+    assert Run(place, guest).end() == 0
+    for target in guest.disks:
+        guest.write(target, MIB, MIB // 2, 0xA1)
+    guest.flush()
+    moments.append(model_copy(guest, tmp_path, "before"))
+
+    run = Run(place, guest, state=step[0], phase=step[1])
+    assert run.wait_reached(), run.output
+    if guest.domain().info()[0] == 1:  # running: a paused guest writes nothing
+        for target in guest.disks:
+            guest.write(target, 5 * MIB // 4, MIB // 2, 0xB2)
+            guest.write_zeroes(target, 3 * MIB, MIB // 4)
+        guest.flush()
+        moments.append(model_copy(guest, tmp_path, "during"))
+    strike(victim, run, guest, daemons)
+
+    answer = recover(place, guest)
+    assert answer.returncode == 0, run.output + answer.stdout + answer.stderr
+    assert json.loads(answer.stdout)["guests"][0]["ok"]
+    assert not overlays_left(place)
+    assert not Journal(place.state_dir, SystemClock()).open_runs()
+    if victim is not Victim.QEMU:
+        assert guest.domain().info()[0] == 1, "the guest does not run"
+    for target in guest.disks:
+        for inactive in (True, False):
+            assert "stillframe-overlay" not in guest.disk_source(target, inactive=inactive)[0]
+    guest.destroy()
+    for target in guest.disks:
+        guest.assert_disk_equals_model(target)
+    assert MirrorFolder(place.mirror(guest), clock=SystemClock()).inspect().state.name == "WHOLE"
+    assert mirrored(place, guest) in moments, "the mirror is of no single moment"
+
+    guest.start()
+    assert Run(place, guest).end() == 0
+    assert mirrored(place, guest) == model_copy(guest, tmp_path, "after")
+    assert step[0] in State
