@@ -70,9 +70,13 @@ class Run:
         self._process.kill()
         self._process.wait()
 
+    def resume_only(self) -> None:
+        """Let the run go on, without waiting."""
+        self._process.send_signal(signal.SIGCONT)
+
     def go_on(self) -> int:
         """Let the run go on; return its exit code once it ended."""
-        self._process.send_signal(signal.SIGCONT)
+        self.resume_only()
         return self.end()
 
     def end(self) -> int:
@@ -99,11 +103,11 @@ def strike(victim: Victim, run: Run, guest: Guest, daemons: LibvirtDaemons) -> N
     run.go_on()
 
 
-def recover(place: Place, guest: Guest) -> subprocess.CompletedProcess[str]:
+def recover(place: Place, guest: Guest, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `stillframe recover` on the guest and return what came of it."""
     return subprocess.run(
         [sys.executable, "-m", "stillframe", "recover", guest.name, "--state-dir", str(place.state_dir),
-         "--json"],
+         "--json", *options],
         capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False, cwd=_ROOT,
         env={**os.environ},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ _CONVERGE_S = 10.0
 _THAW_S = 30.0
 _OFFLINE_S = 6 * 3600.0
 _FAILURES_LIMIT = 8
+_REPEATS_LIMIT = 3
 _STEPS_LIMIT = 200_000
 _DEFINITIONS = Path("/etc/libvirt/qemu")
 
@@ -77,6 +79,7 @@ class BringBack:
         self._waiting_for: Decision | None = None
         self._thaw_hopeless = False
         self._failures = 0
+        self._repeats: Counter[Action] = Counter()
 
     def look(self, record: RunRecord) -> Sight:
         """Return what is seen now, without doing anything."""
@@ -174,8 +177,19 @@ class BringBack:
             f"stillframe recover {record.name}   # when the guest is less busy",
         )
 
+    def _count(self, action: Action, message: str, next_command: str) -> None:
+        """Raise NeedsAttention with the message once *action* was taken too often without avail."""
+        self._repeats[action] += 1
+        if self._repeats[action] > _REPEATS_LIMIT:
+            raise NeedsAttention(message, next_command)
+
     def _start_commit(self, record: RunRecord, decision: Decision) -> RunRecord:
-        disks = _with_phase(record, decision.targets, DiskPhase.OVERLAID)
+        self._count(
+            decision.action, f"Writing the overlay of {record.name} back failed {_REPEATS_LIMIT} times; "
+            "the guest runs on the overlay, which is whole.",
+            f"df -h {_folders(record)}; free some space there, then: {_again(record)}",
+        )
+        disks = _with_phase(record, decision.targets, DiskPhase.COMMITTING)
         record = self._journal.enter(record, State.COMMITTING, " ".join(decision.targets), disks=disks)
         view = self._domain.view()
         for target in decision.targets:
@@ -215,13 +229,17 @@ class BringBack:
         return self._journal.note(record, f"on base: {' '.join(decision.targets)}", disks=disks)
 
     def _resume(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._count(
+            decision.action, f"{record.name} is paused again and again by I/O errors on its own images.",
+            f"df -h {_folders(record)}; free some space, then: virsh resume {record.name}; {_again(record)}",
+        )
         record = self._journal.enter(record, State.RESUMING, decision.reason)
         self._domain.resume()
         return self._journal.done(record, suspended=False)
 
     def _commit_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._watcher.say(f"libvirt has forgotten the overlay of {' '.join(decision.targets)}: asking QEMU")
-        disks = _with_phase(record, decision.targets, DiskPhase.OVERLAID)
+        disks = _with_phase(record, decision.targets, DiskPhase.COMMITTING)
         record = self._journal.enter(record, State.COMMITTING, "in QEMU", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
@@ -254,7 +272,7 @@ class BringBack:
 
     def _commit_offline(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._watcher.say(f"the guest is off: writing the overlay of {' '.join(decision.targets)} back")
-        disks = _with_phase(record, decision.targets, DiskPhase.OVERLAID)
+        disks = _with_phase(record, decision.targets, DiskPhase.COMMITTING)
         record = self._journal.enter(record, State.COMMITTING, "offline", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
@@ -317,6 +335,10 @@ def _with_phase(record: RunRecord, targets: tuple[str, ...], phase: DiskPhase) -
     return tuple(
         disk.with_phase(phase) if disk.target in targets else disk for disk in record.disks
     )
+
+
+def _folders(record: RunRecord) -> str:
+    return " ".join(sorted({str(Path(disk.base.path).parent) for disk in record.disks if disk.base.path}))
 
 
 def _again(record: RunRecord) -> str:

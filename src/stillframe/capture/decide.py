@@ -17,6 +17,9 @@ from stillframe.capture.states import BEFORE_RELEASE, DiskPhase, State
 from stillframe.hypervisor.model import Power
 
 
+_NOT_COMMITTED = (DiskPhase.PLANNED, DiskPhase.OVERLAID)
+
+
 class Seen(enum.Enum):
     """Which image something (QEMU, the live XML, the inactive XML) names as a disk's top."""
 
@@ -276,8 +279,7 @@ def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> D
         return Decision(Action.CONFIRM_BASE, target, "base and overlay read the same")
     if not record_may_differ(record, known) and disk.equal is None:
         return Decision(Action.CONFIRM_BASE, target, "the overlay was never put on")
-    # Once a commit has begun the base changes by our own doing, and its times say nothing.
-    base_changed = record.state is State.RELEASED and not disk.base_intact
+    base_changed = _base_changed(record, [disk]) is not None
     must_compare = known.phase is DiskPhase.PIVOTING or disk.inactive is Seen.BASE or base_changed
     if must_compare and disk.equal is None:
         return Decision(Action.COMPARE, target, "only the images tell which of the two is complete")
@@ -285,7 +287,7 @@ def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> D
         return Decision(Action.ASK, target, "base and overlay differ, and either may be the newer one")
     if base_changed:
         return Decision(Action.ASK, target, "the base was written to while the overlay stood on it")
-    if disk.inactive is Seen.BASE and (record.state is not State.RELEASED or disk.base_newer):
+    if disk.inactive is Seen.BASE and (known.phase is DiskPhase.COMMITTING or disk.base_newer):
         return Decision(Action.ASK, target, "the definition names the base, but the overlay holds other data")
     return Decision(Action.COMMIT_OFFLINE, target, "the guest is off and its overlay is complete")
 
@@ -316,9 +318,7 @@ def _decide_end(record: RunRecord, sight: Sight) -> Decision:
 
 def _base_changed(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
     # Once a commit has begun the base changes by our own doing, and its times say nothing.
-    if record.state is not State.RELEASED:
-        return None
-    changed = _pick(disks, lambda disk: not disk.base_intact)
+    changed = _pick(disks, lambda disk: not disk.base_intact and record.disk(disk.target).phase in _NOT_COMMITTED)
     if not changed:
         return None
     return Decision(Action.ASK, changed, "the base was written to while the overlay stood on it")

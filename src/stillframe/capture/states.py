@@ -70,6 +70,7 @@ class DiskPhase(enum.Enum):
 
     PLANNED = "planned"  # its overlay may exist but was never proven to be in use
     OVERLAID = "overlaid"  # the guest was seen to write to the overlay
+    COMMITTING = "committing"  # its commit may have begun: the base alone is no point in time
     PIVOTING = "pivoting"  # the pivot was about to be sent: base and overlay were equal then
     ON_BASE = "on-base"  # live and inactive XML and QEMU were seen to name the base: it is the truth
 
