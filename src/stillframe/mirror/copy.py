@@ -7,7 +7,6 @@ All of that lets go of the interpreter's lock, so two threads keep two processor
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -233,12 +232,3 @@ def data_bytes(reader: DiskReader, block_size: int, tick: Callable[[], None]) ->
         tick()
         total += 0 if unit.is_zero else unit.length_bytes
     return total
-
-
-@contextlib.contextmanager
-def closing_all(*things: Baseline | Staging | MapWriter) -> Iterator[None]:
-    """Close all *things* behind the block, each even if another can't be closed."""
-    with contextlib.ExitStack() as stack:
-        for thing in things:
-            stack.callback(thing.close)
-        yield

@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from stillframe.block.reader import DiskReader
-from stillframe.errors import StillframeError
-from stillframe.mirror.record import CaptureFacts, MirrorRecord
+from stillframe.clock import Clock
+from stillframe.errors import ApplyFailed, DestinationFull, DestinationLost, StillframeError
+from stillframe.mirror.apply import Unfinishable, drop, finish
+from stillframe.mirror.blockmap import BLOCK_SIZE_BYTES
+from stillframe.mirror.copy import THREADS
+from stillframe.mirror.files import Files
+from stillframe.mirror.layout import (
+    DOMAIN_STAGED,
+    NEXT,
+    check_target,
+    image_targets,
+    write_file,
+    write_record,
+)
+from stillframe.mirror.record import (
+    CaptureFacts,
+    DiskRecord,
+    Inspection,
+    MirrorRecord,
+)
+from stillframe.mirror.stage import CopyProgress, CopyResult, DiskStage
+from stillframe.mirror.trouble import destination_errors
+from stillframe.mirror.units import DATA_UNIT_BYTES
+from stillframe.mirror.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
+
+__all__ = ["CopyProgress", "CopyResult", "Report", "Update", "never"]
+
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class CopyProgress:
-    """How far the copy of one disk is. `total_bytes` is the data there is to read."""
-
-    target: str
-    done_bytes: int
-    total_bytes: int
-    changed_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class CopyResult:
-    """What copying one disk came to.
-
-    `changed_bytes` is what differs from the old mirror (all data on a first copy);
-    `written_bytes` what was written to the destination for it, map and redo headers included.
-    `healed_blocks`: the destination differed though the map said equal. `fell_back` says why the
-    map was not believed ("" if it was, or on a first copy).
-    """
-
-    target: str
-    size_bytes: int
-    data_bytes: int
-    zero_bytes: int
-    changed_bytes: int
-    written_bytes: int
-    destination_read_bytes: int
-    healed_blocks: int
-    seconds: float
-    first_copy: bool
-    fell_back: str
-
-
-Stop = Callable[[], StillframeError | None]
 Report = Callable[[CopyProgress], None]
 
 
 def never() -> StillframeError | None:
-    """The stop token that never stops."""
+    """Be the stop token that never stops."""
     return None
 
 
@@ -61,7 +56,23 @@ class Update:
     again by this object: the next run's recover() clears up.
     """
 
-    hung: bool = False
+    def __init__(
+        self, path: Path, files: Files, clock: Clock, guest: str, uuid: str, found: Inspection
+    ) -> None:
+        self.hung = False
+        self.published = False
+        self.stall_timeout_s = STALL_TIMEOUT_S
+        self.block_size_bytes = BLOCK_SIZE_BYTES
+        self.data_unit_bytes = DATA_UNIT_BYTES
+        self.threads = THREADS
+        self._path = path
+        self._files = files
+        self._clock = clock
+        self._guest = guest
+        self._uuid = uuid
+        self._found = found
+        self._generation = os.urandom(16)
+        self._disks: dict[str, DiskRecord] = {}
 
     def copy_disk(
         self, target: str, reader: DiskReader, *, source: str, stop: Stop = never,
@@ -69,11 +80,24 @@ class Update:
     ) -> CopyResult:
         """Stage what makes the mirror of *target* equal to *reader*'s disk.
 
-        The mirror's images are not changed. *stop* is asked at least every 4 MiB and every
-        0.2 s; an error it returns is raised. Raises CopyFailed (read side), DestinationFull,
-        DestinationLost.
+        The mirror's images are not changed. *stop* is asked every 0.1 s; an error it returns is
+        raised. Raises CopyFailed (read side), DestinationFull, DestinationLost.
         """
-        raise NotImplementedError
+        job = DiskStage(self._files, self._clock, self._found, check_target(target), reader, self._generation)
+        job.block_size = self.block_size_bytes
+        job.data_unit_bytes = self.data_unit_bytes
+        job.threads = self.threads
+        job.verify = verify_destination
+        job.source = source
+
+        def look() -> None:
+            if report is not None:
+                report(job.progress())
+
+        disk, result = self._watched(job.run, stop, f"copy-{target}", look)
+        self._disks[target] = disk
+        look()
+        return result
 
     def publish(self, facts: CaptureFacts, *, stop: Stop = never) -> MirrorRecord:
         """Make the update durable: the commit point.
@@ -82,15 +106,63 @@ class Update:
         renamed). When this returns, a crash at any time ends in the new mirror; when it raises,
         the old one stays (call abandon).
         """
-        raise NotImplementedError
+        def work(watch: Watch) -> MirrorRecord:
+            files = self._files
+            assert self._disks, "nothing was copied"
+            write_file(files, DOMAIN_STAGED, facts.domain_xml.encode())
+            files.fsync_folder()
+            watch.tick()
+            there = image_targets(files.names())
+            record = MirrorRecord(
+                generation=self._generation.hex(), guest=self._guest, uuid=self._uuid,
+                captured_at=facts.captured_at, consistency=facts.consistency,
+                disks=tuple(self._disks.values()),
+                removed=tuple(target for target in there if target not in self._disks),
+            )
+            watch.tick()
+            write_record(files, NEXT, record)
+            return record
+
+        record = self._watched(work, stop, "publish")
+        self.published = True
+        return record
 
     def finish(self, *, stop: Stop = never) -> MirrorRecord:
         """Write the published update into the images. Can be repeated, also by recover().
 
         Raises ApplyFailed: the update is still durable, as redo files; recover() tries again.
         """
-        raise NotImplementedError
+        assert self.published
+        try:
+            return self._watched(
+                lambda watch: finish(self._files, self._clock, watch.tick), stop, "finish")
+        except (DestinationLost, DestinationFull, Unfinishable) as error:
+            cause = error.__cause__
+            why = (cause.strerror or "") if isinstance(cause, OSError) else str(error)
+            raise ApplyFailed(
+                f"The new mirror is durable in {self._path}, but could not be written into the images: {why}",
+                f"df -h {self._path}; then run the command again: it goes on where this one ended",
+            ) from error
 
     def abandon(self) -> None:
-        """Drop what was staged; the old mirror stays. Never raises; does nothing when hung."""
-        raise NotImplementedError
+        """Drop what was staged; the old mirror stays. Never raises; does nothing when hung or published."""
+        if self.published or self.hung:
+            return
+        with contextlib.suppress(Exception):
+            self._watched(lambda _: drop(self._files), never, "abandon", stall_timeout_s=GRACE_S)
+
+    def _watched(
+        self, work: Callable[[Watch], _T], stop: Stop, name: str,
+        each_look: Callable[[], None] | None = None, *, stall_timeout_s: float | None = None,
+    ) -> _T:
+        if self.hung:
+            raise DestinationLost(
+                f"The destination {self._path} hangs; nothing more is done there in this run.",
+                "check the share (dmesg, df), then run the command again")
+        watched = Watched(work, self._clock, name)
+        try:
+            with destination_errors(self._path, begun=True):
+                return watched.result(
+                    stop, each_look=each_look, stall_timeout_s=stall_timeout_s or self.stall_timeout_s)
+        finally:
+            self.hung = watched.watch.hung

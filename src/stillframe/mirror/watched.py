@@ -36,7 +36,7 @@ class Watch:
     def __init__(self) -> None:
         self.cancelled = threading.Event()
         self.moves = 0
-        self.reading = 0
+        self.reading: set[int] = set()
         self.hung = False
 
     def tick(self) -> None:
@@ -48,11 +48,12 @@ class Watch:
     @contextlib.contextmanager
     def reads_source(self) -> Iterator[None]:
         """Mark the block as waiting for the guest's disk, not for the destination."""
-        self.reading += 1
+        me = threading.get_ident()
+        self.reading.add(me)
         try:
             yield
         finally:
-            self.reading -= 1
+            self.reading.discard(me)
 
 
 class Watched(Generic[_T]):

@@ -1,0 +1,107 @@
+"""One writer at a time for a mirror folder, on whatever file system it lies.
+
+flock on a file in the folder, which the kernel lets go when the process dies. Some
+network shares don't know it: there a file is created that must not exist yet, with the
+holder's host, process and start in it. It is taken over only from a process of this host that
+is seen to be dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from stillframe import process
+from stillframe.errors import DestinationBusy
+from stillframe.mirror.layout import LOCK, LOCK_HELD
+
+_NO_FLOCK = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+_TEXT_LIMIT_BYTES = 4096
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, holder: str, keep: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock of *folder* for the length of the block. Raises DestinationBusy, OSError.
+
+    If *keep* says so at the end, the lock is held until the process ends: a thread of it still
+    hangs in that folder.
+    """
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        by_file = not _flocked(fd, folder)
+        if by_file:
+            _take_file(folder / LOCK_HELD, _me(holder))
+        else:
+            # Only for people, and for the one that finds the lock taken.
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, _me(holder).encode(), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    try:
+        yield
+    finally:
+        if not keep():
+            if by_file:
+                os.unlink(folder / LOCK_HELD)
+            os.close(fd)
+
+
+def _flocked(fd: int, folder: Path) -> bool:
+    """Return whether flock works here and was taken. Raises DestinationBusy."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(folder, os.pread(fd, _TEXT_LIMIT_BYTES, 0).decode(errors="replace")) from error
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return False
+    return True
+
+
+def _take_file(path: Path, text: str) -> None:
+    for _ in range(2):
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            found = path.read_text(encoding="utf-8", errors="replace")
+            if not _is_dead(found):
+                raise _busy(path.parent, found, path) from None
+            path.unlink(missing_ok=True)
+            continue
+        try:
+            os.write(fd, text.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return
+    raise _busy(path.parent, "", path)
+
+
+def _is_dead(text: str) -> bool:
+    """Return whether the holder that *text* names was a process of this host and is gone."""
+    fields = dict(line.partition(" ")[::2] for line in text.splitlines())
+    if fields.get("host") != socket.gethostname() or not fields.get("pid", "").isdigit():
+        return False
+    return not process.is_alive(int(fields["pid"]), fields.get("started", ""))
+
+
+def _me(holder: str) -> str:
+    pid = os.getpid()
+    return f"holder {holder}\nhost {socket.gethostname()}\npid {pid}\nstarted {process.start_mark(pid)}\n"
+
+
+def _busy(folder: Path, text: str, path: Path | None = None) -> DestinationBusy:
+    fields = dict(line.partition(" ")[::2] for line in text.splitlines())
+    named = (f"{fields['holder']}, process {fields.get('pid', '?')} on {fields.get('host', '?')}"
+             if "holder" in fields else "another run")
+    advice = "wait until that run is done, then run the command again"
+    if path is not None:
+        advice += f"; if you are sure that it is dead: rm {path}"
+    return DestinationBusy(f"{folder} is being written to by {named}.", advice)

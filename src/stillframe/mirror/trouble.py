@@ -1,0 +1,45 @@
+"""What an OSError from the destination means to the user."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stillframe.errors import DestinationFull, DestinationLost, DestinationUnwritable, StillframeError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def destination_errors(path: Path, *, begun: bool = False) -> Iterator[None]:
+    """Turn every OSError in the block into what it means for the destination *path*.
+
+    Once the run has *begun* (the guest was touched), a destination that forbids writing is lost.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _meaning(path, error, begun) from error
+
+
+def _meaning(path: Path, error: OSError, begun: bool) -> StillframeError:
+    why = error.strerror or str(error)
+    if error.errno in _FULL:
+        return DestinationFull(
+            f"The destination {path} is full ({why}). The mirror before this run is whole.",
+            f"df -h {path}   # free some space, then run again")
+    if error.errno == errno.EFBIG:
+        return DestinationFull(
+            f"The file system of {path} does not take files this large ({why}).",
+            "choose a destination with another file system (ext4, XFS, NTFS; not FAT)")
+    if error.errno in _FORBIDDEN and not begun:
+        return DestinationUnwritable(
+            f"The destination {path} can't be written to ({why}).",
+            f"ls -ld {path}; grep {os.fspath(path.parent)} /proc/mounts")
+    return DestinationLost(
+        f"The destination {path} failed ({why}). What is published there is whole.",
+        f"ls -l {path}; dmesg | tail   # then run again")
