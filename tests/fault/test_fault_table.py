@@ -219,15 +219,19 @@ def test_libvirtd_killed_in_the_pivot(
     assert_recovered(place, two_disks, running=not then_qemu)
 
 
+@pytest.mark.parametrize("lost", ["", "blockjobs"], ids=["job-known", "job-lost"])
 def test_a_status_file_that_libvirtd_cant_read_is_named_and_mended(
-    two_disks: DiskGuest, place: Place, daemons: LibvirtDaemons
+    two_disks: DiskGuest, place: Place, daemons: LibvirtDaemons, lost: str
 ) -> None:
     run = stopped_at(place, two_disks, State.COMMITTING, "done")
     wait_for("a mirror in the XML", lambda: "<mirror" in two_disks.domain().XMLDesc(), 10)
     daemons.kill_libvirtd()
     run.kill()
     status = Path(f"/run/libvirt/qemu/{two_disks.name}.xml")
-    status.write_text(re.sub(r"(<mirror [^>]*job=)'[^']*'", r"\1''", status.read_text()))
+    text = re.sub(r"(<mirror [^>]*job=)'[^']*'", r"\1''", status.read_text())
+    if lost:
+        text = re.sub(r"<blockjobs.*</blockjobs>", "<blockjobs active='no'/>", text, flags=re.DOTALL)
+    status.write_text(text)
     daemons.start()
     assert two_disks.domain().state()[0] == libvirt.VIR_DOMAIN_SHUTOFF, "libvirtd should be misled"
     message = assert_refused(place, two_disks, "QEMU still runs")

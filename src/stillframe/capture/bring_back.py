@@ -21,7 +21,7 @@ from stillframe.capture.decide import Action, Decision, Sight, decide
 from stillframe.capture.explain import attention
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
 from stillframe.capture.limits import Limits
-from stillframe.capture.sight import look, ready_to_pivot
+from stillframe.capture.sight import look, ready_to_pivot, stray_job
 from stillframe.capture.states import DiskPhase, State
 from stillframe.capture.thaw import thaw_until_verified
 from stillframe.clock import Clock, Deadline, utc_text
@@ -256,6 +256,13 @@ class BringBack:
                 self._clock.pause(_POLL_S / 10)
         return self._journal.note(record, f"committed in QEMU: {' '.join(decision.targets)}")
 
+    def _end_stray_job(self, record: RunRecord, decision: Decision) -> RunRecord:
+        for target in decision.targets:
+            name = stray_job(self._domain.view(), record.disk(target))
+            if name:
+                self._domain.qmp(lambda qmp, name=name: in_qemu.cancel(qmp, name))  # type: ignore[misc]  # bound now
+        return self._journal.note(record, f"lost commits cancelled: {' '.join(decision.targets)}")
+
     def _drop_nodes(self, record: RunRecord, decision: Decision) -> RunRecord:
         for target in decision.targets:
             known = record.disk(target)
@@ -318,6 +325,7 @@ _STEPS: dict[Action, Callable[[BringBack, RunRecord, Decision], RunRecord]] = {
     Action.DROP_NODES: BringBack._drop_nodes,
     Action.COMMIT_IN_QEMU: BringBack._commit_in_qemu,
     Action.FINISH_IN_QEMU: BringBack._finish_in_qemu,
+    Action.END_STRAY_JOB: BringBack._end_stray_job,
     Action.START_COMMIT: BringBack._start_commit,
     Action.SUSPEND: BringBack._suspend,
     Action.PIVOT: BringBack._pivot,

@@ -36,6 +36,7 @@ class JobSeen(enum.Enum):
     NONE = "none"
     COMMITTING = "committing"
     READY = "ready"
+    STRAY = "a commit of our overlay that QEMU runs but libvirt has lost"
     FOREIGN = "foreign"
 
 
@@ -97,6 +98,7 @@ class Action(enum.Enum):
     DROP_NODES = "close block nodes that nothing uses"
     COMMIT_IN_QEMU = "commit the overlay by QEMU's own command, since libvirt has forgotten it"
     FINISH_IN_QEMU = "end QEMU's own commit"
+    END_STRAY_JOB = "cancel a commit that libvirt has lost; the overlay stays whole"
     START_COMMIT = "start writing the overlays back"
     SUSPEND = "stop the guest's CPUs for the pivot"
     PIVOT = "make the bases the guest's images again"
@@ -209,6 +211,10 @@ def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> D
     overlaid = [disk for disk in disks if disk.qemu is Seen.OVERLAY]
     if not overlaid:
         return None
+    stray = _pick(overlaid, lambda disk: disk.job is JobSeen.STRAY)
+    if stray:
+        action = Action.END_STRAY_JOB if sight.waited_out else Action.WAIT
+        return Decision(action, stray, "libvirt does not know of the commit that QEMU runs")
     idle = [disk for disk in overlaid if disk.job is JobSeen.NONE]
     if idle:
         changed = _base_changed(record, idle)
@@ -251,18 +257,22 @@ def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> 
 
 
 def _decide_off(record: RunRecord, sight: Sight) -> Decision | None:
-    for disk in sight.disks:
-        if settled(disk):
-            continue
-        if sight.managed_save:
-            return Decision(
-                Action.ASK, (disk.target,),
-                "the guest has a managed save image, whose memory belongs to the overlay",
-            )
-        decision = _decide_off_disk(record, record.disk(disk.target), disk)
-        if decision:
-            return decision
-    return None
+    unsettled = [disk for disk in sight.disks if not settled(disk)]
+    if unsettled and sight.managed_save:
+        return Decision(
+            Action.ASK, _pick(unsettled),
+            "the guest has a managed save image, whose memory belongs to the overlay",
+        )
+    decisions = [
+        decision for disk in unsettled
+        if (decision := _decide_off_disk(record, record.disk(disk.target), disk)) is not None
+    ]
+    # No disk is touched before it is certain that all can be: the guest's disks belong together.
+    for action in (Action.ASK, Action.COMPARE):
+        for decision in decisions:
+            if decision.action is action:
+                return decision
+    return decisions[0] if decisions else None
 
 
 def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> Decision | None:

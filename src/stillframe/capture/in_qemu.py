@@ -38,6 +38,15 @@ def finish(qmp: Qmp, disk: DiskRecord) -> bool:
     return False
 
 
+def cancel(qmp: Qmp, job: str) -> None:
+    """End *job* without completing it: the guest stays on its overlay, and nothing is lost."""
+    found = next((each for each in qmp("query-jobs", {}) if each["id"] == job), None)
+    if found is not None and found["status"] == "concluded":
+        qmp("job-dismiss", {"id": job})
+    elif found is not None:
+        qmp("block-job-cancel", {"device": job, "force": True})
+
+
 def drop_unused(qmp: Qmp, disk: DiskRecord) -> None:
     """Close the nodes over the disk's overlay, format before storage. Raises HypervisorError if in use."""
     drop_nodes(qmp, nodes_of(qmp, disk.overlay_path))

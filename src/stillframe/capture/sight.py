@@ -61,6 +61,12 @@ def ready_to_pivot(view: DomainView, record: RunRecord, targets: tuple[str, ...]
     return True
 
 
+def stray_job(view: DomainView, known: DiskRecord) -> str:
+    """Return the name of QEMU's commit job on the disk's overlay, "" if there is none."""
+    job = None if view.qemu is None else _qemu_job(view.qemu, known.target, known)
+    return "" if job is None else job.name
+
+
 def _look_at_disk(known: DiskRecord, view: DomainView, compared: Mapping[str, bool]) -> DiskSight:
     base_now, base_present = _base_file(known)
     overlay_now = _overlay_file(known)
@@ -116,11 +122,11 @@ def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
         if disk.mirror.job != _LIBVIRT_COMMIT or disk.top.place != known.overlay_path:
             return JobSeen.FOREIGN
         return JobSeen.READY if disk.mirror.ready else JobSeen.COMMITTING
-    if view.jobs and known.target in view.jobs:
-        return JobSeen.COMMITTING
+    if job is not None and job.name != OWN_JOB.format(known.target):
+        return JobSeen.STRAY
     if job is not None:
         return JobSeen.READY if job.status in ("ready", "concluded") else JobSeen.COMMITTING
-    return JobSeen.NONE
+    return JobSeen.COMMITTING if view.jobs and known.target in view.jobs else JobSeen.NONE
 
 
 def _qemu_job(qemu: QemuView, target: str, known: DiskRecord) -> QemuJob | None:

@@ -20,7 +20,7 @@ _DAEMON_PIDS = (Path("/run/libvirtd.pid"), Path("/run/virtqemud.pid"))
 
 
 def repair_status_file(name: str, folder: Path = _FOLDER) -> str:
-    """Remove broken <mirror> elements from the status file of guest *name*; say what was done.
+    """Mend broken <mirror> elements in the status file of guest *name*; say what was done.
 
     A copy of the file is kept beside it. Raises Refused while libvirtd runs or when the
     guest's QEMU doesn't.
@@ -39,19 +39,34 @@ def repair_status_file(name: str, folder: Path = _FOLDER) -> str:
         raise NeedsAttention(
             f"The status file {path} can't be read: {error}", f"ls -l {path}", GuestState.UNKNOWN
         ) from error
-    removed = 0
-    for disk in tree.iter("disk"):
-        for mirror in disk.findall("mirror"):
-            if not mirror.get("job"):
-                disk.remove(mirror)
-                removed += 1
-    if not removed:
+    mended = [_mend(disk, tree) for disk in tree.iter("disk") if _is_broken(disk)]
+    if not mended:
         return f"{path} has no broken mirror element; nothing was changed"
     shutil.copy2(path, path.with_suffix(".xml.stillframe-before"))
-    mended = path.with_suffix(".xml.stillframe-new")
-    tree.write(mended, encoding="unicode")
-    os.replace(mended, path)
-    return f"removed {removed} broken mirror elements from {path}; now: systemctl start libvirtd"
+    new = path.with_suffix(".xml.stillframe-new")
+    tree.write(new, encoding="unicode")
+    os.replace(new, path)
+    return f"mended {path} ({', '.join(mended)}); now: systemctl start libvirtd"
+
+
+def _is_broken(disk: ET.Element) -> bool:
+    mirror = disk.find("mirror")
+    return mirror is not None and not mirror.get("job")
+
+
+def _mend(disk: ET.Element, tree: ET.ElementTree[ET.Element]) -> str:
+    """Name the mirror's job as libvirt's own list of jobs has it; without one, drop the mirror."""
+    target, mirror = disk.find("target"), disk.find("mirror")
+    name = "?" if target is None else target.get("dev", "?")
+    if mirror is None:
+        return name
+    for job in tree.iter("blockjob"):
+        of = job.find("disk")
+        if of is not None and of.get("dst") == name and job.get("type"):
+            mirror.set("job", job.get("type", ""))
+            return f"{name}: its mirror is a {job.get('type')} again"
+    disk.remove(mirror)
+    return f"{name}: a mirror without a job was removed"
 
 
 def _runs(pid_file: Path) -> bool:
