@@ -62,6 +62,12 @@ class DiskGuest(Guest):
             f"{self.monitor.commandline_xml()}</domain>"
         )
 
+    def start(self) -> None:
+        """See Guest."""
+        super().start()
+        # Asked for now, because a write must be possible while libvirtd is dead or hangs.
+        self._learn_aliases()
+
     def model(self, target: str = "vda") -> Model:
         """Return the model of what *target* holds."""
         return self.disks[target].model
@@ -144,10 +150,13 @@ class DiskGuest(Guest):
 
     def _device(self, target: str) -> str:
         if target not in self._aliases:
-            tree = ET.fromstring(self.domain().XMLDesc())
-            for disk in tree.iterfind(".//disk"):
-                name, alias = disk.find("target"), disk.find("alias")
-                if name is not None and alias is not None:
-                    backend = "/virtio-backend" if name.get("bus") == "virtio" else ""
-                    self._aliases[name.get("dev", "")] = f"/machine/peripheral/{alias.get('name')}{backend}"
+            self._learn_aliases()
         return self._aliases[target]
+
+    def _learn_aliases(self) -> None:
+        tree = ET.fromstring(self.domain().XMLDesc())
+        for disk in tree.iterfind(".//disk"):
+            name, alias = disk.find("target"), disk.find("alias")
+            if name is not None and alias is not None:
+                backend = "/virtio-backend" if name.get("bus") == "virtio" else ""
+                self._aliases[name.get("dev", "")] = f"/machine/peripheral/{alias.get('name')}{backend}"

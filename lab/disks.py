@@ -34,7 +34,8 @@ class DiskSpec:
     """A disk that a guest is to have.
 
     `qcow2_options` goes to ``qemu-img create -o`` (``cluster_size=64k,compat=0.10``), `elements` into
-    the disk's XML (``<shareable/>``), `filled` puts random data into parts of it beforehand.
+    the disk's XML (``<shareable/>``), `filled` puts random data into parts of it beforehand;
+    `content` is a raw image to begin with instead.
     """
 
     target: str = "vda"
@@ -44,6 +45,7 @@ class DiskSpec:
     elements: str = ""
     bus: str = "virtio"
     filled: bool = True
+    content: Path | None = None
 
 
 class Disk:
@@ -60,7 +62,9 @@ class Disk:
         self._loop_hold = -1
         self._server: subprocess.Popen[bytes] | None = None
         self.model = Model(folder / f"{spec.target}.model")
-        if spec.filled:
+        if spec.content:
+            run("cp", "--sparse=always", spec.content, self.model.path)
+        elif spec.filled:
             make_initial(self.model.path, spec.size_bytes, f"{label}-{spec.target}")
         else:
             self.model.path.touch()
@@ -168,6 +172,8 @@ class Disk:
         for lower, upper, pattern in zip(self.files, self.files[1:], (0x6D, 0x74), strict=False):
             options = ["-o", self.spec.qcow2_options] if self.spec.qcow2_options else []
             run("qemu-img", "create", "-q", "-f", "qcow2", *options, "-b", lower, "-F", "qcow2", upper)
+            if self.spec.content:
+                continue
             # Each layer hides some of the one below, so that a reader that skips a layer is caught.
             offset, length = pattern * 64 * KIB, 512 * KIB
             run("qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {offset} {length}", upper)

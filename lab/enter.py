@@ -24,6 +24,8 @@ from types import FrameType
 
 #: Set to 1 inside the lab.
 MARK = "STILLFRAME_LAB"
+#: Inside the lab: the namespaces of the outside, so that tests can tell that theirs are others.
+OUTSIDE = "STILLFRAME_LAB_OUTSIDE"
 #: Where the temporary folder is made, when not in /var/tmp.
 PLACE = "STILLFRAME_LAB_FOLDER"
 #: Where guests' images belong inside the lab.
@@ -68,6 +70,11 @@ def inside_lab() -> bool:
     return os.environ.get(MARK) == "1"
 
 
+def namespaces() -> list[str]:
+    """Return the mount, network and PID namespaces of this process."""
+    return [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "net", "pid")]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command after ``--`` in a new lab; return its exit code (128 + n for signal n)."""
     if arguments[:1] == [_STAGE_TWO]:
@@ -89,7 +96,7 @@ def _outside(command: Sequence[str]) -> int:
              "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc",
              "--propagation", "private", "--",
              sys.executable, "-m", "lab.enter", _STAGE_TWO, str(folder), "--", *command],
-            env={**os.environ, "PYTHONPATH": _import_path()},
+            env={**os.environ, "PYTHONPATH": _import_path(), OUTSIDE: " ".join(namespaces())},
         )
         # The terminal sends Ctrl-C to the whole foreground group, the command included: it decides
         # what to do about it. Only a signal meant for this process alone ends the lab.

@@ -64,11 +64,12 @@ class Guest:
 
     def remove(self) -> None:
         """End the guest and delete everything that belongs to it; never raises for what is gone."""
+        self.daemons.start()
+        self.daemons.kill_qemu(self.name)
         with contextlib.suppress(libvirt.libvirtError):
             self.domain().destroy()
         with contextlib.suppress(libvirt.libvirtError):
             self.domain().undefineFlags(UNDEFINE_WHOLLY)
-        self.daemons.kill_qemu(self.name)
         for disk in self.disks.values():
             disk.remove()
         remove_folder(self.folder)
