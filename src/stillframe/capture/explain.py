@@ -41,18 +41,20 @@ def _choices(record: RunRecord, decision: Decision) -> str:
             f"virsh blockcommit {name} {' '.join(decision.targets)} --active --pivot --shallow; "
             f"stillframe recover {name}"
         )
+    if "paused after an I/O error" in decision.reason:
+        return f"df -h; free some space, then: virsh resume {name}; stillframe recover {name}"
     return _image_choices(record, decision)
 
 
 def _image_choices(record: RunRecord, decision: Decision) -> str:
-    lines = ["keep copies of both files first, then choose one of"]
+    lines = ["shut the guest down if it runs, keep copies of both files, then choose one of"]
     for target in decision.targets:
         disk = record.disk(target)
         base = disk.base.text()
         lines += [
-            f"  a) {target}: the overlay's data is right: "
-            f"qemu-img rebase -u -b {base} -F {disk.base_format} {disk.overlay_path} && "
-            f"qemu-img commit -d {disk.overlay_path}",
+            (f"  a) {target}: the overlay's data is right: "
+             f"qemu-img rebase -u -b {base} -F {disk.base_format} {disk.overlay_path} && "
+             f"qemu-img commit -d {disk.overlay_path}"),
             f"  b) {target}: the base alone is right: mv {disk.overlay_path} {disk.overlay_path}.set-aside",
         ]
     lines.append(f"  then: virsh edit {record.name} (name the base), stillframe recover {record.name}")

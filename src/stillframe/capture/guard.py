@@ -48,7 +48,9 @@ class Guard:
 
 
 @contextlib.contextmanager
-def guarded(domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock) -> Iterator[Guard]:
+def guarded(
+    domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock
+) -> Iterator[Guard]:
     """Have the guest guarded within the block. When it ends without dismiss(), the guard thaws.
 
     Raises FreezeFailed when the guard does not start; nothing is frozen then.
@@ -84,7 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     uri, uuid, name, folder, run_id, deadline_s = arguments
     clock = SystemClock()
     domain = Domain(Connection(uri, clock), uuid, name)
-    print("ready", flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     why = _wait_for_run(float(deadline_s))
     if not why:
         return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillframe.block.image import ImagePlace, block_place, file_place, nbd_place, rbd_place
@@ -49,7 +49,7 @@ class Wishes:
     quiesce: Quiesce = Quiesce.AUTO
     overlay_folder: Path | None = None
     exclude: tuple[str, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True)

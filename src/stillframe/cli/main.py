@@ -53,12 +53,15 @@ def mirror(
         str | None, typer.Option(help="folder for overlays (default: beside each disk's image)")
     ] = None,
     overlay_limit: Annotated[
-        str | None, typer.Option(help="give the copy up when overlays grow past this (default: half of what is free)")
+        str | None,
+        typer.Option(help="give the copy up when overlays grow past this (default: half of what is free)"),
     ] = None,
     min_free: Annotated[
         str | None, typer.Option(help="space that must be free for overlays (default 1G)")
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="disk (target) to leave out; may be repeated")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="disk (target) to leave out; may be repeated")
+    ] = None,
     verify_destination: Annotated[
         bool, typer.Option("--verify-destination", help="read the mirror and compare it, too")
     ] = False,
@@ -105,7 +108,9 @@ def doctor(
 @app.command()
 def recover(
     guests: Guests = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, and do nothing")
+    ] = False,
     repair_status: Annotated[
         bool, typer.Option(
             "--repair-status", help="with libvirtd stopped: mend the status file of a hidden guest"),
@@ -162,7 +167,7 @@ def main() -> Any:
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # the last resort: a bug still tells the user what to do
+    except Exception as error:  # noqa: BLE001 -- the last resort: a bug still tells the user what to do
         print(
             f"stillframe failed unexpectedly: {type(error).__name__}: {error}\n"
             "The state of the guest was not established.\n"

@@ -268,8 +268,7 @@ def _block_job(domain: libvirt.virDomain, target: str) -> BlockJob | None:
 
 
 def _external_snapshots(domain: libvirt.virDomain) -> tuple[str, ...]:
-    held: list[str] = []
-    for snapshot in domain.listAllSnapshots():
-        if "snapshot='external'" in snapshot.getXMLDesc():
-            held.append(snapshot.getName())
-    return tuple(held)
+    return tuple(
+        str(snapshot.getName()) for snapshot in domain.listAllSnapshots()
+        if "snapshot='external'" in snapshot.getXMLDesc()
+    )
