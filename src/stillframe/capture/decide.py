@@ -1,4 +1,4 @@
-"""The one decision: given the journal and what is seen now, what is the next safe step?
+"""The one decision: the next safe step, given the journal and what is seen now.
 
 A pure function. A run that ends normally and `recover` after any crash go through it
 alike, one step at a time, looking anew after each. It never trusts the journal alone:
@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stillframe.capture.journal import DiskRecord, RunRecord
-from stillframe.capture.states import BEFORE_RELEASE, DiskPhase, State
+from stillframe.capture.states import BEFORE_RELEASE, DiskPhase
 from stillframe.hypervisor.model import Power
 
+Targets = tuple[str, ...]
 
 _NOT_COMMITTED = (DiskPhase.PLANNED, DiskPhase.OVERLAID)
 
@@ -53,9 +54,11 @@ class DiskSight:
     """What is seen of one disk.
 
     *base_present*: the recorded base is there. *base_intact*: nothing wrote to it since the
-    capture (True where that can't be told, as for devices). *base_newer*: it was written to
-    later than the overlay. *equal*: whether base and base+overlay read the same, None while
-    not compared. *named_by*: another domain whose chain names the overlay.
+    capture (True where that can't be told, as for devices). *base_newer*: whether it was
+    written to later than the overlay, None where that can't be told. *overlay_empty*: whether
+    the overlay holds no data at all, None while not looked at. *equal*: whether base and
+    base+overlay read the same, None while not compared. *named_by*: another domain whose
+    chain names the overlay.
     """
 
     target: str
@@ -66,7 +69,8 @@ class DiskSight:
     overlay: FileSeen = FileSeen.OURS
     base_present: bool = True
     base_intact: bool = True
-    base_newer: bool = False
+    base_newer: bool | None = False
+    overlay_empty: bool | None = None
     leaked_nodes: tuple[str, ...] = ()
     named_by: str = ""
     equal: bool | None = None
@@ -132,12 +136,11 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
         return Decision(Action.RELEASE, (), f"the run ended while {record.state.value}")
     if _maybe_frozen(record, sight):
         return Decision(Action.THAW, (), "the guest may be frozen")
-    for disk in sight.disks:
-        problem = _foreign_problem(disk, record)
-        if problem:
-            return Decision(Action.ASK, (disk.target,), problem)
-    decision = _decide_running(record, sight) if sight.power.has_qemu else _decide_off(record, sight)
-    return decision or _decide_end(record, sight)
+    decision = _decide_disks(record, sight) or _decide_end(record, sight)
+    if decision.action is Action.ASK and _may_resume(record, sight):
+        return Decision(Action.RESUME, (), f"a person is needed, and stillframe had stopped the CPUs: "
+                        f"{decision.reason}")
+    return decision
 
 
 def settled(disk: DiskSight) -> bool:
@@ -150,6 +153,26 @@ def settled(disk: DiskSight) -> bool:
 def _maybe_frozen(record: RunRecord, sight: Sight) -> bool:
     begun = record.freeze_begun and not record.thaw_verified
     return begun and sight.power is Power.RUNNING and not sight.thaw_hopeless
+
+
+def _may_resume(record: RunRecord, sight: Sight) -> bool:
+    """Return whether a guest that stillframe suspended may go on although a person has to choose.
+
+    While QEMU is on a base and libvirt still names its overlay, only standing still keeps the
+    two equal: a guest that went on and then died would start from the older one.
+    """
+    behind = any(
+        disk.qemu is Seen.BASE and Seen.OVERLAY in (disk.live, disk.inactive) for disk in sight.disks
+    )
+    return sight.power is Power.PAUSED and record.suspended and not behind
+
+
+def _decide_disks(record: RunRecord, sight: Sight) -> Decision | None:
+    for disk in sight.disks:
+        problem = _foreign_problem(disk, record)
+        if problem:
+            return Decision(Action.ASK, (disk.target,), problem)
+    return _decide_running(record, sight) if sight.power.has_qemu else _decide_off(record, sight)
 
 
 def _foreign_problem(disk: DiskSight, record: RunRecord) -> str:
@@ -167,7 +190,7 @@ def _foreign_problem(disk: DiskSight, record: RunRecord) -> str:
     if in_use and disk.overlay is not FileSeen.OURS:
         path = record.disk(disk.target).overlay_path
         return f"{disk.target} is on the overlay {path}, but the file there is {disk.overlay.value}"
-    if in_use and not disk.base_present:
+    if not disk.base_present and (in_use or _may_be_needed(record, disk)):
         return f"the base of {disk.target} is not where it was"
     return ""
 
@@ -177,37 +200,43 @@ def _foreign_problem(disk: DiskSight, record: RunRecord) -> str:
 
 def _decide_running(record: RunRecord, sight: Sight) -> Decision | None:
     disks = [disk for disk in sight.disks if not settled(disk) or disk.qemu is Seen.BASE]
-    unknown = _pick(disks, lambda disk: disk.qemu is Seen.UNKNOWN)
+    unknown = _pick(disks, lambda disk: Seen.UNKNOWN in (disk.qemu, disk.live))
     if unknown:
         action = Action.ASK if sight.waited_out else Action.WAIT
         return Decision(action, unknown, "QEMU does not tell which image the disk uses")
     return (
-        _decide_forgotten(record, disks)
+        _ask_if_astray(record, disks)
         or _decide_commit(record, sight, disks)
         or _decide_pivoted(record, sight, disks)
     )
 
 
-def _decide_forgotten(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
-    """QEMU writes to the overlay while libvirt's XML says base: the next cold start would lose data."""
-    forgotten = [disk for disk in disks if disk.qemu is Seen.OVERLAY and disk.live is Seen.BASE]
-    if not forgotten:
-        return None
-    changed = _base_changed(record, forgotten)
-    if changed:
-        return changed
-    for job, action, reason in (
-        (JobSeen.READY, Action.FINISH_IN_QEMU, "QEMU's own commit is ready"),
-        (JobSeen.NONE, Action.COMMIT_IN_QEMU, "QEMU writes to the overlay, but libvirt says base"),
-        (JobSeen.COMMITTING, Action.WAIT, "QEMU's own commit runs"),
-    ):
-        targets = tuple(disk.target for disk in forgotten if disk.job is job)
-        if targets:
-            return Decision(action, targets, reason)
+def _ask_if_astray(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
+    """Ask if the guest was started from the image that is not the complete one."""
+    stale = _pick(disks, lambda disk: disk.qemu is Seen.BASE and _holds_lost_writes(record, disk))
+    if stale:
+        return Decision(
+            Action.ASK, stale, "the guest runs on the base, but the overlay holds writes that the base lacks"
+        )
+    again = _pick(disks, lambda disk: (
+        disk.qemu is Seen.OVERLAY and record.disk(disk.target).phase is DiskPhase.ON_BASE))
+    if again:
+        return Decision(Action.ASK, again, "the guest runs on the overlay again, but the base is newer")
     return None
 
 
+def _holds_lost_writes(record: RunRecord, disk: DiskSight) -> bool:
+    if disk.overlay is not FileSeen.OURS or disk.overlay_empty:
+        return False
+    phase = record.disk(disk.target).phase
+    if phase is DiskPhase.PLANNED:
+        return record.snapshot_begun and disk.overlay_empty is False
+    # The guest wrote to the overlay, and no commit has begun that could have brought it to the base.
+    return phase is DiskPhase.OVERLAID
+
+
 def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> Decision | None:
+    """Write back the overlays that QEMU uses; pivot when all are ready and the CPUs stand still."""
     overlaid = [disk for disk in disks if disk.qemu is Seen.OVERLAY]
     if not overlaid:
         return None
@@ -217,27 +246,38 @@ def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> D
         return Decision(action, stray, "libvirt does not know of the commit that QEMU runs")
     idle = [disk for disk in overlaid if disk.job is JobSeen.NONE]
     if idle:
-        changed = _base_changed(record, idle)
-        return changed or Decision(
-            Action.START_COMMIT, _pick(idle), "the guest writes to the overlay, no commit runs"
-        )
+        return _base_changed(record, idle) or _begin_commit(idle)
     if any(disk.job is JobSeen.COMMITTING for disk in overlaid):
         return Decision(Action.WAIT, _pick(overlaid), "the commit runs")
     if sight.power is Power.RUNNING:
         return Decision(Action.SUSPEND, _pick(overlaid), "all commits are ready")
+    forgotten = _pick(overlaid, _is_forgotten)
+    if forgotten:
+        return Decision(Action.FINISH_IN_QEMU, forgotten, "QEMU's own commit is ready")
     return Decision(Action.PIVOT, _pick(overlaid), "all commits are ready and the CPUs stand still")
+
+
+def _begin_commit(idle: list[DiskSight]) -> Decision:
+    forgotten = _pick(idle, _is_forgotten)
+    if forgotten:
+        return Decision(
+            Action.COMMIT_IN_QEMU, forgotten, "QEMU writes to the overlay, but libvirt says base"
+        )
+    return Decision(Action.START_COMMIT, _pick(idle), "the guest writes to the overlay, no commit runs")
+
+
+def _is_forgotten(disk: DiskSight) -> bool:
+    """QEMU writes to the overlay while libvirt's XML says base: the next cold start would lose data."""
+    return disk.qemu is Seen.OVERLAY and disk.live is Seen.BASE
 
 
 def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> Decision | None:
     stale_live = _pick(disks, lambda disk: disk.live is Seen.OVERLAY)
     stale = _pick(disks, lambda disk: disk.inactive is Seen.OVERLAY)
-    busy = _pick(disks, lambda disk: disk.job is not JobSeen.NONE)
+    # What runs on a disk of which nothing of ours is left is none of our business.
+    busy = _pick(disks, lambda disk: disk.job is not JobSeen.NONE and not settled(disk))
     if stale_live or stale or busy:
-        if not sight.waited_out:
-            return Decision(Action.WAIT, stale_live or stale or busy, "libvirt has not caught up with the pivot")
-        if stale and not stale_live and not busy:
-            return Decision(Action.POINT_TO_BASE, stale, "the definition still names the overlay")
-        return Decision(Action.ASK, stale_live or busy, "libvirt does not catch up with the pivot")
+        return _decide_behind(sight, disks, stale_live, stale, busy)
     unconfirmed = _pick(disks, lambda disk: record.disk(disk.target).phase is not DiskPhase.ON_BASE)
     if unconfirmed:
         return Decision(Action.CONFIRM_BASE, unconfirmed, "QEMU and both XMLs name the base")
@@ -251,6 +291,22 @@ def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> 
     if leaked:
         return Decision(Action.DROP_NODES, leaked, "QEMU holds the overlay open without using it")
     return None
+
+
+def _decide_behind(
+    sight: Sight, disks: list[DiskSight], stale_live: Targets, stale: Targets, busy: Targets
+) -> Decision:
+    """QEMU is on the bases, but libvirt still shows an overlay or a job."""
+    if not sight.waited_out:
+        return Decision(Action.WAIT, stale_live or stale or busy, "libvirt has not caught up with the pivot")
+    if stale_live:
+        return Decision(Action.ASK, stale_live, "libvirt does not catch up with the pivot")
+    concluded = _pick(disks, lambda disk: disk.target in busy and disk.job is JobSeen.READY)
+    if concluded:
+        return Decision(Action.FINISH_IN_QEMU, concluded, "QEMU's own commit is over")
+    if busy:
+        return Decision(Action.ASK, busy, "libvirt does not catch up with the pivot")
+    return Decision(Action.POINT_TO_BASE, stale, "the definition still names the overlay")
 
 
 # --- The guest is off -------------------------------------------------------------------------
@@ -275,7 +331,9 @@ def _decide_off(record: RunRecord, sight: Sight) -> Decision | None:
     return decisions[0] if decisions else None
 
 
-def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> Decision | None:
+def _decide_off_disk(  # noqa: PLR0911 -- a table, one return a row
+    record: RunRecord, known: DiskRecord, disk: DiskSight
+) -> Decision | None:
     target = (disk.target,)
     if known.phase is DiskPhase.ON_BASE:
         if disk.inactive is Seen.OVERLAY:
@@ -287,7 +345,7 @@ def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> D
         if disk.inactive is Seen.OVERLAY:
             return Decision(Action.POINT_TO_BASE, target, "base and overlay read the same")
         return Decision(Action.CONFIRM_BASE, target, "base and overlay read the same")
-    if not record_may_differ(record, known) and disk.equal is None:
+    if not record_may_differ(record, known) and disk.inactive is not Seen.OVERLAY and disk.equal is None:
         return Decision(Action.CONFIRM_BASE, target, "the overlay was never put on")
     base_changed = _base_changed(record, [disk]) is not None
     must_compare = known.phase is DiskPhase.PIVOTING or disk.inactive is Seen.BASE or base_changed
@@ -297,7 +355,9 @@ def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> D
         return Decision(Action.ASK, target, "base and overlay differ, and either may be the newer one")
     if base_changed:
         return Decision(Action.ASK, target, "the base was written to while the overlay stood on it")
-    if disk.inactive is Seen.BASE and (known.phase is DiskPhase.COMMITTING or disk.base_newer):
+    if disk.inactive is Seen.BASE and (
+        known.phase is DiskPhase.COMMITTING or disk.base_newer is not False
+    ):
         return Decision(Action.ASK, target, "the definition names the base, but the overlay holds other data")
     return Decision(Action.COMMIT_OFFLINE, target, "the guest is off and its overlay is complete")
 
@@ -305,6 +365,11 @@ def _decide_off_disk(record: RunRecord, known: DiskRecord, disk: DiskSight) -> D
 def record_may_differ(record: RunRecord, known: DiskRecord) -> bool:
     """Return whether the overlay of disk *known* may hold data: whether it may ever have been used."""
     return known.phase is not DiskPhase.PLANNED or record.snapshot_begun
+
+
+def _may_be_needed(record: RunRecord, disk: DiskSight) -> bool:
+    known = record.disk(disk.target)
+    return record_may_differ(record, known) and known.phase is not DiskPhase.ON_BASE
 
 
 # --- Both -------------------------------------------------------------------------------------
@@ -321,14 +386,15 @@ def _decide_end(record: RunRecord, sight: Sight) -> Decision:
         return Decision(Action.UNLINK, ours, "nothing uses the overlays any more")
     if sight.power is Power.OFF and record.shutdown_begun_at and not record.start_verified:
         return Decision(Action.START, (), "stillframe had shut the guest down")
-    if record.freeze_begun and not record.thaw_verified and sight.power is Power.RUNNING:
+    if record.freeze_begun and not record.thaw_verified and sight.power.has_qemu:
         return Decision(Action.ASK, (), "the guest agent does not confirm that the guest is thawed")
     return Decision(Action.FINISH, (), "nothing of the run is left")
 
 
 def _base_changed(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
     # Once a commit has begun the base changes by our own doing, and its times say nothing.
-    changed = _pick(disks, lambda disk: not disk.base_intact and record.disk(disk.target).phase in _NOT_COMMITTED)
+    changed = _pick(disks, lambda disk: (
+        not disk.base_intact and record.disk(disk.target).phase in _NOT_COMMITTED))
     if not changed:
         return None
     return Decision(Action.ASK, changed, "the base was written to while the overlay stood on it")
