@@ -16,9 +16,8 @@ import pytest
 from lab.enter import IMAGES_DIR, inside_lab
 
 if TYPE_CHECKING:
-    from lab.dbguest import DbGuest
-
     from lab.daemons import LibvirtDaemons
+    from lab.dbguest import DbGuest
     from lab.diskguest import DiskGuest
     from lab.disks import DiskSpec
 
