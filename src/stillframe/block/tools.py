@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def create_overlay(
         )
         _fsync(path)
     except BaseException:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # qemu-img removes what it could not finish
+            os.unlink(path)
         raise
     _fsync(os.path.dirname(path))
 

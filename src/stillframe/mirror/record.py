@@ -22,7 +22,7 @@ WHOLE = "whole"
 DAMAGED = "damaged"
 
 
-class ImageIdentity(msgspec.Struct, frozen=True):
+class ImageIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The image file as stillframe left it. Any difference means that somebody else wrote."""
 
     inode: int
@@ -30,7 +30,7 @@ class ImageIdentity(msgspec.Struct, frozen=True):
     mtime_ns: int
 
 
-class DiskRecord(msgspec.Struct, frozen=True):
+class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One mirrored disk.
 
     `map_digest` is the BLAKE3 (hex) of the whole map file. `identity` is the image after the
@@ -49,7 +49,7 @@ class DiskRecord(msgspec.Struct, frozen=True):
     whole: bool = False
 
 
-class MirrorRecord(msgspec.Struct, frozen=True):
+class MirrorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One moment of a guest in a mirror folder.
 
     `captured_at` is RFC 3339 UTC text. `state` is "whole", or "damaged" when an apply could
@@ -86,7 +86,7 @@ def decode(text: bytes) -> MirrorRecord:
     """Return the record that *text* holds. Raises RecordUnreadable."""
     try:
         record = msgspec.json.decode(text, type=MirrorRecord)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise RecordUnreadable(f"it is not a mirror record ({error})") from error
     if record.format != FORMAT:
         raise RecordUnreadable(f"its format is {record.format}, this stillframe knows {FORMAT}")
