@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install develop apt apt-dev test test-slow lint demo bench lock clean
+.PHONY: help install develop apt apt-dev boot test test-slow lint demo bench lock clean
 
 # The distribution's own interpreter: its libvirt and nbd modules are for no other.
 PYTHON := /usr/bin/python3
@@ -28,10 +28,10 @@ install: apt $(VENV)/.installed ## what stillframe needs to run: Debian packages
 
 develop: apt-dev $(VENV)/.developed ## install, and what tests, demo and benchmarks need
 
-test: develop ## every test but the slow ones (root: the lab has its own namespaces)
+test: develop boot ## every test but the slow ones (root: the lab has its own namespaces)
 	$(LAB) $(RUN) -m pytest $(ARGS)
 
-test-slow: develop ## the tests that take minutes
+test-slow: develop boot ## the tests that take minutes
 	$(LAB) $(RUN) -m pytest -m slow $(ARGS)
 
 lint: develop ## ruff, mypy, import-linter (they are part of make test too)
@@ -39,11 +39,15 @@ lint: develop ## ruff, mypy, import-linter (they are part of make test too)
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
-demo: develop ## mirror a live guest, kill a run in its commit, recover, boot the mirror
+demo: develop boot ## mirror a live guest, kill a run in its commit, recover, boot the mirror
 	$(LAB) $(RUN) -m lab.demo
 
-bench: develop ## measure, side by side with other tools in the same run
+bench: develop boot ## measure, side by side with other tools in the same run
 	$(LAB) $(RUN) -m bench.mirror $(ARGS)
+
+# Here, not inside: the lab has no network. Quick, and offline, once .cache/lab holds what guests boot.
+boot: develop
+	@$(RUN) -m lab.fetch
 
 # Looks first, so that it is quick and works offline once all is there. RUNLEVEL=1: no service is started.
 define apt_install

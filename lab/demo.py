@@ -17,22 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import libvirt
 
 from lab.daemons import LibvirtDaemons, OutsideLab
-from lab.dbguest import CheckResult, DbGuest, check_image, make_file_system
+from lab.dbguest import CheckResult, DbGuest, check_image
 from lab.disks import DiskSpec
 from lab.enter import IMAGES_DIR
 from lab.images import MIB, run
-from lab.show import Show, file_text
+from lab.show import Running, Show
 from lab.waiting import TooLate
 from stillframe.capture.journal import Journal, RunRecord
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
-from stillframe.errors import EXIT_OK, NeedsAttention
+from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
 from stillframe.units import duration_text, parse_size_bytes, size_text
 
 _GUEST = "shop"
@@ -43,11 +42,12 @@ _FILE_BYTES = 4 * MIB
 _PLACE = Path("/var/lib/libvirt")
 _BACKUPS = _PLACE / "backups"
 _STATE = _PLACE / "stillframe"
+_IMAGE = _BACKUPS / _GUEST / "vda.img"
 _WRITTEN = re.compile(r", ([^,]+) written")
 _TRIES = 5
 _LOOK_S = 0.005
-_RUN_TIMEOUT_S = 120.0
-# A run is before its capture in these states, so what was acknowledged then must be in the mirror.
+_INTERRUPTED = 130
+# A run is before its capture in these states: what was acknowledged by then must be in the mirror.
 _BEFORE_CAPTURE = (State.PLANNED, State.OVERLAYS, State.FREEZING)
 
 
@@ -55,19 +55,12 @@ class DemoFailed(RuntimeError):
     """The demo can't go on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Killed:
-    """A run that was killed in its commit, and the last row acknowledged before its capture."""
-
-    acknowledged: int
-
-
 def main() -> int:
     """Show it; return the exit code."""
     try:
         daemons = LibvirtDaemons()
-    except OutsideLab as error:
-        print(f"{error}; for the demo: make demo", file=sys.stderr)
+    except OutsideLab:
+        print("The demo needs the lab: make demo", file=sys.stderr)
         return 2
     settings = _PLACE / "stillframe.toml"
     settings.write_text(f'state_dir = "{_STATE}"\n')
@@ -75,9 +68,12 @@ def main() -> int:
     try:
         with _guest(show, daemons) as guest:
             return _story(show, guest)
-    except (DemoFailed, TooLate, libvirt.libvirtError, subprocess.SubprocessError) as error:
+    except (RuntimeError, ValueError, TooLate, StillframeError, libvirt.libvirtError,
+            subprocess.SubprocessError) as error:
         show.promise(False, f"the demo could not go on: {error}")
         return show.verdict([])
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     finally:
         daemons.terminate()
 
@@ -85,18 +81,21 @@ def main() -> int:
 def _story(show: Show, guest: DbGuest) -> int:
     _BACKUPS.mkdir()
     first = _mirror(show, guest, "Mirror it while it runs")
-    show.tell(f"The mirror is a plain image: {file_text(_image())}.")
+    found = _IMAGE.stat()
+    show.tell(f"The mirror is a plain raw image: {size_text(found.st_size)} long, "
+              f"{size_text(found.st_blocks * 512)} on disk.")
     second = _mirror(show, guest, "Mirror it again: only what changed is moved")
-    show.promise(second * 10 < first, f"the second run moved {size_text(second)}, "
-                                      f"{second / first:.1%} of the first one's {size_text(first)}")
-    killed = _kill_in_commit(show, guest)
-    _show_left(show)
+    show.promise(second * 10 < first, f"it moved {size_text(second)}, {second / first:.1%} of the "
+                                      f"{size_text(first)} that the first one did")
+    acknowledged = _kill_in_commit(show, guest)
+    _show_left(show, guest)
     _recover(show, guest)
-    found = _boot_mirror(show, guest, killed)
+    check = _boot_mirror(show, guest, acknowledged)
     return show.verdict([
-        f"first mirror {size_text(first)} moved, second {size_text(second)}; a third run was killed in its commit;",
-        "one `stillframe recover` brought the guest back onto its own image, which it never stopped using;",
-        f"the mirror boots, and its database is whole: {found.rows} rows, none missing.",
+        f"The first mirror moved {size_text(first)}, the second {size_text(second)}.",
+        "A third run was killed in its commit, and left the guest on an overlay.",
+        "`stillframe recover` brought it back onto its own image; the guest ran on throughout.",
+        f"The mirror boots, and its database is whole: {check.rows} rows, not one is missing.",
     ])
 
 
@@ -114,24 +113,27 @@ def _guest(show: Show, daemons: LibvirtDaemons) -> Iterator[DbGuest]:
         began_s = time.monotonic()
         guest.start()
         guest.wait_ready()
-        show.tell(f"Guest '{_GUEST}' booted in {duration_text(time.monotonic() - began_s)} "
-                  f"(emulated, with guest agent), on {guest.disks['vda'].path}")
-        show.tell(f"with {size_text(_FILES * _FILE_BYTES)} of files and an SQLite database (WAL, synchronous=FULL). "
-                  "It says on its console which rows are durable:")
+        show.tell(f"Guest '{_GUEST}' booted in {duration_text(time.monotonic() - began_s)} (emulated, with "
+                  f"the guest agent). Its disk is {guest.disks['vda'].path}:")
+        show.tell(f"{size_text(_DISK_BYTES)}, {size_text(_FILES * _FILE_BYTES)} of it files, and an SQLite "
+                  "database (WAL, synchronous=FULL).")
         rows, began_s = guest.acknowledged(), time.monotonic()
-        more = guest.wait_more_rows(100) - rows
-        show.tell(f"row {rows + more} by now, {more / (time.monotonic() - began_s):.0f} rows a second.")
+        last = guest.wait_more_rows(100)
+        show.tell("The guest says on its console which rows are committed: "
+                  f"{last} by now, {(last - rows) / (time.monotonic() - began_s):.0f} a second.")
         yield guest
     finally:
         guest.remove()
 
 
 def _make_content(raw: Path) -> None:
+    """Make an ext4 file system with files that don't compress."""
     files = raw.with_suffix(".files")
     files.mkdir()
     for number in range(_FILES):
-        (files / f"photo-{number:02d}").write_bytes(os.urandom(_FILE_BYTES))
-    make_file_system(raw, _DISK_BYTES)
+        (files / f"photo-{number:02d}.jpg").write_bytes(os.urandom(_FILE_BYTES))
+    with raw.open("wb") as file:
+        file.truncate(_DISK_BYTES)
     run("mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-d", files, raw)
     run("rm", "-r", files)
 
@@ -149,101 +151,109 @@ def _mirror(show: Show, guest: DbGuest, title: str) -> int:
     return parse_size_bytes(moved[1])
 
 
-def _kill_in_commit(show: Show, guest: DbGuest) -> Killed:
+def _kill_in_commit(show: Show, guest: DbGuest) -> int:
+    """Kill a run in its commit; return the last row acknowledged before its capture."""
     show.step("Kill a third run (SIGKILL) while it writes the overlay back into the guest's image")
     with contextlib.closing(Journal(_STATE, SystemClock())) as journal:
         for _ in range(_TRIES):
-            process = show.start("stillframe", "mirror", _GUEST, str(_BACKUPS))
+            running = show.start("stillframe", "mirror", _GUEST, str(_BACKUPS))
             try:
-                acknowledged = _stopped_in_commit(process, journal, guest)
-                if acknowledged is not None:
-                    show.tell("The journal says `committing` and libvirt that the block job is there: "
-                              "the run is stopped (SIGSTOP) to look at it.")
+                acknowledged = _watch_until_commit(running, journal, guest)
+                if _stop(running.process) and _committing(show):
+                    show.tell("Caught in its commit. For this look it is held still (SIGSTOP):")
                     show.run("stillframe", "status")
-                    show.tell(f"$ kill -9 {process.pid}")
-                    process.kill()
-                    process.wait()
-                    return Killed(acknowledged)
-                show.tell("This run's commit was over before it could be caught. Once more.")
-                show.output(process.communicate(timeout=_RUN_TIMEOUT_S)[0])
+                    show.typed("kill", "-KILL", str(running.process.pid))
+                    running.kill()
+                    return acknowledged
+                show.tell("The commit was over before it could be caught. Once more.")
+                running.process.send_signal(signal.SIGCONT)
+                running.end()
             finally:
-                process.kill()
-                process.wait()
-    raise DemoFailed(f"no run of {_TRIES} could be caught in its commit")
+                running.kill()
+    raise DemoFailed(f"none of {_TRIES} runs could be caught in its commit")
 
 
-def _stopped_in_commit(process: subprocess.Popen[str], journal: Journal, guest: DbGuest) -> int | None:
-    """Stop the run in its commit; return the last row acknowledged before its capture.
-
-    None if the commit was over sooner; the run goes on then, or is at its end.
-    """
-    domain = guest.domain()
+def _watch_until_commit(running: Running, journal: Journal, guest: DbGuest) -> int:
+    """Return once the commit began or the run ended, with the last row acknowledged before the capture."""
     acknowledged = 0
-    while process.poll() is None:
-        # Read first: whatever was acknowledged here was so before the state that is read next.
+    while running.process.poll() is None:
+        # In this order: what is acknowledged now was so before the state that is read next.
         rows = guest.acknowledged()
-        record = _open_run(journal, process.pid)
-        if record is not None and record.state in _BEFORE_CAPTURE:
-            acknowledged = rows
-        if record is not None and record.state is State.COMMITTING and domain.blockJobInfo("vda"):
-            process.send_signal(signal.SIGSTOP)
-            record = _open_run(journal, process.pid)
-            if record is not None and record.state is State.COMMITTING and domain.blockJobInfo("vda"):
-                return acknowledged
-            process.send_signal(signal.SIGCONT)
-            return None
+        record = _run_of(journal, running.process.pid)
+        if record is not None:
+            if record.state in _BEFORE_CAPTURE:
+                acknowledged = rows
+            last = journal.history(record.id)[-1]
+            if (last.state, last.phase) == (State.COMMITTING.value, "done"):
+                break
         time.sleep(_LOOK_S)
-    return None
+    return acknowledged
 
 
-def _open_run(journal: Journal, pid: int) -> RunRecord | None:
+def _run_of(journal: Journal, pid: int) -> RunRecord | None:
     return next((record for record in journal.open_runs() if record.pid == pid), None)
 
 
-def _show_left(show: Show) -> None:
+def _stop(process: subprocess.Popen[str]) -> bool:
+    """Hold a process still; return False if it ended instead."""
+    process.send_signal(signal.SIGSTOP)
+    seen = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    return seen is not None and seen.si_code == os.CLD_STOPPED
+
+
+def _committing(show: Show) -> bool:
+    """Return whether `stillframe status` says that the one open run is committing."""
+    ran = show.ask("stillframe", "status", "--json")
+    if ran.code != EXIT_OK:
+        return False
+    return [run["state"] for run in json.loads(ran.said)["open_runs"]] == [State.COMMITTING.value]
+
+
+def _show_left(show: Show, guest: DbGuest) -> None:
     show.step("See what the killed run left")
     ran = show.run("stillframe", "status")
     show.promise(ran.code == NeedsAttention.exit_code, f"exit code {ran.code}: something needs attention")
     left = json.loads(show.ask("stillframe", "status", "--json").said)
     states = [each["state"] for each in left["open_runs"]]
-    show.promise(states == [State.COMMITTING.value], f"the journal knows where the run was: {', '.join(states)}")
-    show.promise(len(left["guests_on_overlays"]) == 1, "the guest is on an overlay, and still writes")
+    show.promise(states == [State.COMMITTING.value], f"the journal knows where it ended: {', '.join(states)}")
+    job = show.run("virsh", "blockjob", _GUEST, "vda")
+    show.promise("Commit" in job.said, "QEMU still has the block job, and nobody is there to end it")
+    overlays = [each["overlay"] for each in left["guests_on_overlays"]]
+    show.promise(guest.disk_source("vda")[0] in overlays, "the guest is on the overlay")
+    before = guest.acknowledged()
+    show.promise(guest.wait_more_rows(20) > before, "the guest runs on and writes")
 
 
 def _recover(show: Show, guest: DbGuest) -> None:
     show.step("Recover")
-    before = guest.acknowledged()
+    before, machine = guest.acknowledged(), guest.daemons.qemu_pid(_GUEST)
     ran = show.run("stillframe", "recover")
     show.promise(ran.code == EXIT_OK, f"exit code {ran.code} after {duration_text(ran.seconds)}")
     show.run("virsh", "domblklist", _GUEST)
     image = str(guest.disks["vda"].path)
     sources = [guest.disk_source("vda", inactive=inactive)[0] for inactive in (False, True)]
     show.promise(sources == [image, image], "the guest runs on its own image, and would start on it")
-    strange = sorted(path.name for path in guest.folder.iterdir() if "overlay" in path.name or "stillframe" in path.name)
-    show.promise(not strange, f"no overlay is left in {guest.folder}" + "".join(f" {name}" for name in strange))
+    left = sorted(path.name for path in guest.folder.glob("*overlay*"))
+    show.promise(not left, " ".join([f"no overlay is left in {guest.folder}", *left]))
     more = guest.wait_more_rows(20)
-    show.promise(more > before, f"the guest never stopped: row {before} before, row {more} now")
-    ran = show.ask("stillframe", "status")
-    show.promise(ran.code == EXIT_OK, f"`stillframe status` ends with {ran.code}: nothing is left to do")
+    show.promise(guest.daemons.qemu_pid(_GUEST) == machine != 0,
+                 f"the guest ran on (the same QEMU process): row {before} before, {more} now")
+    code = show.ask("stillframe", "status").code
+    show.promise(code == EXIT_OK, f"`stillframe status` now ends with {code}: nothing is left to do")
 
 
-def _boot_mirror(show: Show, guest: DbGuest, killed: Killed) -> CheckResult:
+def _boot_mirror(show: Show, guest: DbGuest, acknowledged: int) -> CheckResult:
     show.step("Boot a second guest from the mirror and let SQLite check the database")
-    show.tell("The mirror is that of the run that was killed: its copy was complete before the commit began.")
+    show.tell("It is the mirror of the run that was killed: its copy was durable before the commit began.")
     began_s = time.monotonic()
-    found = check_image(_image(), "raw")
-    show.tell(f"Booted, checked and off again in {duration_text(time.monotonic() - began_s)}.")
-    show.promise(found.integrity == "ok", f"pragma integrity_check: {found.integrity}")
-    show.promise(found.whole, f"rows {found.first} to {found.last} are contiguous: {found.rows} of them")
-    show.promise(found.last >= killed.acknowledged > 0,
-                 f"every row acknowledged before the capture is there: {killed.acknowledged} were, "
-                 f"the mirror ends with {found.last}")
-    show.tell(f"(The live guest is at row {guest.acknowledged()} meanwhile.)")
-    return found
-
-
-def _image() -> Path:
-    return _BACKUPS / _GUEST / "vda.img"
+    check = check_image(_IMAGE, "raw")
+    show.tell(f"Booted, checked and off again in {duration_text(time.monotonic() - began_s)}; "
+              f"the live guest is at row {guest.acknowledged()} by now.")
+    show.promise(check.integrity == "ok", f"pragma integrity_check: {check.integrity}")
+    show.promise(check.whole, f"rows {check.first} to {check.last} are contiguous: {check.rows} of them")
+    show.promise(check.last >= acknowledged > 0, "every row acknowledged before the capture is there: "
+                 f"{acknowledged} were, the mirror ends with {check.last}")
+    return check
 
 
 if __name__ == "__main__":
