@@ -41,7 +41,7 @@ from stillframe.mirror.redo import RedoDamaged, apply_redo, check_redo
 Tick = Callable[[], None]
 
 
-class Unfinishable(Exception):
+class Unfinishable(ValueError):
     """The marked update can't be brought to its end: something it needs is damaged or gone.
 
     *applying*: the images may already be a mixture. *marker* is None if it can't be read.

@@ -130,7 +130,7 @@ class MapReader:
         self._files.close(self._fd)
 
 
-class MapUnusable(Exception):
+class MapUnusable(ValueError):
     """The map is missing, damaged, or belongs to another state of the image."""
 
 

@@ -72,7 +72,7 @@ class MirrorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return next((disk for disk in self.disks if disk.target == target), None)
 
 
-class RecordUnreadable(Exception):
+class RecordUnreadable(ValueError):
     """The file is torn, damaged, edited, or of a format this version doesn't know."""
 
 

@@ -37,7 +37,7 @@ PAYLOAD_LIMIT_BYTES = 4 * MIB
 _WRITEBACK_BYTES = 16 * MIB
 
 
-class RedoDamaged(Exception):
+class RedoDamaged(ValueError):
     """The redo file is missing, torn or damaged, or belongs to another update."""
 
 

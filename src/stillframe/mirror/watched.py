@@ -26,7 +26,7 @@ GRACE_S = 10.0
 Stop = Callable[[], StillframeError | None]
 
 
-class Cancelled(Exception):
+class Cancelled(RuntimeError):
     """Raised in a thread whose work is no longer wanted."""
 
 
