@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from lab.enter import inside_lab
+from lab.enter import cache_dir, inside_lab
 from lab.initramfs import Boot, boot_files
 
 
@@ -19,6 +19,8 @@ def main() -> int:
     if inside_lab():
         print("lab.fetch is for outside the lab: inside there is no network", file=sys.stderr)
         return 2
+    if not any(cache_dir().glob("initrd-*")):
+        print("Fetching the test guest's kernel and guest agent (kept in the lab's cache)", flush=True)
     try:
         boot_files()
     except (RuntimeError, subprocess.CalledProcessError):
