@@ -345,7 +345,7 @@ def _decide_off_disk(  # noqa: PLR0911 -- a table, one return a row
         if disk.inactive is Seen.OVERLAY:
             return Decision(Action.POINT_TO_BASE, target, "base and overlay read the same")
         return Decision(Action.CONFIRM_BASE, target, "base and overlay read the same")
-    if not record_may_differ(record, known) and disk.inactive is not Seen.OVERLAY and disk.equal is None:
+    if not record_may_differ(record, known) and disk.inactive is not Seen.OVERLAY:
         return Decision(Action.CONFIRM_BASE, target, "the overlay was never put on")
     base_changed = _base_changed(record, [disk]) is not None
     must_compare = known.phase is DiskPhase.PIVOTING or disk.inactive is Seen.BASE or base_changed
