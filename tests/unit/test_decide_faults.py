@@ -170,6 +170,12 @@ def test_one_disk_pivoted_and_another_ready_when_qemu_dies() -> None:
     assert (decision.action, decision.targets) == (Action.START_COMMIT, ("vdb",))
 
 
+def test_a_pivoted_disk_is_confirmed_before_another_is_committed_again() -> None:
+    record = run_record(State.PIVOTING, {"vda": DiskPhase.PIVOTING, "vdb": DiskPhase.PIVOTING})
+    decision = decide(record, running(on_base(), on_overlay("vdb")))
+    assert (decision.action, decision.targets) == (Action.CONFIRM_BASE, ("vda",))
+
+
 def test_no_disk_is_changed_before_it_is_certain_that_all_can_be() -> None:
     record = run_record(State.RELEASED, {"vda": DiskPhase.OVERLAID, "vdb": DiskPhase.PIVOTING})
     decision = decide(record, off(off_disk(Seen.OVERLAY), off_disk(Seen.OVERLAY, "vdb", equal=False)))

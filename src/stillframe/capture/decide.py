@@ -206,6 +206,7 @@ def _decide_running(record: RunRecord, sight: Sight) -> Decision | None:
         return Decision(action, unknown, "QEMU does not tell which image the disk uses")
     return (
         _ask_if_astray(record, disks)
+        or _confirm_pivoted(record, disks)
         or _decide_commit(record, sight, disks)
         or _decide_pivoted(record, sight, disks)
     )
@@ -223,6 +224,15 @@ def _ask_if_astray(record: RunRecord, disks: list[DiskSight]) -> Decision | None
     if again:
         return Decision(Action.ASK, again, "the guest runs on the overlay again, but the base is newer")
     return None
+
+
+def _confirm_pivoted(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
+    """Confirm a pivoted disk even while another still has to be: the guest may write to its base."""
+    pivoted = _pick(disks, lambda disk: (
+        (disk.qemu, disk.live, disk.inactive, disk.job) == (Seen.BASE, Seen.BASE, Seen.BASE, JobSeen.NONE)
+        and record.disk(disk.target).phase is DiskPhase.PIVOTING
+    ))
+    return Decision(Action.CONFIRM_BASE, pivoted, "QEMU and both XMLs name the base") if pivoted else None
 
 
 def _holds_lost_writes(record: RunRecord, disk: DiskSight) -> bool:
