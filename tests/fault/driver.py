@@ -1,9 +1,10 @@
 """One run in a process of its own that stops itself (SIGSTOP) at a given step of the journal.
 
-    python tests/fault/driver.py mirror|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE
+    python tests/fault/driver.py mirror|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE LIMIT
 
 STATE and PHASE ("intent" or "done") say where; "-" runs through. `reached` is printed just
-before stopping. The exit code is the error's, 0 for none; the error is printed.
+before stopping. LIMIT is the overlays' limit in bytes, 0 for none. The exit code is
+the error's, 0 for none; the error is printed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from stillframe.capture.bring_back import Watcher
@@ -48,7 +50,8 @@ def stop_at(state: str, phase: str) -> Callable[[State, str], None]:
 
 def main() -> int:
     """Do the run."""
-    what, guest, destination, state_dir, overlays, quiesce, state, phase = sys.argv[1:]
+    what, guest, destination, state_dir, overlays, quiesce, state, phase, limit = sys.argv[1:]
+    limits = replace(LIMITS, overlay_bytes=int(limit) or None)
     clock = SystemClock()
     journal = Journal(Path(state_dir), clock, stop_at(state, phase))
     say = Watcher(say=lambda text: print(f"# {text}", flush=True), commit=lambda _progress: None)
@@ -57,9 +60,9 @@ def main() -> int:
         domain = find_domain(Connection("qemu:///system", clock), guest)
         if what == "recover":
             with domain_lock(journal.folder, domain.uuid, domain.name, "recover"):
-                recover_domain(domain, tools, LIMITS)
+                recover_domain(domain, tools, limits)
         else:
-            wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=LIMITS)
+            wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits)
             mirror_guest(
                 MirrorJob(domain, Path(destination), wishes, False, lambda: None, lambda _progress: None),
                 tools,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +47,12 @@ class Run:
 
     def __init__(
         self, place: Place, guest: Guest, *, what: str = "mirror", quiesce: str = "none",
-        state: State | None = None, phase: str = "-",
+        state: State | None = None, phase: str = "-", overlay_limit_bytes: int = 0,
     ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("driver.py")), what, guest.name,
              str(place.destination), str(place.state_dir), str(place.overlays), quiesce,
-             state.value if state else "-", phase],
+             state.value if state else "-", phase, str(overlay_limit_bytes)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,
         )
         self.output = ""
@@ -116,3 +118,15 @@ def recover(place: Place, guest: Guest, *options: str) -> subprocess.CompletedPr
 def overlays_left(place: Place) -> list[Path]:
     """Return the overlay files that are there."""
     return list(place.overlays.rglob("*.stillframe-overlay.qcow2"))
+
+
+@contextlib.contextmanager
+def small_file_system(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """A tmpfs of a given size in the lab's own mount namespace."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder], check=True)
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import libvirt
@@ -24,7 +23,7 @@ from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from stillframe.errors import NeedsAttention
-from tests.fault.harness import Place, Run, overlays_left, recover
+from tests.fault.harness import Place, Run, overlays_left, recover, small_file_system
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -42,18 +41,6 @@ def place(tmp_path: Path, images_dir: Path) -> Place:
 @pytest.fixture
 def two_disks(disk_guest: MakeGuest) -> DiskGuest:
     return disk_guest(DiskSpec("vda", size_bytes=_SIZE_BYTES), DiskSpec("vdb", Kind.RAW, _SIZE_BYTES))
-
-
-@contextlib.contextmanager
-def small_file_system(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A tmpfs of a given size in the lab's own mount namespace."""
-    folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder], check=True)
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def write_some(guest: DiskGuest, at: int, pattern: int) -> None:
@@ -243,26 +230,6 @@ def test_a_status_file_that_libvirtd_cant_read_is_named_and_mended(
     assert two_disks.running()
     write_some(two_disks, MIB, 0xD1)
     assert_recovered(place, two_disks)
-
-
-def test_a_full_overlay_pauses_the_guest_and_recover_brings_it_back(
-    disk_guest: MakeGuest, place: Place, images_dir: Path
-) -> None:
-    # Mounted before the guest starts: QEMU has a mount namespace of its own and sees no later mounts.
-    with small_file_system(images_dir / "small-overlays", 96 * MIB) as small:
-        guest = disk_guest(DiskSpec("vda", size_bytes=_SIZE_BYTES))
-        narrow = Place(place.destination, place.state_dir, small)
-        run = stopped_at(narrow, guest, State.COPYING, "done")
-        filler = small / "filler"
-        with contextlib.suppress(OSError):
-            filler.write_bytes(b"x" * (96 * MIB))
-        with pytest.raises(AssertionError):
-            guest.write("vda", MIB, 4 * MIB, 0xE1)
-        run.kill()
-        answer = recover(narrow, guest)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        assert not overlays_left(narrow)
-        assert guest.domain().info()[0] == libvirt.VIR_DOMAIN_RUNNING
 
 
 def test_a_full_base_in_the_commit_keeps_the_overlay_until_there_is_room(

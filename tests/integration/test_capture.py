@@ -80,10 +80,14 @@ def test_a_failed_copy_brings_the_guest_back(disk_guest: MakeGuest, tools: Tools
     plan = make_plan(
         find_domain(Connection("qemu:///system", tools.clock), guest.name), Wishes(Quiesce.NONE)
     )
-    with pytest.raises(Interrupted), captured(plan, tools, "nowhere", never):
-        guest.write("vda", MIB, MIB, 0xC1)
-        guest.write("vdb", MIB, MIB, 0xC2)
-        raise Interrupted("stopped by the test")
+    def fail_in_mid_copy() -> None:
+        with captured(plan, tools, "nowhere", never):
+            guest.write("vda", MIB, MIB, 0xC1)
+            guest.write("vdb", MIB, MIB, 0xC2)
+            raise Interrupted("stopped by the test")
+
+    with pytest.raises(Interrupted):
+        fail_in_mid_copy()
     assert_back(guest, tools)
     assert tools.journal.last_runs(1)[0].given_up == "stopped by the test"
     guest.destroy()

@@ -39,7 +39,6 @@ from stillframe.hypervisor.domain_xml import with_source
 _POLL_S = 0.25
 _SETTLE_S = 20.0
 _CONVERGE_S = 10.0
-_THAW_S = 30.0
 _OFFLINE_S = 6 * 3600.0
 _FAILURES_LIMIT = 8
 _REPEATS_LIMIT = 3
@@ -74,6 +73,8 @@ class BringBack:
         self._clock = clock
         self._limits = limits
         self._watcher = watcher
+        #: What was done so far, one sentence a step, for people.
+        self.did: list[str] = []
         self._compared: dict[str, bool] = {}
         self._waiting: Deadline | None = None
         self._waiting_for: Decision | None = None
@@ -110,8 +111,10 @@ class BringBack:
             self._waiting = None
         before = record
         try:
-            record = _STEPS[decision.action](self, record, decision)
+            record = self._step(decision.action)(record, decision)
             self._failures = 0
+            if decision.action is not Action.WAIT:
+                self.did.append(_sentence(decision))
             return record
         except NeedsAttention:
             raise
@@ -131,6 +134,27 @@ class BringBack:
         else:
             self._domain.connection.wait_change(_POLL_S * self._failures)
 
+    def _step(self, action: Action) -> Callable[[RunRecord, Decision], RunRecord]:
+        return {
+            Action.RELEASE: self._release,
+            Action.THAW: self._thaw,
+            Action.WAIT: self._wait,
+            Action.DROP_NODES: self._drop_nodes,
+            Action.COMMIT_IN_QEMU: self._commit_in_qemu,
+            Action.FINISH_IN_QEMU: self._finish_in_qemu,
+            Action.END_STRAY_JOB: self._end_stray_job,
+            Action.START_COMMIT: self._start_commit,
+            Action.SUSPEND: self._suspend,
+            Action.PIVOT: self._pivot,
+            Action.POINT_TO_BASE: self._point_to_base,
+            Action.CONFIRM_BASE: self._confirm_base,
+            Action.RESUME: self._resume,
+            Action.COMPARE: self._compare,
+            Action.COMMIT_OFFLINE: self._commit_offline,
+            Action.UNLINK: self._unlink,
+            Action.START: self._start,
+        }[action]
+
     # --- the steps ----------------------------------------------------------------------------
 
     def _release(self, record: RunRecord, decision: Decision) -> RunRecord:
@@ -140,7 +164,7 @@ class BringBack:
 
     def _thaw(self, record: RunRecord, _decision: Decision) -> RunRecord:
         self._watcher.say("thawing the guest's file systems")
-        if thaw_until_verified(self._domain, self._clock, _THAW_S, self._limits.agent_s):
+        if thaw_until_verified(self._domain, self._clock, self._limits.thaw_s, self._limits.agent_s):
             return self._journal.note(record, "thaw verified", thaw_verified=True)
         self._thaw_hopeless = True
         return self._journal.note(record, "the guest agent did not confirm a thaw")
@@ -153,13 +177,13 @@ class BringBack:
                 limit_s = record.shutdown_timeout_s
             self._waiting, self._waiting_for = Deadline(self._clock, limit_s), decision
         if committing:
-            self._report_commit(record)
+            self._report_commit()
             if self._waiting.passed():
                 self._give_up_commit(record, decision)
         self._domain.connection.wait_change(_POLL_S)
         return record
 
-    def _report_commit(self, record: RunRecord) -> None:
+    def _report_commit(self) -> None:
         view = self._domain.view()
         jobs = [job for job in (view.qemu.jobs if view.qemu else ()) if "commit" in job.name]
         self._watcher.commit(
@@ -204,7 +228,7 @@ class BringBack:
             self._domain.start_commit(target, chain[1].index, chain[0].index)
         return self._journal.done(record)
 
-    def _suspend(self, record: RunRecord, decision: Decision) -> RunRecord:
+    def _suspend(self, record: RunRecord, _decision: Decision) -> RunRecord:
         record = self._journal.enter(record, State.SUSPENDING, suspended=True)
         self._domain.suspend()
         return self._journal.done(record)
@@ -318,31 +342,15 @@ class BringBack:
                 _fsync_folder(path)
 
 
-_STEPS: dict[Action, Callable[[BringBack, RunRecord, Decision], RunRecord]] = {
-    Action.RELEASE: BringBack._release,
-    Action.THAW: BringBack._thaw,
-    Action.WAIT: BringBack._wait,
-    Action.DROP_NODES: BringBack._drop_nodes,
-    Action.COMMIT_IN_QEMU: BringBack._commit_in_qemu,
-    Action.FINISH_IN_QEMU: BringBack._finish_in_qemu,
-    Action.END_STRAY_JOB: BringBack._end_stray_job,
-    Action.START_COMMIT: BringBack._start_commit,
-    Action.SUSPEND: BringBack._suspend,
-    Action.PIVOT: BringBack._pivot,
-    Action.POINT_TO_BASE: BringBack._point_to_base,
-    Action.CONFIRM_BASE: BringBack._confirm_base,
-    Action.RESUME: BringBack._resume,
-    Action.COMPARE: BringBack._compare,
-    Action.COMMIT_OFFLINE: BringBack._commit_offline,
-    Action.UNLINK: BringBack._unlink,
-    Action.START: BringBack._start,
-}
-
-
 def _with_phase(record: RunRecord, targets: tuple[str, ...], phase: DiskPhase) -> tuple[DiskRecord, ...]:
     return tuple(
         disk.with_phase(phase) if disk.target in targets else disk for disk in record.disks
     )
+
+
+def _sentence(decision: Decision) -> str:
+    where = f" ({', '.join(decision.targets)})" if decision.targets else ""
+    return f"{decision.action.value}{where}: {decision.reason}"
 
 
 def _folders(record: RunRecord) -> str:

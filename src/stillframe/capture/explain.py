@@ -10,6 +10,11 @@ from stillframe.errors import GuestState, NeedsAttention
 
 def attention(record: RunRecord, decision: Decision, _limits: Limits) -> NeedsAttention:
     """Return the error for a decision to ASK: nothing was changed, and these are the choices."""
+    if "does not confirm that the guest is thawed" in decision.reason:
+        return NeedsAttention(
+            f"{record.name} is on its own images again, but {decision.reason}.",
+            _choices(record, decision), GuestState.UNKNOWN,
+        )
     disks = [record.disk(target) for target in decision.targets]
     facts = "".join(
         f"\n  {disk.target}: base {disk.base.text()}, overlay {disk.overlay_path}" for disk in disks

@@ -1,23 +1,21 @@
 """Watching the overlays grow, so that the copy is given up before a file system is full.
 
-Polled, not by libvirt's block threshold event: that event is one-shot, can be missed, and
-doesn't see other programs fill the file system.
+Looked at whenever the copy asks whether it should stop (a few times a second), not by
+libvirt's block threshold event: that event is one-shot, can be missed, and doesn't see
+other programs fill the file system.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.capture.limits import Limits
-from stillframe.clock import Clock
 from stillframe.errors import OverlayFull, OverlaySpace
 from stillframe.units import size_text
 
-_POLL_S = 0.5
 _SECTOR_BYTES = 512
 
 
@@ -78,25 +76,3 @@ def allocated_bytes(path: str) -> int:
         return os.stat(path).st_blocks * _SECTOR_BYTES
     except FileNotFoundError:
         return 0
-
-
-class GrowthWatch:
-    """A thread that looks at the watermarks until it is closed. `reached` holds the error then."""
-
-    def __init__(self, marks: Sequence[Watermark], clock: Clock) -> None:
-        self._marks = tuple(marks)
-        self._clock = clock
-        self._end = threading.Event()
-        self.reached: OverlayFull | None = None
-        self._thread = threading.Thread(target=self._watch, name="overlay-growth", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._end.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._clock.wait(self._end, _POLL_S):
-            for mark in self._marks:
-                self.reached = self.reached or mark.reached()

@@ -140,8 +140,10 @@ class Journal:
                     f"The journal in {folder} has format {version}, which this version does not know.",
                     "install the version of stillframe that wrote it, or a newer one",
                 )
-            self._database.executescript(_SCHEMA)
-            self._database.execute(f"pragma user_version={_SCHEMA_VERSION}")
+            if version == 0:
+                # Only once: who merely looks must not wait for who writes.
+                self._database.executescript(_SCHEMA)
+                self._database.execute(f"pragma user_version={_SCHEMA_VERSION}")
         except (OSError, sqlite3.Error) as error:
             raise StateFolderUnusable(
                 f"The state folder {folder} can't be used: {error}",

@@ -27,6 +27,11 @@ class Limits:
     min_free_bytes: int = GIB
 
     @property
+    def thaw_s(self) -> float:
+        """How long a thaw is tried before a person is told; the guard goes on trying."""
+        return 2 * self.freeze_s
+
+    @property
     def reserve_bytes(self) -> int:
         """What must stay free in the overlay's file system while the guest writes to it."""
         return max(self.min_free_bytes // 16, 16 * MIB)

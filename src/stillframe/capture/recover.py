@@ -29,11 +29,8 @@ def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recover
     recovered = []
     for left in tools.journal.open_runs(domain.uuid):
         tools.watcher.say(f"an earlier run of {left.name} ended while {left.state.value}: recovering")
-        seen = len(tools.journal.history(left.id))
-        done = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher).finish(left)
-        steps = tools.journal.history(left.id)[seen:]
-        words = tuple(f"{step.state}: {step.detail}" if step.detail else step.state for step in steps)
-        recovered.append(Recovered(done, words))
+        back = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher)
+        recovered.append(Recovered(back.finish(left), tuple(back.did)))
     return recovered
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
 from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.block.tools import create_overlay
 from stillframe.capture.bring_back import BringBack, Watcher
-from stillframe.capture.growth import GrowthWatch
 from stillframe.capture.guard import Guard, guarded
 from stillframe.capture.journal import Journal, RunRecord, new_run_id
 from stillframe.capture.plan import Plan
@@ -39,7 +38,6 @@ from stillframe.errors import (
 from stillframe.hypervisor.model import Power
 from stillframe.process import start_mark
 
-_THAW_S = 30.0
 _POLL_S = 0.25
 
 Stop = Callable[[], StillframeError | None]
@@ -94,12 +92,7 @@ def captured(plan: Plan, tools: Tools, destination: str, stop: Stop) -> Iterator
     run = _Run(plan, tools, destination, stop)
     back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
     try:
-        capture = run.take()
-        watch = GrowthWatch(plan.watermarks, tools.clock)
-        try:
-            yield run.with_watch(capture, watch)
-        finally:
-            watch.close()
+        yield run.take()
     except BaseException as error:
         run.give_up(error)
         _bring_back(back, run, error)
@@ -153,15 +146,15 @@ class _Run:
         return Capture(
             self.record.id, self.record.captured_at, consistency,
             tuple(StillDisk(disk.target, disk.base, disk.size_bytes) for disk in self.record.disks),
-            tuple(self._warnings), self._frozen_s, self._stop, self.check_still,
+            tuple(self._warnings), self._frozen_s, self.stop, self.check_still,
         )
 
-    def with_watch(self, capture: Capture, watch: GrowthWatch) -> Capture:
-        """Return *capture* with a stop that also tells when an overlay grew too large."""
-        def stop() -> StillframeError | None:
-            return self._stop() or watch.reached
-
-        return replace(capture, stop=stop)
+    def stop(self) -> StillframeError | None:
+        """Return why the copy must end, None if it may go on."""
+        error = self._stop()
+        for mark in () if error else self._plan.watermarks:
+            error = error or mark.reached()
+        return error
 
     def check_still(self) -> None:
         """Raise CopyFailed if somebody wrote to a base while it was being copied."""
@@ -270,8 +263,8 @@ class _Run:
         return Consistency.FILESYSTEM
 
     def _verify_thaw(self, guard: Guard) -> bool:
-        answer_s = self._plan.limits.agent_s
-        if not thaw_until_verified(self._domain, self._clock, _THAW_S, answer_s):
+        limits = self._plan.limits
+        if not thaw_until_verified(self._domain, self._clock, limits.thaw_s, limits.agent_s):
             return False
         self.record = self._journal.note(self.record, "thaw verified", thaw_verified=True)
         guard.dismiss()
@@ -285,7 +278,7 @@ class _Run:
             shutdown_timeout_s=limits.shutdown_s,
         )
         self._say("asking the guest to shut down")
-        self._domain.ask_to_shut_down()
+        self._domain.ask_to_shut_down(max(1, round(limits.agent_s)))
         deadline = Deadline(self._clock, limits.shutdown_s)
         while self._domain.power() is not Power.OFF:
             if deadline.passed():

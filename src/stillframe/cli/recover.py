@@ -80,7 +80,7 @@ def _recover(session: Session, domain: Domain, folders: set[str]) -> list[str]:
     words: list[str] = []
     with domain_lock(session.journal.folder, domain.uuid, domain.name, "recover"), session.signals_as_stop():
         for each in recover_domain(domain, session.tools, limits):
-            words.append(f"recovered run {each.run.id}; it is {each.run.state.value}")
+            words.append(f"recovered run {each.run.id}:")
             words += [f"  {word}" for word in each.words]
         for path in sorted(folders):
             words += _recover_mirror(session, Path(path))

@@ -97,7 +97,8 @@ class Connection:
             raise NoHypervisor(
                 f"libvirt at {self.uri} does not answer: {error}", "systemctl status libvirtd",
             ) from error
-        connect.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
+        with contextlib.suppress(libvirt.libvirtError):  # a driver inside this process has no keepalive
+            connect.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
         for event in (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE):
             with contextlib.suppress(libvirt.libvirtError):
                 connect.domainEventRegisterAny(None, event, self._on_event, None)

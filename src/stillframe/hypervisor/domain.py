@@ -113,11 +113,12 @@ class Domain:
         """Start the domain."""
         self._act(lambda domain: domain.create())
 
-    def ask_to_shut_down(self) -> None:
-        """Ask the guest to shut down, by its agent if it answers, else by ACPI."""
+    def ask_to_shut_down(self, agent_timeout_s: int) -> None:
+        """Ask the guest to shut down, by its agent if it answers in time, else by ACPI."""
 
         def ask(domain: libvirt.virDomain) -> None:
             try:
+                domain.agentSetResponseTimeout(agent_timeout_s, 0)
                 domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
             except libvirt.libvirtError:
                 domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_DEFAULT)

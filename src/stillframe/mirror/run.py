@@ -120,6 +120,9 @@ def _abandoned_on_error(update: Update) -> Iterator[None]:
 
 def _copy(job: MirrorJob, capture: Capture, tools: Tools, update: Update) -> Iterator[CopyResult]:
     for disk in capture.disks:
+        stopped = capture.stop()
+        if stopped is not None:
+            raise stopped
         with open_reader(disk.base, clock=tools.clock) as reader:
             yield update.copy_disk(
                 disk.target, reader, source=disk.base.text(), stop=capture.stop, report=job.report,
