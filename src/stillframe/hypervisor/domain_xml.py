@@ -6,12 +6,15 @@ indexes; inactive XML usually names only the top.
 
 from __future__ import annotations
 
+import copy
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping
 
 from stillframe.errors import NeedsAttention
 from stillframe.hypervisor.model import Disk, DomainXml, ExcludedDisk, Mirror, Source
 
+#: Parts of a source that older XML has beside it, in the disk. They go where the source goes.
+_OF_SOURCE = ("auth", "encryption")
 _CAPTURABLE_KINDS = ("file", "block", "network")
 
 
@@ -78,7 +81,7 @@ def with_source(domain_text: str, target: str, base: Source) -> str:
 
 
 def _point_to(element: ET.Element, base: Source) -> None:
-    for name in ("source", "backingStore"):
+    for name in ("source", "backingStore", *_OF_SOURCE):
         for child in element.findall(name):
             element.remove(child)
     element.set("type", base.kind)
@@ -134,11 +137,21 @@ def _chain(element: ET.Element) -> Iterable[Source]:
             return
         # The top carries its index on <source>, the images below on <backingStore>.
         index = source.get("index") or current.get("index") or "-1"
+        source = _whole_source(current, source)
         yield _source(current.get("type", "file"), image_format, source, int(index))
         current = current.find("backingStore")
         if current is not None:
             found = current.find("format")
             image_format = "" if found is None else found.get("type", "")
+
+
+def _whole_source(holder: ET.Element, source: ET.Element) -> ET.Element:
+    whole = copy.deepcopy(source)
+    for name in _OF_SOURCE:
+        part = holder.find(name)
+        if part is not None:
+            whole.append(part)
+    return whole
 
 
 def _source(kind: str, image_format: str, element: ET.Element, index: int) -> Source:
