@@ -199,7 +199,7 @@ def test_rbd_names_its_first_monitor_and_keeps_the_others_in_its_source() -> Non
 ])
 def test_what_belongs_to_the_source_is_read_with_it_wherever_it_stands(part: str) -> None:
     """libvirt drops it from the disk once the overlay is the disk's source."""
-    name = part[1:].split()[0]
+    name = part[1:].split(maxsplit=1)[0]
     for inside in (f"<source file='/a'/>{part}", f"<source file='/a'>{part}</source>"):
         top = only_disk(disk_xml("vda", inside)).top
         assert top.xml.count(f"<{name} ") == 1
