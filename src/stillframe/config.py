@@ -17,8 +17,9 @@ exclude = ["vdb"]
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -27,6 +28,8 @@ from stillframe.capture.plan import Wishes
 from stillframe.capture.states import Quiesce
 from stillframe.errors import ConfigInvalid
 from stillframe.units import parse_duration_s, parse_size_bytes
+
+T = TypeVar("T")
 
 DEFAULT_FILE = Path("/etc/stillframe/stillframe.toml")
 DEFAULT_STATE_FOLDER = Path("/var/lib/stillframe")
@@ -84,24 +87,19 @@ def read_settings(path: Path | None) -> Settings:
 def wishes(settings: GuestSettings) -> Wishes:
     """Return what the settings ask for. Raises ConfigInvalid for a value that is no size or time."""
     plain = Limits()
-    try:
-        return Wishes(
-            quiesce=settings.quiesce or Quiesce.AUTO,
-            overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
-            exclude=settings.exclude or (),
-            limits=Limits(
-                freeze_s=_seconds(settings.freeze_timeout, plain.freeze_s),
-                agent_s=_seconds(settings.agent_timeout, plain.agent_s),
-                shutdown_s=_seconds(settings.shutdown_timeout, plain.shutdown_s),
-                commit_s=_seconds(settings.commit_timeout, plain.commit_s),
-                overlay_bytes=parse_size_bytes(settings.overlay_limit) if settings.overlay_limit else None,
-                min_free_bytes=(
-                    parse_size_bytes(settings.min_free) if settings.min_free else plain.min_free_bytes
-                ),
-            ),
-        )
-    except ValueError as error:
-        raise ConfigInvalid(f"{error}.", "correct the option or the configuration file") from error
+    return Wishes(
+        quiesce=settings.quiesce or Quiesce.AUTO,
+        overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
+        exclude=settings.exclude or (),
+        limits=Limits(
+            freeze_s=_read(settings, "freeze_timeout", parse_duration_s, plain.freeze_s),
+            agent_s=_read(settings, "agent_timeout", parse_duration_s, plain.agent_s),
+            shutdown_s=_read(settings, "shutdown_timeout", parse_duration_s, plain.shutdown_s),
+            commit_s=_read(settings, "commit_timeout", parse_duration_s, plain.commit_s),
+            overlay_bytes=_read(settings, "overlay_limit", parse_size_bytes, plain.overlay_bytes),
+            min_free_bytes=_read(settings, "min_free", parse_size_bytes, plain.min_free_bytes),
+        ),
+    )
 
 
 def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
@@ -110,5 +108,13 @@ def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
     return wishes(options.over(own.over(settings.defaults)))
 
 
-def _seconds(text: str | None, otherwise: float) -> float:
-    return parse_duration_s(text) if text else otherwise
+def _read(settings: GuestSettings, name: str, parse: Callable[[str], T], otherwise: T) -> T:
+    text: str | None = getattr(settings, name)
+    if text is None:
+        return otherwise
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigInvalid(
+            f"{name} is {error}.", f"correct the option --{name.replace('_', '-')} or the configuration file"
+        ) from error
