@@ -146,6 +146,7 @@ def _run(common: Common, command: Callable[[Session], int]) -> None:
     session = Session(common)
     session.screen.start()
     try:
+        session.check_settings()
         code = command(session)
     except StillframeError as error:
         session.screen.close()

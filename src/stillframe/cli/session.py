@@ -44,6 +44,10 @@ class Session:
         """The configuration file. Raises ConfigInvalid."""
         return read_settings(self._common.config)
 
+    def check_settings(self) -> None:
+        """Raise ConfigInvalid if the configuration file is not valid, whether it is needed or not."""
+        _ = self.settings
+
     @cached_property
     def state_folder(self) -> Path:
         """The folder with the journal."""
