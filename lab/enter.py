@@ -33,7 +33,8 @@ IMAGES_DIR = Path("/var/lib/libvirt/images")
 #: Where QEMU's user may make sockets inside the lab.
 SOCKETS_DIR = Path("/run/stillframe-lab")
 
-_PRIVATE = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
+_PRIVATE = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt",
+            "/var/lib/stillframe")
 # What libvirt found out about QEMU: probing takes some ten seconds, and libvirt itself sees when
 # QEMU, the kernel or libvirt changed since. Kept from one lab to the next.
 _PROBED_DIR = Path("/var/cache/libvirt/qemu/capabilities")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ _READY_S = 20.0
 class Guard:
     """The run's end of the guard."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    def __init__(self, child: process.Helper) -> None:
         self._child = child
 
     def dismiss(self) -> None:
@@ -74,7 +73,7 @@ def guarded(
                 child.stdin.close()
 
 
-def _is_ready(child: subprocess.Popen[bytes], deadline: Deadline) -> bool:
+def _is_ready(child: process.Helper, deadline: Deadline) -> bool:
     if child.stdout is None:
         return False
     ready, _, _ = select.select([child.stdout], [], [], deadline.remaining_s())

@@ -140,6 +140,7 @@ class _Run:
             consistency = self._take_shut_down()
         else:
             self._put_overlays_on()
+            self._verify_overlaid()
             consistency = Consistency.CRASH
         self._enter(State.COPYING, consistency=consistency.value)
         self._remember_bases()
@@ -219,7 +220,10 @@ class _Run:
             frozen = self._freeze(guard)
             self._done(f"{frozen} file systems frozen")
             self._put_overlays_on()
-            return self._thaw(guard, frozen, began_s)
+            # Thawed first, looked at afterwards: the guest must not wait for our looking.
+            consistency = self._thaw(guard, frozen, began_s)
+        self._verify_overlaid()
+        return consistency
 
     def _freeze(self, guard: Guard) -> int:
         self._say("freezing the guest's file systems")
@@ -291,6 +295,7 @@ class _Run:
             self._domain.connection.wait_change(_POLL_S)
         self._done("shut off")
         self._put_overlays_on()
+        self._verify_overlaid()
         self._enter(State.STARTING)
         self._domain.start()
         self._done(start_verified=True)
@@ -310,14 +315,10 @@ class _Run:
                 f"libvirt did not put the overlay on {self.record.name}: {error.message}",
                 "docs/ERRORS.md#snapshot-failed lists the causes by libvirt's code",
             ) from error
-        captured_at = utc_text(self._clock.now())
-        self._verify_overlaid()
-        phase = DiskPhase.OVERLAID
-        self._done(
-            captured_at=captured_at, disks=tuple(disk.with_phase(phase) for disk in self.record.disks)
-        )
+        self._done(captured_at=utc_text(self._clock.now()))
 
     def _verify_overlaid(self) -> None:
+        """Look whether the guest writes to the overlays. Raises SnapshotFailed."""
         view = self._domain.view()
         for disk in self.record.disks:
             xml = view.live if view.power.has_qemu else view.inactive
@@ -329,6 +330,8 @@ class _Run:
                     f"{disk.target} of {self.record.name} is not on its overlay although libvirt was asked.",
                     f"virsh dumpxml {self.record.name}; journalctl -u libvirtd",
                 )
+        overlaid = tuple(disk.with_phase(DiskPhase.OVERLAID) for disk in self.record.disks)
+        self.record = self._journal.note(self.record, "seen on the overlays", disks=overlaid)
 
     def _remember_bases(self) -> None:
         disks = tuple(

@@ -115,15 +115,10 @@ class Domain:
 
     def ask_to_shut_down(self, agent_timeout_s: int) -> None:
         """Ask the guest to shut down, by its agent if it answers in time, else by ACPI."""
-
-        def ask(domain: libvirt.virDomain) -> None:
-            try:
-                domain.agentSetResponseTimeout(agent_timeout_s, 0)
-                domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
-            except libvirt.libvirtError:
-                domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_DEFAULT)
-
-        self._act(ask)
+        # libvirt waits a minute for a silent agent here, whatever response time was set.
+        by_agent = self.agent_answers(agent_timeout_s)
+        how = libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT if by_agent else libvirt.VIR_DOMAIN_SHUTDOWN_DEFAULT
+        self._act(lambda domain: domain.shutdownFlags(how))
 
     def define(self, text: str) -> None:
         """Make *text* the domain's inactive XML."""
