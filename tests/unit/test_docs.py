@@ -1,0 +1,259 @@
+"""The pages say what the code does: links, commands, exit codes, settings, formats, names of tests."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import typer
+
+from stillframe import errors
+from stillframe.capture.journal import DiskRecord as JournalDisk
+from stillframe.capture.journal import RunRecord
+from stillframe.cli.main import app
+from stillframe.config import GuestSettings, Settings, for_guest
+from stillframe.errors import StillframeError
+from stillframe.mirror.record import DiskRecord, FolderState, MirrorRecord
+from stillframe.mirror.run import MirrorResult
+from stillframe.mirror.update import CopyResult
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+GUIDE = ROOT / "docs" / "USER-GUIDE.md"
+FORMAT = ROOT / "docs" / "FORMAT.md"
+#: Where a command begins in a line of shell, and where its words end.
+_CALL = re.compile(r"(?:^|[/=-]|[;&|] +|\broot +)stillframe +")
+_END = re.compile(r"[;|&#`()<>]|\s(?:then|and)\s")
+
+
+def commands() -> dict[str, set[str]]:
+    """Return the options of each command of the application, by the command's name."""
+    group: Any = typer.main.get_command(app)
+    return {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        for name, command in group.commands.items()
+    }
+
+
+def prose_and_code(text: str) -> tuple[str, list[str]]:
+    """Return *text* without its code, and the code: indented or fenced lines, and what is in backticks."""
+    prose, code, fenced = [], [], False
+    for line in text.splitlines():
+        if line.strip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            code.append(line.strip())
+        else:
+            code += re.findall(r"`([^`]+)`", line)
+            prose.append(re.sub(r"`[^`]+`", "", line))
+    return "\n".join(prose), code
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page."""
+    return {slug(found) for found in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Return the relative links of the page that lead nowhere."""
+    prose, _ = prose_and_code(text)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        to = page.parent / name if name else page
+        there = to.exists() and (
+            not anchor or anchor in anchors(text if to == page else to.read_text(encoding="utf-8")))
+        if not there:
+            broken.append(target)
+    return broken
+
+
+def wrong_commands(text: str, known: dict[str, set[str]]) -> list[str]:
+    """Return the calls of stillframe in the page's code that the application does not have."""
+    wrong = []
+    for line in prose_and_code(text)[1]:
+        for call in _CALL.finditer(line):
+            words = _END.split(line[call.end():])[0].split()
+            if not words:
+                continue
+            options = {word.partition("=")[0] for word in words[1:] if word.startswith("-")}
+            if words[0] not in known or not options <= known[words[0]]:
+                wrong.append(f"stillframe {' '.join(words)}")
+    return wrong
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """Return the cells of every table in *text* whose header row begins with *header*."""
+    found, inside = [], False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif inside:
+            found.append(cells)
+        elif cells[0] == header:
+            inside = True
+    return [cells for cells in found if not set(cells[0]) <= {"-"}]
+
+
+def section(text: str, heading: str) -> str:
+    """Return what stands under *heading*, up to the next heading of any level."""
+    return text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
+
+
+def code_block(text: str, begins: str) -> str:
+    """Return the indented block of *text* whose first line begins with *begins*."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"    {begins}"))
+    block = itertools.takewhile(lambda line: not line or line.startswith("    "), lines[first:])
+    return "\n".join(line[4:] for line in block)
+
+
+def ticked(cells: list[str]) -> list[str]:
+    """Return what is in backticks in the cells."""
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def tree() -> list[type[StillframeError]]:
+    """Return every class of errors.py."""
+    found = [StillframeError]
+    for cls in found:
+        found.extend(sub for sub in cls.__subclasses__() if sub.__module__ == errors.__name__)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_broken_link_is_caught() -> None:
+    text = "# A b\n[a](#a-b) [b](#c) [c](README.md) [d](none.md) [e](https://x.y/z) `[f](g.md)`\n"
+    assert broken_links(ROOT / "README.md", text) == ["#c", "none.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_as_they_are_written(page: Path) -> None:
+    assert wrong_commands(page.read_text(encoding="utf-8"), commands()) == []
+
+
+@pytest.mark.parametrize("call", ["stillframe heal GUEST", "x; .venv/bin/stillframe mirror --fast GUEST DEST",
+                                  "stillframe status --dry-run"])
+def test_a_command_that_does_not_exist_is_caught(call: str) -> None:
+    assert len(wrong_commands(f"    {call}\n", commands())) == 1
+    assert len(wrong_commands(f"Type `{call}`.\n", commands())) == 1
+
+
+def test_the_guide_shows_every_command_and_every_option_and_no_other() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    known = commands()
+    shown = {name.split()[1] for name in ticked([cells[0] for cells in rows(text, "command")])}
+    assert shown == set(known)
+    general = {
+        word.split()[0] for word in ticked([row[0] for row in rows(section(text, "## Commands"), "option")])
+    }
+    assert general == known["status"] - {"--help"}
+    for command, heading in (("mirror", "### mirror"), ("recover", "### recover")):
+        own = {word.split()[0] for word in ticked([row[0] for row in rows(section(text, heading), "option")])}
+        assert own == known[command] - known["status"], command
+
+
+def test_exit_codes_are_those_of_the_error_tree() -> None:
+    for page in PAGES:
+        table = rows(page.read_text(encoding="utf-8"), "exit code")
+        if not table:
+            assert page != GUIDE
+            continue
+        shown = {(int(code), name.strip("`"), again) for code, name, _, again in table}
+        expected = {(cls.exit_code, cls.code, "yes" if cls.retry else "no") for cls in tree()}
+        expected |= {(code, "\u2013", "no" if code == errors.EXIT_USAGE else "\u2013")
+                     for name, code in vars(errors).items() if name.startswith("EXIT_")}
+        assert shown == expected
+        assert [int(row[0]) for row in table] == sorted(int(row[0]) for row in table)
+
+
+def test_settings_are_those_of_the_structs() -> None:
+    table = rows(GUIDE.read_text(encoding="utf-8"), "key")
+    places = {place: {row[0].strip("`") for row in table if row[1] == place} for place in ("top", "section")}
+    assert places == {"top": set(Settings.__struct_fields__), "section": set(GuestSettings.__struct_fields__)}
+
+
+def test_the_example_of_a_configuration_is_valid() -> None:
+    text = code_block(GUIDE.read_text(encoding="utf-8"), "connect = ")
+    settings = msgspec.toml.decode(text, type=Settings)
+    assert for_guest(settings, "web", GuestSettings()).exclude == ("vdb",)
+
+
+def _example(command: str) -> dict[str, Any]:
+    text = GUIDE.read_text(encoding="utf-8")
+    block = code_block(section(text, "## JSON").partition(f"\n`{command}`:\n")[2], "{")
+    found: dict[str, Any] = json.loads(block.replace("ERROR", "{}"))
+    return found
+
+
+def test_the_json_of_a_mirror_has_the_fields_that_are_shown() -> None:
+    guest, failed = _example("mirror")["guests"]
+    assert set(guest) == {field.name for field in fields(MirrorResult)} | {"ok", "fell_back"}
+    assert set(guest["disks"][0]) == {field.name for field in fields(CopyResult)}
+    assert set(failed) == {"guest", "ok", "error"}
+
+
+@pytest.mark.parametrize(("command", "keys"), [
+    ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests"}),
+    ("status", {"open_runs", "guests_on_overlays", "mirrors"}),
+])
+def test_the_other_examples_are_json(command: str, keys: set[str]) -> None:
+    assert set(_example(command)) == keys
+
+
+def test_the_states_of_a_mirror_are_explained() -> None:
+    cells = [row[0] for row in rows(GUIDE.read_text(encoding="utf-8"), "state of a mirror")]
+    assert set(ticked(cells)) == {state.value for state in FolderState}
+
+
+def test_the_fields_of_the_record_and_of_the_journal_are_described() -> None:
+    text = FORMAT.read_text(encoding="utf-8")
+    record = section(text, "## mirror.json")
+    assert set(ticked([row[0] for row in rows(record, "field")])) == set(MirrorRecord.__struct_fields__)
+    of_disk = ticked([row[0] for row in rows(record, "field of a disk")])
+    assert set(of_disk) == set(DiskRecord.__struct_fields__)
+    journal = set(ticked(section(text, "## The journal").splitlines()))
+    assert {*RunRecord.__struct_fields__, *JournalDisk.__struct_fields__} <= journal
+
+
+def test_tests_that_are_named_exist() -> None:
+    named = {
+        name for page in PAGES
+        for name in re.findall(r"tests/[\w/]+\.py(?:::\w+)?", page.read_text(encoding="utf-8"))
+    }
+    assert any("::" in name for name in named)
+    for name in sorted(named):
+        file, _, function = name.partition("::")
+        assert (ROOT / file).exists(), name
+        parsed = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(parsed) if isinstance(node, ast.FunctionDef)}
+        assert not function or function in defined, name
+
+
+def test_rooms_and_modules_that_are_named_exist() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "stillframe"
+    named = {name for name in ticked(text.splitlines()) if re.fullmatch(r"(\w+/)?\w+\.py", name)}
+    assert len(named) > 10
+    known = {path.name for path in package.rglob("*.py")}
+    assert [name for name in sorted(named)
+            if not ((package / name).exists() or ("/" not in name and name in known))] == []
