@@ -214,7 +214,7 @@ def test_the_json_of_a_mirror_has_the_fields_that_are_shown() -> None:
 
 @pytest.mark.parametrize(("command", "keys"), [
     ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests"}),
-    ("status", {"open_runs", "guests_on_overlays", "mirrors"}),
+    ("status", {"open_runs", "guests_on_overlays", "mirrors", "libvirt_error"}),
 ])
 def test_the_other_examples_are_json(command: str, keys: set[str]) -> None:
     assert set(_example(command)) == keys
