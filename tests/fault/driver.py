@@ -31,7 +31,7 @@ from stillframe.hypervisor.domain import find_domain
 from stillframe.mirror.run import MirrorJob, mirror_guest
 from stillframe.units import MIB
 
-LIMITS = Limits(freeze_s=10, agent_s=5, shutdown_s=40, commit_s=60, min_free_bytes=64 * MIB)
+LIMITS = Limits(freeze_s=10, agent_s=5, shutdown_s=20, commit_s=60, min_free_bytes=64 * MIB)
 
 
 def stop_at(state: str, phase: str) -> Callable[[State, str], None]:

@@ -55,7 +55,9 @@ def strike_and_look(
         assert not starts, "stillframe had shut the guest down and must start it again"
     else:
         wait_for("the guest writes", lambda: guest.acknowledged() > acknowledged, 60)
-        assert guest.freeze_status() == "thawed"
+        wait_for(
+            "the agent says thawed", lambda: guest.agent_answers() and guest.freeze_status() == "thawed", 60
+        )
         with contextlib.suppress(Exception):
             guest.power_off()
     guest.destroy()

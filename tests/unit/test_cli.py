@@ -170,10 +170,11 @@ def test_recover_of_an_open_run_without_libvirt_leaves_it_open(call: Call, tmp_p
     assert journal.open_runs() == [record]
 
 
-def test_status_works_without_libvirt_and_warns(call: Call) -> None:
+def test_status_without_libvirt_shows_the_journal_and_says_what_it_does_not_know(call: Call) -> None:
     done = call("status")
-    assert done.returncode == 0
-    assert "warning: guests can't be looked at" in done.stderr
+    assert done.returncode == NoHypervisor.exit_code
+    assert "warning: which guests stand on overlays is not known" in done.stderr
+    assert body(call("status", "--json"))["libvirt_error"]
 
 
 # --- Files ------------------------------------------------------------------------------------

@@ -132,8 +132,6 @@ def test_a_guest_started_from_the_stale_base_keeps_its_overlay(known: DiskPhase,
     assert "writes that the base lacks" in decision.reason
 
 
-@pytest.mark.xfail(reason="FINISH_IN_QEMU and POINT_TO_BASE in bring_back don't record PIVOTING yet, so "
-                   "that COMMITTING on the base may also be a commit that ended well", strict=True)
 def test_a_guest_started_from_a_half_committed_base_keeps_its_overlay() -> None:
     record = phase(DiskPhase.COMMITTING)
     assert action(record, running(on_base(overlay_empty=False))) is Action.ASK

@@ -191,6 +191,5 @@ def test_no_process_has_no_mark_and_is_never_alive() -> None:
     assert not process.is_alive(nobody, process.start_mark(os.getpid()))
 
 
-@pytest.mark.xfail(reason="is_alive compares '' with '': what had ended when it was marked lives for ever")
 def test_an_empty_mark_is_no_process() -> None:
     assert not process.is_alive(2**22 + 1, "")

@@ -77,7 +77,6 @@ def test_no_part_of_a_duration_reaches_sixty(seconds: float) -> None:
         assert int(text.split()[2]) < 60
 
 
-@pytest.mark.xfail(reason="rounding comes after the choice of the unit")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(duration_text(59.97), "1 min 00 s"), (duration_text(0.9997), "1.0 s"), (size_text(MIB - 1), "1.0 MiB")],

@@ -86,6 +86,17 @@ def create_overlay(
     _fsync(os.path.dirname(path))
 
 
+def holds_data(overlay_path: str, *, timeout_s: float = _INFO_TIMEOUT_S) -> bool:
+    """Return whether the overlay itself has any cluster, its backing chain left aside.
+
+    Only metadata is read, so it works while in use. Raises ProgramFailed, ProgramTimedOut.
+    """
+    alone = "json:" + json.dumps({
+        "driver": "qcow2", "file": {"driver": "file", "filename": overlay_path}, "backing": None})
+    output = process.run(["qemu-img", "map", "-U", "--output=json", alone], timeout_s=timeout_s)
+    return any(extent["present"] for extent in json.loads(output.stdout))
+
+
 def compare(first: ImagePlace, second: ImagePlace, *, timeout_s: float) -> bool:
     """Return whether both images read the same to the last byte (a longer one ends in zeroes).
 

@@ -11,13 +11,13 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stillframe.block.image import file_place
 from stillframe.block.tools import commit_offline, compare
 from stillframe.capture import in_qemu
-from stillframe.capture.decide import Action, Decision, Sight, decide
+from stillframe.capture.decide import Action, Decision, Sight, decide, may_resume
 from stillframe.capture.explain import attention
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
 from stillframe.capture.limits import Limits
@@ -31,6 +31,9 @@ from stillframe.errors import (
     GuestUnknown,
     HypervisorError,
     NeedsAttention,
+    NoHypervisor,
+    ProgramFailed,
+    ProgramTimedOut,
     StillframeError,
 )
 from stillframe.hypervisor.domain import Domain
@@ -84,25 +87,56 @@ class BringBack:
 
     def look(self, record: RunRecord) -> Sight:
         """Return what is seen now, without doing anything."""
-        waited_out = self._waiting is not None and self._waiting.passed()
-        return look(
-            record, self._domain, self._clock, self._compared,
-            waited_out=waited_out, thaw_hopeless=self._thaw_hopeless,
+        sight = look(
+            record, self._domain, self._clock, self._compared, thaw_hopeless=self._thaw_hopeless
         )
+        if sight.power.has_qemu:
+            # Whatever was compared while the guest was off: it may write again.
+            self._compared.clear()
+        return sight
 
     def finish(self, record: RunRecord) -> RunRecord:
         """Do step after step until the run is DONE; return its record.
 
         Raises NeedsAttention where no safe step is left; nothing of the guest is changed then.
         """
-        for _ in range(_STEPS_LIMIT):
-            decision = decide(record, self.look(record))
-            if decision.action is Action.FINISH:
-                return self._journal.enter(
-                    record, State.DONE, decision.reason, ended_at=utc_text(self._clock.now())
-                )
-            record = self._attempt(record, decision)
-        raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", _again(record))
+        try:
+            for _ in range(_STEPS_LIMIT):
+                decision = self._decide(record)
+                if decision is not None and decision.action is Action.FINISH:
+                    return self._journal.enter(
+                        record, State.DONE, decision.reason, ended_at=utc_text(self._clock.now())
+                    )
+                if decision is not None:
+                    record = self._attempt(record, decision)
+            raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", _again(record))
+        except NeedsAttention:
+            self._let_go_on(self._journal.current(record))
+            raise
+        except NoHypervisor as error:
+            raise NeedsAttention(
+                f"{error.message} {record.name} may still be on its overlays.",
+                f"systemctl start libvirtd; {_again(record)}",
+            ) from error
+
+    def _decide(self, record: RunRecord) -> Decision | None:
+        """Return the next step; None if the look failed and is to be taken again."""
+        try:
+            sight = self.look(record)
+        except HypervisorError as error:
+            self._failed(record, "look at the guest", error)
+            return None
+        decision = decide(record, sight)
+        if decision == self._waiting_for and self._waiting is not None and self._waiting.passed():
+            return decide(record, replace(sight, waited_out=True))
+        return decision
+
+    def _let_go_on(self, record: RunRecord) -> None:
+        """Resume a guest that stillframe suspended, where that loses nothing."""
+        with contextlib.suppress(StillframeError):
+            if may_resume(record, self.look(record)):
+                self._domain.resume()
+                self._journal.note(record, "resumed, since a person is needed", suspended=False)
 
     def _attempt(self, record: RunRecord, decision: Decision) -> RunRecord:
         if decision.action is Action.ASK:
@@ -118,17 +152,18 @@ class BringBack:
             return record
         except NeedsAttention:
             raise
-        except (HypervisorError, GuestUnknown, CopyFailed) as error:
-            self._failed(before, decision, error)
+        except (HypervisorError, GuestUnknown, CopyFailed, ProgramFailed, ProgramTimedOut) as error:
+            self._failed(before, decision.action.value, error)
+            return self._journal.current(before)
+        except OSError as error:
+            self._failed(before, decision.action.value, StillframeError(str(error)))
             return self._journal.current(before)
 
-    def _failed(self, record: RunRecord, decision: Decision, error: StillframeError) -> None:
+    def _failed(self, record: RunRecord, what: str, error: StillframeError) -> None:
         self._failures += 1
-        self._journal.note(self._journal.current(record), f"{decision.action.name} failed: {error.message}")
+        self._journal.note(self._journal.current(record), f"could not {what}: {error.message}")
         if self._failures >= _FAILURES_LIMIT:
-            raise NeedsAttention(
-                f"Could not {decision.action.value}: {error.message}", _again(record),
-            ) from error
+            raise NeedsAttention(f"Could not {what}: {error.message}", _again(record)) from error
         if isinstance(error, ConnectionLost):
             self._domain.connection.ensure()
         else:
@@ -194,6 +229,7 @@ class BringBack:
         for target in decision.targets:
             with contextlib.suppress(HypervisorError):
                 self._domain.abort_commit(target)
+        self._end_stray_job(record, decision)  # a commit that libvirt does not know
         self._journal.note(record, "the commit did not converge and was aborted; the overlay is whole")
         raise NeedsAttention(
             f"Writing the overlay of {record.name} back did not end within "
@@ -207,12 +243,15 @@ class BringBack:
         if self._repeats[action] > _REPEATS_LIMIT:
             raise NeedsAttention(message, next_command)
 
-    def _start_commit(self, record: RunRecord, decision: Decision) -> RunRecord:
+    def _count_commit(self, record: RunRecord) -> None:
         self._count(
-            decision.action, f"Writing the overlay of {record.name} back failed {_REPEATS_LIMIT} times; "
+            Action.START_COMMIT, f"Writing the overlay of {record.name} back failed {_REPEATS_LIMIT} times; "
             "the guest runs on the overlay, which is whole.",
             f"df -h {_folders(record)}; free some space there, then: {_again(record)}",
         )
+
+    def _start_commit(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._count_commit(record)
         disks = _with_phase(record, decision.targets, DiskPhase.COMMITTING)
         record = self._journal.enter(record, State.COMMITTING, " ".join(decision.targets), disks=disks)
         view = self._domain.view()
@@ -262,6 +301,7 @@ class BringBack:
         return self._journal.done(record, suspended=False)
 
     def _commit_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._count_commit(record)
         self._watcher.say(f"libvirt has forgotten the overlay of {' '.join(decision.targets)}: asking QEMU")
         disks = _with_phase(record, decision.targets, DiskPhase.COMMITTING)
         record = self._journal.enter(record, State.COMMITTING, "in QEMU", disks=disks)
@@ -271,6 +311,8 @@ class BringBack:
         return self._journal.done(record)
 
     def _finish_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
+        disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
+        record = self._journal.enter(record, State.PIVOTING, "in QEMU", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
             deadline = Deadline(self._clock, _CONVERGE_S)
@@ -315,6 +357,9 @@ class BringBack:
         view = self._domain.view()
         if view.inactive is None:
             raise HypervisorError("The domain has no definition to correct.", 0)
+        # Both images read the same now; what is started from here on may write to either.
+        disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
+        record = self._journal.enter(record, State.PIVOTING, "in the definition", disks=disks)
         text = view.inactive.text
         for target in decision.targets:
             text = with_source(text, target, record.disk(target).source())

@@ -137,7 +137,7 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
     if _maybe_frozen(record, sight):
         return Decision(Action.THAW, (), "the guest may be frozen")
     decision = _decide_disks(record, sight) or _decide_end(record, sight)
-    if decision.action is Action.ASK and _may_resume(record, sight):
+    if decision.action is Action.ASK and may_resume(record, sight):
         return Decision(Action.RESUME, (), f"a person is needed, and stillframe had stopped the CPUs: "
                         f"{decision.reason}")
     return decision
@@ -155,7 +155,7 @@ def _maybe_frozen(record: RunRecord, sight: Sight) -> bool:
     return begun and sight.power is Power.RUNNING and not sight.thaw_hopeless
 
 
-def _may_resume(record: RunRecord, sight: Sight) -> bool:
+def may_resume(record: RunRecord, sight: Sight) -> bool:
     """Return whether a guest that stillframe suspended may go on although a person has to choose.
 
     While QEMU is on a base and libvirt still names its overlay, only standing still keeps the
@@ -241,8 +241,8 @@ def _holds_lost_writes(record: RunRecord, disk: DiskSight) -> bool:
     phase = record.disk(disk.target).phase
     if phase is DiskPhase.PLANNED:
         return record.snapshot_begun and disk.overlay_empty is False
-    # The guest wrote to the overlay, and no commit has begun that could have brought it to the base.
-    return phase is DiskPhase.OVERLAID
+    # The guest wrote to the overlay, and no commit has ended that could have brought it to the base.
+    return phase in (DiskPhase.OVERLAID, DiskPhase.COMMITTING)
 
 
 def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> Decision | None:

@@ -60,7 +60,8 @@ def plan_watermarks(paths: Sequence[str], limits: Limits) -> tuple[Watermark, ..
                 f"{size_text(needed)} are required.",
                 "free some space, or choose --overlay-dir, --min-free or --overlay-limit",
             )
-        marks.append(Watermark(tuple(group), limits.overlay_bytes or free // 2, limits.reserve_bytes))
+        limit = free // 2 if limits.overlay_bytes is None else limits.overlay_bytes
+        marks.append(Watermark(tuple(group), limit, limits.reserve_bytes))
     return tuple(marks)
 
 

@@ -182,16 +182,16 @@ class Journal:
 
     def open_runs(self, uuid: str | None = None) -> list[RunRecord]:
         """Return the runs that are not DONE, oldest first, of one domain or of all."""
-        rows = self._database.execute(
+        rows = self._read(
             "select body from run where state != ? and (? is null or uuid = ?) order by id",
             (State.DONE.value, uuid, uuid),
-        ).fetchall()
+        )
         return [_decode(row[0]) for row in rows]
 
     def current(self, record: RunRecord) -> RunRecord:
         """Return the run as the journal has it now: after a failed step it may know more than *record*."""
-        row = self._database.execute("select body from run where id = ?", (record.id,)).fetchone()
-        return record if row is None else _decode(row[0])
+        rows = self._read("select body from run where id = ?", (record.id,))
+        return _decode(rows[0][0]) if rows else record
 
     def remark(self, run_id: str, detail: str) -> None:
         """Add a line to a run's history without touching its record. For helper processes."""
@@ -204,17 +204,25 @@ class Journal:
 
     def last_runs(self, limit: int) -> list[RunRecord]:
         """Return the newest runs, newest first, at most *limit*."""
-        rows = self._database.execute(
-            "select body from run order by id desc limit ?", (limit,)
-        ).fetchall()
+        rows = self._read("select body from run order by id desc limit ?", (limit,))
         return [_decode(row[0]) for row in rows]
 
     def history(self, run_id: str) -> list[Step]:
         """Return all steps of a run in order."""
-        rows = self._database.execute(
+        rows = self._read(
             "select at, state, phase, detail from step where run = ? order by seq", (run_id,)
-        ).fetchall()
+        )
         return [Step(*row) for row in rows]
+
+    def _read(self, query: str, values: tuple[object, ...]) -> list[tuple[str, ...]]:
+        with self._lock:
+            try:
+                return self._database.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise StateFolderUnusable(
+                    f"The journal in {self.folder} can't be read: {error}", f"ls -l {self.folder}",
+                    GuestState.UNKNOWN,
+                ) from error
 
     def _write(self, record: RunRecord, phase: str, detail: str, **changes: object) -> RunRecord:
         changed = msgspec.structs.replace(record, **changes)
@@ -276,4 +284,10 @@ def _encode(record: RunRecord) -> str:
 
 
 def _decode(text: str) -> RunRecord:
-    return msgspec.json.decode(text, type=RunRecord)
+    try:
+        return msgspec.json.decode(text, type=RunRecord)
+    except msgspec.DecodeError as error:
+        raise StateFolderUnusable(
+            f"The journal holds a run that this version can't read: {error}",
+            "use the version of stillframe that wrote it, or a newer one", GuestState.UNKNOWN,
+        ) from error

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from stillframe.block.image import FileIdentity, file_identity, file_place
-from stillframe.block.tools import image_info
+from stillframe.block.tools import holds_data, image_info
 from stillframe.capture.decide import DiskSight, FileSeen, JobSeen, Seen, Sight, settled
 from stillframe.capture.journal import DiskRecord, RunRecord, age_s
 from stillframe.capture.neighbours import other_users
-from stillframe.capture.states import State
+from stillframe.capture.states import DiskPhase, State
 from stillframe.clock import Clock
 from stillframe.errors import ProgramFailed
 from stillframe.hypervisor.domain import Domain
@@ -23,7 +23,7 @@ _LIBVIRT_COMMIT = "active-commit"
 
 def look(
     record: RunRecord, domain: Domain, clock: Clock, compared: Mapping[str, bool],
-    *, waited_out: bool = False, thaw_hopeless: bool = False,
+    *, thaw_hopeless: bool = False,
 ) -> Sight:
     """Return what is to be seen of the run's domain, disks and files right now.
 
@@ -40,7 +40,7 @@ def look(
     )
     return Sight(
         view.power, disks, managed_save=view.managed_save, shutdown_pending=pending,
-        waited_out=waited_out, thaw_hopeless=thaw_hopeless,
+        thaw_hopeless=thaw_hopeless,
     )
 
 
@@ -82,7 +82,8 @@ def _look_at_disk(known: DiskRecord, view: DomainView, compared: Mapping[str, bo
         overlay=_seen_file(known, overlay_now),
         base_present=base_present,
         base_intact=_intact(known, base_now),
-        base_newer=bool(base_now and overlay_now and base_now.mtime_ns > overlay_now.mtime_ns),
+        base_newer=_newer(base_now, overlay_now),
+        overlay_empty=_empty(known, overlay_now) if qemu is Seen.BASE else None,
         leaked_nodes=_leaked(known, view.qemu) if qemu is Seen.BASE else (),
         equal=None if view.power.has_qemu else compared.get(known.target),
     )
@@ -161,6 +162,21 @@ def _intact(known: DiskRecord, now: FileIdentity | None) -> bool:
     if recorded is None or now is None or recorded.special:
         return True  # a device's times do not tell, and before the capture there is nothing to compare
     return (now.size_bytes, now.mtime_ns) == (recorded.size_bytes, recorded.mtime_ns)
+
+
+def _newer(base: FileIdentity | None, overlay: FileIdentity | None) -> bool | None:
+    if base is None or overlay is None or base.special:
+        return None  # neither a device's nor a network image's last write can be told
+    return base.mtime_ns > overlay.mtime_ns
+
+
+def _empty(known: DiskRecord, now: FileIdentity | None) -> bool | None:
+    if now is None or now.size_bytes == 0 or known.phase in (DiskPhase.PIVOTING, DiskPhase.ON_BASE):
+        return None
+    try:
+        return not holds_data(known.overlay_path)
+    except ProgramFailed:
+        return None
 
 
 def _overlay_file(known: DiskRecord) -> FileIdentity | None:

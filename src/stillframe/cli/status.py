@@ -9,7 +9,7 @@ from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import OVERLAY_SUFFIX
 from stillframe.cli.session import Session
-from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
+from stillframe.errors import EXIT_OK, NeedsAttention, NoHypervisor, StillframeError
 from stillframe.hypervisor.domain import all_domains
 from stillframe.mirror.folder import MirrorFolder
 
@@ -19,13 +19,22 @@ _SHOWN_RUNS = 100
 def status(session: Session) -> int:
     """Print the state of everything; return NeedsAttention's exit code if something was left."""
     runs = [_run_body(session, run) for run in session.journal.open_runs()]
-    overlaid = _overlaid(session)
+    unreachable = ""
+    overlaid: list[dict[str, str]] = []
+    try:
+        overlaid = _overlaid(session)
+    except StillframeError as error:
+        unreachable = error.message
+        session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
     mirrors = _mirrors(session)
-    session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "mirrors": mirrors})
+    session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "mirrors": mirrors,
+                         "libvirt_error": unreachable})
     _print(session, runs, overlaid, mirrors)
     left = [run for run in runs if not run["running"]]
     unknown = [each for each in overlaid if each["run"] == ""]
-    return NeedsAttention.exit_code if left or unknown else EXIT_OK
+    if left or unknown:
+        return NeedsAttention.exit_code
+    return NoHypervisor.exit_code if unreachable else EXIT_OK
 
 
 def _print(
@@ -66,16 +75,13 @@ def _overlaid(session: Session) -> list[dict[str, str]]:
         disk.overlay_path: run.id for run in session.journal.open_runs() for disk in run.disks
     }
     found = []
-    try:
-        for domain in all_domains(session.connection):
-            for xml in domain.descriptions()[:1]:
-                found += [
-                    {"guest": domain.name, "target": disk.target, "overlay": disk.top.place,
-                     "run": known.get(disk.top.place, "")}
-                    for disk in xml.disks.values() if disk.top.place.endswith(OVERLAY_SUFFIX)
-                ]
-    except StillframeError as error:
-        session.screen.warn(f"guests can't be looked at: {error.message}")
+    for domain in all_domains(session.connection):
+        for xml in domain.descriptions()[:1]:
+            found += [
+                {"guest": domain.name, "target": disk.target, "overlay": disk.top.place,
+                 "run": known.get(disk.top.place, "")}
+                for disk in xml.disks.values() if disk.top.place.endswith(OVERLAY_SUFFIX)
+            ]
     return found
 
 
