@@ -35,7 +35,7 @@ Config = Annotated[
     Path | None, typer.Option("--config", help="configuration file (default /etc/stillframe/stillframe.toml)")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but results and errors")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say only results, warnings and errors")]
 Guests = Annotated[list[str] | None, typer.Argument(metavar="[GUEST]...", help="guests by name or UUID")]
 
 
@@ -113,7 +113,7 @@ def recover(
     ] = False,
     repair_status: Annotated[
         bool, typer.Option(
-            "--repair-status", help="with libvirtd stopped: mend the status file of a hidden guest"),
+            "--repair-status", help="with libvirtd stopped: mend libvirt's status file of the guests"),
     ] = False,
     connect: Connect = None, state_dir: StateDir = None, config: Config = None,
     as_json: AsJson = False, quiet: Quiet = False,
