@@ -72,17 +72,19 @@ class ModelFiles:
     def after_crash(self, chance: random.Random | None) -> ModelFiles:
         """Return the folder as the next process finds it.
 
-        Without *chance* only the process died: all is there. With it the power went: names are
-        those of some moment since the last fsync_folder, and of the writes to a file since its
-        last fsync any may be missing, or cut short.
+        Without *chance* only the process died: all is there. With it the power went: of the
+        changes to names since the last fsync_folder, and of the writes to a file since its last
+        fsync, any may be missing, whatever came after them; and a file may be cut short.
         """
         new = ModelFiles()
         new._clock, new._numbers = self._clock, self._numbers
         names = dict(self.current)
         if chance is not None:
             names = dict(self.durable_names)
-            for step in self.pending_names[: chance.randint(0, len(self.pending_names))]:
-                step(names)
+            share = chance.choice([0.1, 0.5, 0.9])
+            for step in self.pending_names:
+                if chance.random() < share:
+                    step(names)
         copies: dict[int, Inode] = {}
         for name, inode in names.items():
             if inode.number not in copies:
@@ -181,7 +183,7 @@ class ModelFiles:
     def rename(self, old: str, new: str) -> None:
         with self._lock:
             self._step(f"rename {old} {new}")
-            self._name(lambda names: names.__setitem__(new, names.pop(old)))
+            self._name(lambda names: names.__setitem__(new, names.pop(old)) if old in names else None)
 
     def unlink(self, name: str) -> None:
         with self._lock:

@@ -108,6 +108,29 @@ def test_a_power_cut_leaves_old_or_new(old: Disks | None, new: Disks, seed: int)
     _crash_everywhere(old, new, seed, power=True)
 
 
+@settings(slow, max_examples=60)
+@given(st.none() | guests, guests, st.integers(0, 2**32))
+def test_what_is_published_or_finished_survives_a_power_cut(
+    old: Disks | None, new: Disks, seed: int
+) -> None:
+    chance = random.Random(seed)
+    files = ModelFiles()
+    if old is not None:
+        run(files, old, "old", chance)
+    update = begin(files)
+    stage(update, new, chance)
+    update.publish(CaptureFacts("new", "crash", "<domain>new</domain>"))
+    cut = files.after_crash(chance)
+    assert folder_of(cut).recover().finished
+    update.finish()
+    finished = files.after_crash(chance)
+    assert not folder_of(finished).recover().damaged
+    for left in (cut, finished):
+        assert held(left) == new
+        again = run(left, new, "again", chance)
+        assert all(result.fell_back == "" and result.changed_bytes == 0 for result in again.values())
+
+
 class NoFsync(ModelFiles):
     """A negative control: a destination that forgets in spite of fsync."""
 

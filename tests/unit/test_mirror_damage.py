@@ -108,9 +108,10 @@ def test_a_damaged_redo_is_dropped_before_the_images_change(flip: tuple[float, i
 
 
 @quick
-@given(flips, st.sampled_from(["vda.redo", "vdb.redo", APPLYING]), st.integers(1, 6))
+@given(flips, st.sampled_from(["vda.redo", "vdb.redo", APPLYING]), st.integers(1, 6),
+       st.none() | st.integers(0, 2**32))
 def test_a_redo_damaged_in_mid_apply_is_told_loudly(
-    flip: tuple[float, int], name: str, steps: int
+    flip: tuple[float, int], name: str, steps: int, power_cut: int | None
 ) -> None:
     files = _mirror()
     update = begin(files)
@@ -120,7 +121,7 @@ def test_a_redo_damaged_in_mid_apply_is_told_loudly(
     files.crash_at = files.writes + 2 + steps
     with pytest.raises(Crashed):
         update.finish()
-    left = files.after_crash(None)
+    left = files.after_crash(None if power_cut is None else random.Random(power_cut))
     assert APPLYING in left.current
     _flip(left, name, *flip)
     recovered = folder_of(left).recover()

@@ -207,20 +207,25 @@ def _apply_disk(files: Files, record: MirrorRecord, disk: DiskRecord, tick: Tick
     _rename_if_there(files, staged_map_name(disk.target), map_name(disk.target))
 
 
-def _settled(files: Files, disk: DiskRecord, mtime_ns: int) -> DiskRecord:
-    """Return the record of an applied disk, its image's time of change set and durable.
+def settle_image(files: Files, target: str, mtime_ns: int) -> ImageIdentity | None:
+    """Set the image's time of change, make the image durable, and return what it looks like then.
 
     The time is set by hand, after closing: an SMB server may otherwise set its own later.
     """
-    name = image_name(disk.target)
+    name = image_name(target)
     files.set_mtime(name, mtime_ns)
     fd = files.open(name)
     try:
         files.fsync(fd)
     finally:
         files.close(fd)
-    believed = disk.whole or disk.identity is not None
-    identity = image_identity(files, disk.target) if believed else None
+    return image_identity(files, target)
+
+
+def _settled(files: Files, disk: DiskRecord, mtime_ns: int) -> DiskRecord:
+    """Return the record of an applied disk, with the identity by which its map is believed."""
+    settled = settle_image(files, disk.target, mtime_ns)
+    identity = settled if disk.whole or disk.identity is not None else None
     return msgspec.structs.replace(disk, identity=identity, whole=False)
 
 

@@ -111,7 +111,6 @@ class Redo:
     def end(self) -> None:
         """See Staging."""
         self._writer.end()
-        self._files.fsync(self._fd)
 
     def close(self) -> None:
         """See Staging."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stillframe.block.reader import DiskReader
 from stillframe.clock import Clock
 from stillframe.errors import DestinationFull
-from stillframe.mirror.apply import image_identity
+from stillframe.mirror.apply import image_identity, settle_image
 from stillframe.mirror.baseline import Baseline, ByImage, ByMap, NoImage
 from stillframe.mirror.blockmap import BLOCK_SIZE_BYTES, MapReader, MapUnusable, MapWriter, open_map
 from stillframe.mirror.copy import THREADS, DiskCopy, NewImage, Redo, Staging, Tally, data_bytes
@@ -182,5 +182,4 @@ class DiskStage:
         """
         if before is None:
             return None
-        self._files.set_mtime(image_name(self._target), before.mtime_ns)
-        return image_identity(self._files, self._target)
+        return settle_image(self._files, self._target, before.mtime_ns)
