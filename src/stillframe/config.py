@@ -9,9 +9,9 @@ freeze_timeout = "10s"
 agent_timeout = "5s"
 shutdown_timeout = "2m"
 commit_timeout = "1h"
-exclude = ["vdb"]
 
-[guests.NAME]              # the same keys, for one guest
+[guests.NAME]              # the same keys, for one guest, and
+exclude = ["vdb"]          # its disks to leave out
 """
 
 from __future__ import annotations
@@ -79,9 +79,14 @@ def read_settings(path: Path | None) -> Settings:
     except OSError as error:
         raise ConfigInvalid(f"{chosen} can't be read: {error.strerror}.", f"ls -l {chosen}") from error
     try:
-        return msgspec.toml.decode(data, type=Settings)
+        settings = msgspec.toml.decode(data, type=Settings)
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigInvalid(f"{chosen} is not valid: {error}.", f"edit {chosen}") from error
+    if settings.defaults.exclude:
+        # A disk that one guest has and another has not: for the other it would be an error.
+        raise ConfigInvalid(
+            f"{chosen}: exclude can't stand in [defaults], only in [guests.NAME].", f"edit {chosen}")
+    return settings
 
 
 def wishes(settings: GuestSettings) -> Wishes:
@@ -92,10 +97,10 @@ def wishes(settings: GuestSettings) -> Wishes:
         overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
         exclude=settings.exclude or (),
         limits=Limits(
-            freeze_s=_read(settings, "freeze_timeout", parse_duration_s, plain.freeze_s),
-            agent_s=_read(settings, "agent_timeout", parse_duration_s, plain.agent_s),
-            shutdown_s=_read(settings, "shutdown_timeout", parse_duration_s, plain.shutdown_s),
-            commit_s=_read(settings, "commit_timeout", parse_duration_s, plain.commit_s),
+            freeze_s=_read(settings, "freeze_timeout", _positive_s, plain.freeze_s),
+            agent_s=_read(settings, "agent_timeout", _positive_s, plain.agent_s),
+            shutdown_s=_read(settings, "shutdown_timeout", _positive_s, plain.shutdown_s),
+            commit_s=_read(settings, "commit_timeout", _positive_s, plain.commit_s),
             overlay_bytes=_read(settings, "overlay_limit", parse_size_bytes, plain.overlay_bytes),
             min_free_bytes=_read(settings, "min_free", parse_size_bytes, plain.min_free_bytes),
         ),
@@ -106,6 +111,13 @@ def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
     """Return the wishes for guest *name*: options over its own section over the defaults."""
     own = settings.guests.get(name, GuestSettings())
     return wishes(options.over(own.over(settings.defaults)))
+
+
+def _positive_s(text: str) -> float:
+    seconds = parse_duration_s(text)
+    if seconds <= 0:
+        raise ValueError(f"not a time to wait: {text!r} (it must be more than 0)")
+    return seconds
 
 
 def _read(settings: GuestSettings, name: str, parse: Callable[[str], T], otherwise: T) -> T:

@@ -180,6 +180,11 @@ def test_a_device_without_a_folder_for_overlays(caller: Caller, disk_guest: Make
     caller.refused(errors.OverlayFolderNeeded, guest, "--overlay-dir", "/nonexistent")
 
 
+def test_overlays_on_the_backup_storage_itself(caller: Caller, guest: DiskGuest) -> None:
+    assert "backup storage" in caller.refused(
+        errors.OverlayFolderNeeded, guest, "--overlay-dir", caller.destination)
+
+
 def test_too_little_room_for_overlays(caller: Caller, guest: DiskGuest) -> None:
     caller.refused(errors.OverlaySpace, guest, "--min-free", "1000T")
 

@@ -257,6 +257,9 @@ class World:
             self._may_die()
 
     def _finish_in_qemu(self, disks: list[WorldDisk]) -> None:
+        for disk in disks:
+            if disk.qemu is Seen.OVERLAY:
+                self._commit_all(disk)  # waited for, the CPUs standing still, before the step is entered
         self._enter(State.PIVOTING, **self._phase(disks, DiskPhase.PIVOTING))
         for disk in disks:
             if disk.qemu is Seen.OVERLAY:

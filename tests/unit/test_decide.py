@@ -148,7 +148,9 @@ def _wrong_confirm(
     never_on = phase is DiskPhase.PLANNED and not record.snapshot_begun
     holds_data = disk.overlay is FileSeen.OURS and not disk.overlay_empty
     return {
-        "confirm: the overlay is in use": Seen.OVERLAY in uses(disk),
+        # The live view alone may lag for ever: a start goes by the definition, writes go by QEMU.
+        "confirm: the overlay is in use": Seen.OVERLAY in (disk.qemu, disk.inactive) or (
+            disk.live is Seen.OVERLAY and disk.qemu is not Seen.BASE),
         "confirm: not compared": not sight.power.has_qemu and not disk.equal and not never_on,
         "confirm: its writes are nowhere else":
             sight.power.has_qemu and holds_data and phase is DiskPhase.OVERLAID,
@@ -188,7 +190,7 @@ def _wrong_elsewhere(
         "pivot: the CPUs run": pivots and (sight.power is Power.RUNNING) != (action is Action.SUSPEND),
         "point to base: not compared": points and not sight.power.has_qemu and not disk.equal,
         "point to base: in use":
-            points and sight.power.has_qemu and (disk.qemu, disk.live) != (Seen.BASE, Seen.BASE),
+            points and sight.power.has_qemu and disk.qemu is not Seen.BASE,
     }
 
 
@@ -199,7 +201,7 @@ def _wrong_for_domain(record: RunRecord, sight: Sight, decision: Decision) -> Wr
     ours = sight.power is Power.PAUSED and record.suspended
     left = not all(settled(disk) for disk in sight.disks)
     behind = any(
-        disk.qemu is Seen.BASE and Seen.OVERLAY in (disk.live, disk.inactive) for disk in sight.disks)
+        disk.qemu is Seen.BASE and disk.inactive is Seen.OVERLAY for disk in sight.disks)
     lost = any(Seen.OVERLAY in uses(disk) and disk.overlay is not FileSeen.OURS for disk in sight.disks)
     frozen = record.freeze_begun and not record.thaw_verified and sight.power.has_qemu
     resume, start, finish = (action is each for each in (Action.RESUME, Action.START, Action.FINISH))
@@ -258,7 +260,7 @@ def test_a_guest_that_stillframe_paused_is_not_left_paused_when_a_person_is_aske
     decision = decide(record, sight)
     if decision.action is Action.ASK and sight.power is Power.PAUSED and record.suspended:
         behind = [disk for disk in sight.disks if disk.qemu is Seen.BASE]
-        assert any(Seen.OVERLAY in (disk.live, disk.inactive) for disk in behind)
+        assert any(disk.inactive is Seen.OVERLAY for disk in behind)
 
 
 @pytest.mark.parametrize(("record", "sight", "wrong", "words"), [

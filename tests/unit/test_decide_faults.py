@@ -216,10 +216,17 @@ def test_libvirtd_killed_in_the_pivot_heals_while_qemu_lives() -> None:
     assert action(confirmed, running(on_base())) is Action.UNLINK
 
 
-def test_the_live_xml_never_catches_up_and_the_guest_stands_still_until_a_person_came() -> None:
+def test_the_live_xml_never_catches_up_and_the_guest_goes_on_once_its_definition_is_right() -> None:
     record = phase(DiskPhase.PIVOTING, State.PIVOTING, suspended=True)
     behind = on_base(live=Seen.OVERLAY, inactive=Seen.OVERLAY)
-    assert action(record, paused(behind, waited_out=True)) is Action.ASK
+    assert action(record, paused(behind, waited_out=True)) is Action.POINT_TO_BASE
+    behind = on_base(live=Seen.OVERLAY)
+    assert action(record, paused(behind, waited_out=True)) is Action.CONFIRM_BASE
+    confirmed = phase(DiskPhase.ON_BASE, State.PIVOTING, suspended=True)
+    assert action(confirmed, paused(behind, waited_out=True)) is Action.RESUME
+    decision = decide(confirmed, running(behind, waited_out=True))
+    assert decision.action is Action.ASK
+    assert "live view" in decision.reason
 
 
 @pytest.mark.parametrize("inactive", [Seen.BASE, Seen.OVERLAY])

@@ -21,7 +21,7 @@ from stillframe.capture.decide import Action, Decision, Sight, decide, may_resum
 from stillframe.capture.explain import attention
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
 from stillframe.capture.limits import Limits
-from stillframe.capture.sight import look, ready_to_pivot, stray_job
+from stillframe.capture.sight import drained, look, ready_to_pivot, stray_job
 from stillframe.capture.states import DiskPhase, State
 from stillframe.capture.thaw import thaw_until_verified
 from stillframe.clock import Clock, Deadline, utc_text
@@ -38,14 +38,16 @@ from stillframe.errors import (
 )
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.domain_xml import with_source
+from stillframe.hypervisor.model import DomainView
 
 _POLL_S = 0.25
-_SETTLE_S = 20.0
+_SETTLE_S = 8.0
 _CONVERGE_S = 10.0
 _OFFLINE_S = 6 * 3600.0
 _FAILURES_LIMIT = 8
 _REPEATS_LIMIT = 3
 _STEPS_LIMIT = 200_000
+Drained = Callable[[DomainView, RunRecord, tuple[str, ...]], bool]
 _DEFINITIONS = Path("/etc/libvirt/qemu")
 
 
@@ -272,14 +274,18 @@ class BringBack:
         self._domain.suspend()
         return self._journal.done(record)
 
-    def _pivot(self, record: RunRecord, decision: Decision) -> RunRecord:
+    def _wait_drained(self, record: RunRecord, targets: tuple[str, ...], test: Drained) -> None:
+        """Wait until base and overlay of each target are equal, the guest standing still."""
         deadline = Deadline(self._clock, _CONVERGE_S)
-        while not ready_to_pivot(self._domain.view(), record, decision.targets):
+        while not test(self._domain.view(), record, targets):
             if deadline.passed():
                 if record.suspended:
                     self._domain.resume()
                 raise HypervisorError("The commit is not ready although the guest stands still.", 0)
             self._domain.connection.wait_change(_POLL_S / 10)
+
+    def _pivot(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._wait_drained(record, decision.targets, ready_to_pivot)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
         record = self._journal.enter(record, State.PIVOTING, " ".join(decision.targets), disks=disks)
         for target in decision.targets:
@@ -311,6 +317,7 @@ class BringBack:
         return self._journal.done(record)
 
     def _finish_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._wait_drained(record, decision.targets, drained)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
         record = self._journal.enter(record, State.PIVOTING, "in QEMU", disks=disks)
         for target in decision.targets:

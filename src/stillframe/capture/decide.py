@@ -158,12 +158,10 @@ def _maybe_frozen(record: RunRecord, sight: Sight) -> bool:
 def may_resume(record: RunRecord, sight: Sight) -> bool:
     """Return whether a guest that stillframe suspended may go on although a person has to choose.
 
-    While QEMU is on a base and libvirt still names its overlay, only standing still keeps the
-    two equal: a guest that went on and then died would start from the older one.
+    While QEMU is on a base and the definition still names its overlay, only standing still keeps
+    the two equal: a guest that went on and then died would start from the older one.
     """
-    behind = any(
-        disk.qemu is Seen.BASE and Seen.OVERLAY in (disk.live, disk.inactive) for disk in sight.disks
-    )
+    behind = any(disk.qemu is Seen.BASE and disk.inactive is Seen.OVERLAY for disk in sight.disks)
     return sight.power is Power.PAUSED and record.suspended and not behind
 
 
@@ -287,7 +285,7 @@ def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> 
     # What runs on a disk of which nothing of ours is left is none of our business.
     busy = _pick(disks, lambda disk: disk.job is not JobSeen.NONE and not settled(disk))
     if stale_live or stale or busy:
-        return _decide_behind(sight, disks, stale_live, stale, busy)
+        return _decide_behind(record, sight, disks, stale_live, stale, busy)
     unconfirmed = _pick(disks, lambda disk: record.disk(disk.target).phase is not DiskPhase.ON_BASE)
     if unconfirmed:
         return Decision(Action.CONFIRM_BASE, unconfirmed, "QEMU and both XMLs name the base")
@@ -304,19 +302,25 @@ def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> 
 
 
 def _decide_behind(
-    sight: Sight, disks: list[DiskSight], stale_live: Targets, stale: Targets, busy: Targets
+    record: RunRecord, sight: Sight, disks: list[DiskSight], stale_live: Targets, stale: Targets,
+    busy: Targets,
 ) -> Decision:
     """QEMU is on the bases, but libvirt still shows an overlay or a job."""
     if not sight.waited_out:
         return Decision(Action.WAIT, stale_live or stale or busy, "libvirt has not caught up with the pivot")
-    if stale_live:
-        return Decision(Action.ASK, stale_live, "libvirt does not catch up with the pivot")
     concluded = _pick(disks, lambda disk: disk.target in busy and disk.job is JobSeen.READY)
-    if concluded:
+    if concluded and not stale_live:
         return Decision(Action.FINISH_IN_QEMU, concluded, "QEMU's own commit is over")
     if busy:
         return Decision(Action.ASK, busy, "libvirt does not catch up with the pivot")
-    return Decision(Action.POINT_TO_BASE, stale, "the definition still names the overlay")
+    if stale:
+        return Decision(Action.POINT_TO_BASE, stale, "the definition still names the overlay")
+    # A libvirtd that died between QEMU's answer and its own record never puts its live view right.
+    unconfirmed = tuple(
+        target for target in stale_live if record.disk(target).phase is not DiskPhase.ON_BASE)
+    if unconfirmed:
+        return Decision(Action.CONFIRM_BASE, unconfirmed, "QEMU and the definition name the base")
+    return Decision(Action.ASK, stale_live, "libvirt's live view names the overlay, but QEMU is on the base")
 
 
 # --- The guest is off -------------------------------------------------------------------------

@@ -31,9 +31,14 @@ def _choices(record: RunRecord, decision: Decision) -> str:
     if "its QEMU still runs" in decision.reason:
         return (
             "choose one of\n"
-            f"  a) systemctl stop libvirtd; stillframe recover --repair-status {name}; "
+            f"  a) systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
             "systemctl start libvirtd\n"
             f"  b) shut the guest down from inside, then: stillframe recover {name}"
+        )
+    if "libvirt's live view" in decision.reason:
+        return (
+            f"systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
+            f"systemctl start libvirtd; stillframe recover {name}   # the guest runs on meanwhile"
         )
     if "managed save" in decision.reason:
         return f"virsh start {name} && stillframe recover {name}   # brings the saved guest up first"

@@ -17,6 +17,9 @@ from stillframe.errors import OverlayFull, OverlaySpace
 from stillframe.units import size_text
 
 _SECTOR_BYTES = 512
+_NETWORK = frozenset({
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "9p", "afs", "glusterfs", "gfs2", "ocfs2", "lustre",
+})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,18 @@ def free_bytes(folder: str) -> int:
     """Return what an unprivileged process could still write in *folder*."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
+
+
+def on_network(folder: Path) -> bool:
+    """Return whether *folder* (resolved) lies on a network file system."""
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    # The last of equal mount points is the one on top; mount points write a blank as \040.
+    best, kind = "", ""
+    for point, name in mounts:
+        place = point.replace("\\040", " ")
+        if folder.is_relative_to(place) and len(place) >= len(best):
+            best, kind = place, name
+    return kind in _NETWORK or kind.startswith("fuse.")
 
 
 def allocated_bytes(path: str) -> int:

@@ -92,7 +92,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     consistency: str = ""
     captured_at: str = ""
     ended_at: str = ""
-    outcome: str = ""
 
     def disk(self, target: str) -> DiskRecord:
         """Return the disk called *target*; raises KeyError."""

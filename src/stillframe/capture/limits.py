@@ -13,8 +13,9 @@ class Limits:
 
     *freeze_s*: longest time that the guest may be frozen. *agent_s*: longest wait for one
     answer of the guest agent. *shutdown_s*: longest wait for a guest to shut down.
-    *commit_s*: longest wait for a commit to converge. *overlay_bytes*: what all overlays of
-    the guest may grow to before the copy is given up, None for half of the free space.
+    *commit_s*: longest wait for a commit to converge. *overlay_bytes*: what the
+    overlays on one file system may grow to before the copy is given up, None for half of what
+    is free there.
     *min_free_bytes*: what must be free in the overlay's file system before a run, and a
     sixteenth of it at all times.
     """

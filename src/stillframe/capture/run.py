@@ -313,7 +313,7 @@ class _Run:
         except HypervisorError as error:
             raise SnapshotFailed(
                 f"libvirt did not put the overlay on {self.record.name}: {error.message}",
-                "docs/ERRORS.md#snapshot-failed lists the causes by libvirt's code",
+                f"stillframe doctor {self.record.name}; tail /var/log/libvirt/qemu/{self.record.name}.log",
             ) from error
         self._done(captured_at=utc_text(self._clock.now()))
 

@@ -44,21 +44,27 @@ def look(
     )
 
 
-def ready_to_pivot(view: DomainView, record: RunRecord, targets: tuple[str, ...]) -> bool:
-    """Return whether each target's commit is ready and has nothing left to copy.
+def drained(view: DomainView, record: RunRecord, targets: tuple[str, ...]) -> bool:
+    """Return whether QEMU's commit of each target is ready and has nothing left to copy.
 
-    Only while the CPUs stand still does this stay true.
+    Only while the CPUs stand still does this stay true. A commit that is over counts as drained.
     """
-    if view.live is None or view.qemu is None:
+    if view.qemu is None:
         return False
-    for target in targets:
-        disk = view.live.disks.get(target)
-        job = _qemu_job(view.qemu, target, record.disk(target))
-        if disk is None or disk.mirror is None or not disk.mirror.ready:
-            return False
-        if job is None or job.status != "ready" or job.done != job.total:
-            return False
-    return True
+    jobs = [_qemu_job(view.qemu, target, record.disk(target)) for target in targets]
+    return all(
+        job is not None and job.status in ("ready", "concluded") and job.done == job.total for job in jobs
+    )
+
+
+def ready_to_pivot(view: DomainView, record: RunRecord, targets: tuple[str, ...]) -> bool:
+    """Return whether each target is drained, and libvirt, which is to pivot it, knows so."""
+    disks = view.live.disks if view.live is not None else {}
+    ready = all(
+        target in disks and (mirror := disks[target].mirror) is not None and mirror.ready
+        for target in targets
+    )
+    return ready and drained(view, record, targets)
 
 
 def stray_job(view: DomainView, known: DiskRecord) -> str:
@@ -122,6 +128,8 @@ def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
     if disk.mirror is not None:
         if disk.mirror.job != _LIBVIRT_COMMIT or disk.top.place != known.overlay_path:
             return JobSeen.FOREIGN
+        if job is None and known.target not in (view.jobs or {}):
+            return JobSeen.NONE  # the commit is over, and libvirt has not noticed, or never will
         return JobSeen.READY if disk.mirror.ready else JobSeen.COMMITTING
     if job is not None and job.name != OWN_JOB.format(known.target):
         return JobSeen.STRAY

@@ -1,8 +1,13 @@
-"""Mending libvirt's own status file of a running guest that libvirt takes for shut off.
+"""Mending libvirt's own status file of a running guest, where libvirt itself never will.
 
-A libvirtd that is killed while its status file says `<mirror job=''>` can't read that file
-when it comes back ("unknown mirror job type ''"): it shows the guest as shut off while its
-QEMU runs. The file can only be changed while libvirtd is stopped.
+Two kinds of damage, both left by a libvirtd that was killed at the wrong instant:
+
+- `<mirror job=''>`: libvirtd can't read the file when it comes back ("unknown mirror job type
+  ''") and shows the guest as shut off while its QEMU runs.
+- It had dismissed a pivoted commit in QEMU but not yet written that down: the live XML names the
+  overlay for ever, while QEMU is on the base.
+
+The file can only be changed while libvirtd is stopped.
 """
 
 from __future__ import annotations
@@ -10,8 +15,11 @@ from __future__ import annotations
 import os
 import shutil
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
+from stillframe.capture.journal import RunRecord
+from stillframe.capture.states import DiskPhase
 from stillframe.errors import GuestState, NeedsAttention, Refused
 from stillframe.hypervisor.domain import qemu_pid
 
@@ -19,16 +27,17 @@ _FOLDER = Path("/run/libvirt/qemu")
 _DAEMON_PIDS = (Path("/run/libvirtd.pid"), Path("/run/virtqemud.pid"))
 
 
-def repair_status_file(name: str, folder: Path = _FOLDER) -> str:
-    """Mend broken <mirror> elements in the status file of guest *name*; say what was done.
+def repair_status_file(name: str, runs: Sequence[RunRecord], folder: Path = _FOLDER) -> str:
+    """Mend the status file of guest *name*; say what was done.
 
+    A disk's source is changed only where its run in *runs* says that QEMU was seen on the base.
     A copy of the file is kept beside it. Raises Refused while libvirtd runs or when the
     guest's QEMU doesn't.
     """
     if any(_runs(path) for path in _DAEMON_PIDS):
         raise Refused(
             "libvirtd runs: it would overwrite the status file.",
-            f"systemctl stop libvirtd.socket libvirtd; stillframe recover --repair-status {name}",
+            f"systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}",
         )
     if qemu_pid(name) is None:
         raise Refused(f"No QEMU of {name} runs, so there is nothing to mend.", "systemctl start libvirtd")
@@ -40,8 +49,13 @@ def repair_status_file(name: str, folder: Path = _FOLDER) -> str:
             f"The status file {path} can't be read: {error}", f"ls -l {path}", GuestState.UNKNOWN
         ) from error
     mended = [_mend(disk, tree) for disk in tree.iter("disk") if _is_broken(disk)]
+    overlays = {
+        disk.overlay_path for run in runs if run.name == name
+        for disk in run.disks if disk.phase is DiskPhase.ON_BASE
+    }
+    mended += [_put_on_base(disk) for disk in tree.iter("disk") if _is_behind(disk, tree, overlays)]
     if not mended:
-        return f"{path} has no broken mirror element; nothing was changed"
+        return f"{path} has nothing that stillframe knows how to mend; nothing was changed"
     shutil.copy2(path, path.with_suffix(".xml.stillframe-before"))
     new = path.with_suffix(".xml.stillframe-new")
     tree.write(new, encoding="unicode")
@@ -56,8 +70,7 @@ def _is_broken(disk: ET.Element) -> bool:
 
 def _mend(disk: ET.Element, tree: ET.ElementTree[ET.Element]) -> str:
     """Name the mirror's job as libvirt's own list of jobs has it; without one, drop the mirror."""
-    target, mirror = disk.find("target"), disk.find("mirror")
-    name = "?" if target is None else target.get("dev", "?")
+    name, mirror = _target(disk), disk.find("mirror")
     if mirror is None:
         return name
     for job in tree.iter("blockjob"):
@@ -67,6 +80,39 @@ def _mend(disk: ET.Element, tree: ET.ElementTree[ET.Element]) -> str:
             return f"{name}: its mirror is a {job.get('type')} again"
     disk.remove(mirror)
     return f"{name}: a mirror without a job was removed"
+
+
+def _is_behind(disk: ET.Element, tree: ET.ElementTree[ET.Element], overlays: set[str]) -> bool:
+    source = disk.find("source")
+    jobs = {each.get("dst") for job in tree.iter("blockjob") for each in job.iterfind("disk")}
+    return source is not None and source.get("file") in overlays and _target(disk) not in jobs
+
+
+def _put_on_base(disk: ET.Element) -> str:
+    """Make the image below the overlay the disk's own, with libvirt's node names for it."""
+    below, driver, overlay = disk.find("backingStore"), disk.find("driver"), disk.find("source")
+    base = None if below is None else below.find("source")
+    if below is None or driver is None or overlay is None or base is None:
+        raise NeedsAttention(
+            f"The status file does not say what is below the overlay of {_target(disk)}.",
+            "shut the guest down from inside and start it again", GuestState.SAFE,
+        )
+    found = below.find("format")
+    driver.set("type", "raw" if found is None else found.get("type", "raw"))
+    disk.set("type", below.get("type", "file"))
+    base.set("index", below.get("index", "1"))
+    place = list(disk).index(overlay)
+    deeper = below.find("backingStore")
+    for child in (overlay, below, *disk.findall("mirror")):
+        disk.remove(child)
+    disk.insert(place, base)
+    disk.insert(place + 1, ET.Element("backingStore") if deeper is None else deeper)
+    return f"{_target(disk)}: it is on its base"
+
+
+def _target(disk: ET.Element) -> str:
+    target = disk.find("target")
+    return "?" if target is None else target.get("dev", "?")
 
 
 def _runs(pid_file: Path) -> bool:

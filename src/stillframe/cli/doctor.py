@@ -6,18 +6,19 @@ import shutil
 from collections.abc import Sequence
 
 from stillframe.capture.growth import free_bytes
+from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan, make_plan
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
-from stillframe.errors import EXIT_OK, EXIT_PARTIAL, Refused, StillframeError
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, Refused, RunInProgress, StillframeError
 from stillframe.hypervisor.domain import Domain, all_domains, find_domain
 from stillframe.units import size_text
 
 _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
 
 
-def doctor(session: Session, names: Sequence[str]) -> int:
+def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> int:
     """Say of each named guest (or of all) whether it can be captured; return the exit code."""
     host = _host(session)
     domains = [find_domain(session.connection, name) for name in names] or all_domains(session.connection)
@@ -25,7 +26,7 @@ def doctor(session: Session, names: Sequence[str]) -> int:
     errors: list[StillframeError] = []
     for domain in domains:
         try:
-            bodies.append({"guest": domain.name, "ok": True, **_examine(session, domain)})
+            bodies.append({"guest": domain.name, "ok": True, **_examine(session, domain, options)})
         except StillframeError as error:
             errors.append(error)
             bodies.append({"guest": domain.name, "ok": False, "error": error_body(error)})
@@ -51,14 +52,17 @@ def _host(session: Session) -> dict[str, object]:
     return {"libvirt": _version(library), "qemu": _version(qemu), "missing_programs": missing}
 
 
-def _examine(session: Session, domain: Domain) -> dict[str, object]:
+def _examine(session: Session, domain: Domain, options: GuestSettings) -> dict[str, object]:
+    holder = lock_holder(session.journal.folder, domain.uuid)
+    if holder:
+        raise RunInProgress(f"stillframe works on {domain.name}: {holder}.", "stillframe status")
     left = session.journal.open_runs(domain.uuid)
     if left:
         raise Refused(
             f"A run of {domain.name} ended while {left[0].state.value} and was not recovered.",
             f"stillframe recover {domain.name}",
         )
-    plan = make_plan(domain, for_guest(session.settings, domain.name, GuestSettings()))
+    plan = make_plan(domain, for_guest(session.settings, domain.name, options))
     session.screen.result(f"{domain.name}: can be captured by the overlay method")
     for line in _plan_lines(plan):
         session.screen.result(f"  {line}")

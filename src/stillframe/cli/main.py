@@ -36,6 +36,16 @@ Config = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say only results, warnings and errors")]
+QuiesceOption = Annotated[
+    Quiesce | None,
+    typer.Option("--quiesce", help="how the guest is brought to rest: auto takes its agent if it answers"),
+]
+OverlayDir = Annotated[
+    str | None, typer.Option("--overlay-dir", help="folder for overlays (default: beside each disk's image)")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="disk (target) to leave out; may be repeated")
+]
 Guests = Annotated[list[str] | None, typer.Argument(metavar="[GUEST]...", help="guests by name or UUID")]
 
 
@@ -45,13 +55,8 @@ def mirror(
         list[str], typer.Argument(metavar="GUEST... DEST", help="guests (none with --all), then the folder")
     ],
     all_guests: Annotated[bool, typer.Option("--all", help="all running guests")] = False,
-    quiesce: Annotated[
-        Quiesce | None,
-        typer.Option(help="how the guest is brought to rest: auto takes its agent if it answers"),
-    ] = None,
-    overlay_dir: Annotated[
-        str | None, typer.Option(help="folder for overlays (default: beside each disk's image)")
-    ] = None,
+    quiesce: QuiesceOption = None,
+    overlay_dir: OverlayDir = None,
     overlay_limit: Annotated[
         str | None,
         typer.Option(help="give the copy up when overlays grow past this (default: half of what is free)"),
@@ -59,9 +64,7 @@ def mirror(
     min_free: Annotated[
         str | None, typer.Option(help="space that must be free for overlays (default 1G)")
     ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="disk (target) to leave out; may be repeated")
-    ] = None,
+    exclude: Exclude = None,
     verify_destination: Annotated[
         bool, typer.Option("--verify-destination", help="read the mirror and compare it, too")
     ] = False,
@@ -95,13 +98,17 @@ def mirror(
 @app.command()
 def doctor(
     guests: Guests = None,
+    quiesce: QuiesceOption = None,
+    overlay_dir: OverlayDir = None,
+    exclude: Exclude = None,
     connect: Connect = None, state_dir: StateDir = None, config: Config = None,
     as_json: AsJson = False, quiet: Quiet = False,
 ) -> None:
     """Say whether guests can be captured, how, and what is in the way. Changes nothing."""
     _run(
         Common(connect, state_dir, config, as_json, quiet),
-        lambda session: doctor_command.doctor(session, guests or []),
+        lambda session: doctor_command.doctor(session, guests or [], GuestSettings(
+            quiesce=quiesce, overlay_dir=overlay_dir, exclude=tuple(exclude) if exclude else None)),
     )
 
 
@@ -119,6 +126,8 @@ def recover(
     as_json: AsJson = False, quiet: Quiet = False,
 ) -> None:
     """After any crash: find what was left, bring the guest back, say what was done."""
+    if repair_status and not guests:
+        raise typer.BadParameter("name the guests whose status file is to be mended")
     _run(
         Common(connect, state_dir, config, as_json, quiet),
         lambda session: recover_command.recover(

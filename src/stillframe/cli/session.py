@@ -38,6 +38,7 @@ class Session:
         self.screen = Screen(as_json=common.as_json, quiet=common.quiet)
         self.clock = SystemClock()
         self._interrupted: str = ""
+        self._then = ""
 
     @cached_property
     def settings(self) -> Settings:
@@ -78,8 +79,12 @@ class Session:
         )
 
     @contextlib.contextmanager
-    def signals_as_stop(self) -> Iterator[None]:
-        """Within the block, SIGINT and SIGTERM end the run cleanly instead of killing it."""
+    def signals_as_stop(self, then: str = "the guest is being brought back") -> Iterator[None]:
+        """Within the block, SIGINT and SIGTERM end the run cleanly instead of killing it.
+
+        *then* tells the person what happens next.
+        """
+        self._then = then
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in before:
             signal.signal(number, self._on_signal)
@@ -91,4 +96,4 @@ class Session:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._interrupted = signal.Signals(number).name
-        self.screen.say(f"{self._interrupted}: ending the run; the guest is being brought back…")
+        self.screen.say(f"{self._interrupted}: ending; {self._then}…")

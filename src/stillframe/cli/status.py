@@ -11,9 +11,13 @@ from stillframe.capture.plan import OVERLAY_SUFFIX
 from stillframe.cli.session import Session
 from stillframe.errors import EXIT_OK, NeedsAttention, NoHypervisor, StillframeError
 from stillframe.hypervisor.domain import all_domains
-from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.record import FolderState
+from stillframe.mirror.recover import inspect_folder
 
 _SHOWN_RUNS = 100
+_BAD_MIRRORS = {
+    state.value for state in (FolderState.DAMAGED, FolderState.UNREADABLE, FolderState.PENDING)
+}
 
 
 def status(session: Session) -> int:
@@ -32,7 +36,9 @@ def status(session: Session) -> int:
     _print(session, runs, overlaid, mirrors)
     left = [run for run in runs if not run["running"]]
     unknown = [each for each in overlaid if each["run"] == ""]
-    if left or unknown:
+    busy = {run["guest"] for run in runs if run["running"]}
+    bad = [each for each in mirrors if each["state"] in _BAD_MIRRORS and each["guest"] not in busy]
+    if left or unknown or bad:
         return NeedsAttention.exit_code
     return NoHypervisor.exit_code if unreachable else EXIT_OK
 
@@ -92,7 +98,7 @@ def _mirrors(session: Session) -> list[dict[str, str]]:
     found = []
     for folder, guest in sorted(folders.items()):
         try:
-            seen = MirrorFolder(Path(folder), clock=session.clock).inspect()
+            seen = inspect_folder(Path(folder), clock=session.clock)
         except StillframeError as error:
             found.append({"guest": guest, "folder": folder, "state": error.message,
                           "captured_at": "", "consistency": ""})

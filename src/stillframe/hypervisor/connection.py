@@ -8,6 +8,7 @@ not have been carried out, and ConnectionLost tells the caller to look again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -89,7 +90,9 @@ class Connection:
         try:
             connect = libvirt.open(self.uri)
         except libvirt.libvirtError as error:
-            if error.get_error_code() in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED):
+            denied = error.get_error_code() in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED)
+            # For a system error libvirt gives errno as its first number.
+            if denied or error.get_int1() in (errno.EACCES, errno.EPERM):
                 raise NotPermitted(
                     f"libvirt at {self.uri} refused the user: {error}",
                     "run stillframe as root, or add the user to the group libvirt",

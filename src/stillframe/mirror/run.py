@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stillframe.block.reader import open_reader
 from stillframe.block.tools import chain_info
-from stillframe.capture.growth import free_bytes
+from stillframe.capture.growth import free_bytes, on_network
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Plan, Wishes, make_plan
 from stillframe.capture.recover import Recovered, recover_domain
@@ -19,6 +19,7 @@ from stillframe.errors import (
     DestinationInsideGuest,
     DestinationSpace,
     DestinationUnwritable,
+    OverlayFolderNeeded,
     ProgramFailed,
     StillframeError,
 )
@@ -144,6 +145,7 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
             f"ls -ld {destination}",
         )
     path = destination / plan.domain.name
+    _refuse_overlays_at(destination, plan)
     for disk in plan.live.disks.values():
         for source in disk.chain:
             images = Path(source.place).parent.resolve() if source.kind == "file" else None
@@ -154,6 +156,19 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
                     "choose a folder on other storage",
                 )
     return path
+
+
+def _refuse_overlays_at(destination: Path, plan: Plan) -> None:
+    """Keep QEMU's writes off the backup storage: when that hangs, the guest would hang with it."""
+    for disk in plan.disks:
+        folder = Path(disk.overlay_path).parent.resolve()
+        shared = os.stat(folder).st_dev == os.stat(destination).st_dev and on_network(folder)
+        if folder.is_relative_to(destination) or shared:
+            raise OverlayFolderNeeded(
+                f"The overlay of {disk.target} would lie in {folder}, on the backup storage itself: if "
+                "that hangs or goes away, the guest would hang with it.",
+                f"stillframe mirror {plan.domain.name} {destination} --overlay-dir /var/lib/libvirt/images",
+            )
 
 
 def _check_space(path: Path, plan: Plan) -> None:
