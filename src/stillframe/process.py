@@ -44,7 +44,7 @@ def run(
     try:
         done = subprocess.run(
             list(command), capture_output=True, timeout=timeout_s, input=stdin.encode(),
-            check=False, env=_environment({}),
+            check=False, env=_environment({}), start_new_session=True,
         )
     except FileNotFoundError as error:
         raise ProgramMissing(command[0]) from error
@@ -112,12 +112,16 @@ def start_mark(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()
     except OSError:
         return ""
     # Field 3 (first after the name) is the state; a zombie holds nothing any more.
-    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+    return "" if fields[0] in "ZX" else f"{boot_id()}:{fields[19]}"
+
+
+def boot_id() -> str:
+    """Return a text that tells this boot of the machine from any other."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def _start(

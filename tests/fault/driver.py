@@ -59,7 +59,7 @@ def main() -> int:
     try:
         domain = find_domain(Connection("qemu:///system", clock), guest)
         if what == "recover":
-            with domain_lock(journal.folder, domain.uuid, domain.name, "recover"):
+            with domain_lock(journal.folder, domain.uuid, domain.name, "recover", clock):
                 recover_domain(domain, tools, limits)
         else:
             wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits)

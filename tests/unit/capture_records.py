@@ -35,7 +35,7 @@ def run_record(
     return RunRecord(**{
         "id": f"20261123T010203000004-{UUID[:8]}", "uuid": UUID, "name": "g", "uri": "qemu:///system",
         "destination": "/backup/g", "quiesce": Quiesce.NONE, "state": state, "began_at": AT, "pid": 1,
-        "process_mark": "x", "disks": disks, "snapshot_begun": state not in early, **changes,
+        "disks": disks, "snapshot_begun": state not in early, **changes,
     })
 
 

@@ -27,11 +27,10 @@ freeze_timeout = "8s"
 agent_timeout = "4"
 shutdown_timeout = "3m"
 commit_timeout = "2h"
-exclude = ["vdb"]
 
 [guests.db]
 quiesce = "shutdown"
-exclude = []
+exclude = ["vdb"]
 """
 
 
@@ -47,7 +46,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     found = for_guest(settings, "web", GuestSettings())
     assert found.quiesce is Quiesce.AGENT
     assert found.overlay_folder == Path("/var/lib/libvirt/overlays")
-    assert found.exclude == ("vdb",)
+    assert found.exclude == ()
     assert found.limits == Limits(
         freeze_s=8, agent_s=4, shutdown_s=180, commit_s=7200,
         overlay_bytes=20 * GIB, min_free_bytes=512 * MIB,
@@ -58,7 +57,8 @@ def test_the_example_at_the_head_of_the_module_is_valid(tmp_path: Path) -> None:
     assert config.__doc__ is not None
     example = config.__doc__.split("\n\n", 1)[1]
     settings = read_settings(written(tmp_path, example))
-    shown = {name for name in GuestSettings.__struct_fields__ if getattr(settings.defaults, name) is not None}
+    of_guest = settings.guests["NAME"].over(settings.defaults)
+    shown = {name for name in GuestSettings.__struct_fields__ if getattr(of_guest, name) is not None}
     assert shown == set(GuestSettings.__struct_fields__), "the example shows every key"
     assert wishes(settings.defaults).limits.overlay_bytes == 20 * GIB
 
@@ -73,7 +73,9 @@ def test_a_guests_section_is_over_the_defaults_and_an_option_over_both(tmp_path:
     settings = read_settings(written(tmp_path, _WHOLE))
     of_guest = for_guest(settings, "db", GuestSettings())
     assert of_guest.quiesce is Quiesce.SHUTDOWN
-    assert of_guest.exclude == (), "an empty list is something that was said"
+    assert of_guest.exclude == ("vdb",)
+    emptied = for_guest(settings, "db", GuestSettings(exclude=()))
+    assert emptied.exclude == (), "an empty list is something that was said"
     assert of_guest.limits.freeze_s == 8, "what the section does not say comes from the defaults"
     options = GuestSettings(quiesce=Quiesce.NONE, freeze_timeout="1s")
     by_option = for_guest(settings, "db", options)
@@ -86,6 +88,7 @@ def test_a_guests_section_is_over_the_defaults_and_an_option_over_both(tmp_path:
     ("[guests.db]\nquiesce = \"softly\"\n", r"softly.*\$\.guests\[\.\.\.\]\.quiesce"),
     ("[defaults]\nfreeze_timeout = 10\n", r"str.*int.*\$\.defaults\.freeze_timeout"),
     ("[defaults]\nexclude = \"vdb\"\n", r"array.*\$\.defaults\.exclude"),
+    ("[defaults]\nexclude = [\"vdb\"]\n", r"exclude can't stand in \[defaults\]"),
     ("connect = 3\n", r"str.*int.*\$\.connect"),
     ("[defaults]\nquiesce = agent\n", "line 2"),
     ("[defaults\n", "line 1"),

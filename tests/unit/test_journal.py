@@ -221,7 +221,7 @@ record = journal.open_runs()[0]
 number = int(sys.argv[2])
 while True:
     number += 1
-    record = journal.note(record, str(number), outcome=str(number))
+    record = journal.note(record, str(number), given_up=str(number))
     sys.stdout.write(f"{number}\\n")
     sys.stdout.flush()
 """
@@ -247,7 +247,7 @@ def test_a_writer_that_is_killed_leaves_every_step_it_was_sure_of(tmp_path: Path
         numbers = [int(step.detail) for step in journal.history("run-0000") if step.detail]
         assert numbers == list(range(1, len(numbers) + 1))
         assert len(numbers) in (sure, sure + 1)
-        assert journal.open_runs()[0].outcome == str(numbers[-1])
+        assert journal.open_runs()[0].given_up == str(numbers[-1])
         sure = numbers[-1]
         journal.close()
 

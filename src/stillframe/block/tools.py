@@ -94,7 +94,10 @@ def holds_data(overlay_path: str, *, timeout_s: float = _INFO_TIMEOUT_S) -> bool
     alone = "json:" + json.dumps({
         "driver": "qcow2", "file": {"driver": "file", "filename": overlay_path}, "backing": None})
     output = process.run(["qemu-img", "map", "-U", "--output=json", alone], timeout_s=timeout_s)
-    return any(extent["present"] for extent in json.loads(output.stdout))
+    try:
+        return any(extent["present"] for extent in json.loads(output.stdout))
+    except ValueError:
+        return True  # so many extents that the output was cut
 
 
 def compare(first: ImagePlace, second: ImagePlace, *, timeout_s: float) -> bool:

@@ -14,14 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msgspec.structs import replace as replace_record
+
 from stillframe.block.image import file_place
 from stillframe.block.tools import commit_offline, compare
 from stillframe.capture import in_qemu
-from stillframe.capture.decide import Action, Decision, Sight, decide, may_resume
+from stillframe.capture.decide import Action, Decision, Sight, Why, decide
 from stillframe.capture.explain import attention
+from stillframe.capture.guard import Guard, start_guard
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
+from stillframe.capture.let_go_on import let_go_on, unequal_again
 from stillframe.capture.limits import Limits
-from stillframe.capture.sight import drained, look, ready_to_pivot, stray_job
+from stillframe.capture.sight import drained, look, qemu_mark, ready_to_pivot, stray_job
 from stillframe.capture.states import DiskPhase, State
 from stillframe.capture.thaw import thaw_until_verified
 from stillframe.clock import Clock, Deadline, utc_text
@@ -31,14 +35,13 @@ from stillframe.errors import (
     GuestUnknown,
     HypervisorError,
     NeedsAttention,
-    NoHypervisor,
     ProgramFailed,
     ProgramTimedOut,
     StillframeError,
 )
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.domain_xml import with_source
-from stillframe.hypervisor.model import DomainView
+from stillframe.hypervisor.model import DomainView, Power
 
 _POLL_S = 0.25
 _SETTLE_S = 8.0
@@ -46,6 +49,7 @@ _CONVERGE_S = 10.0
 _OFFLINE_S = 6 * 3600.0
 _FAILURES_LIMIT = 8
 _REPEATS_LIMIT = 3
+_GUARD_S = 24 * 3600.0
 _STEPS_LIMIT = 200_000
 Drained = Callable[[DomainView, RunRecord, tuple[str, ...]], bool]
 _DEFINITIONS = Path("/etc/libvirt/qemu")
@@ -86,6 +90,8 @@ class BringBack:
         self._thaw_hopeless = False
         self._failures = 0
         self._repeats: Counter[Action] = Counter()
+        self._guard: Guard | None = None
+        self._suspended = False
 
     def look(self, record: RunRecord) -> Sight:
         """Return what is seen now, without doing anything."""
@@ -102,47 +108,60 @@ class BringBack:
 
         Raises NeedsAttention where no safe step is left; nothing of the guest is changed then.
         """
+        self._record = record
         try:
-            for _ in range(_STEPS_LIMIT):
-                decision = self._decide(record)
-                if decision is not None and decision.action is Action.FINISH:
-                    return self._journal.enter(
-                        record, State.DONE, decision.reason, ended_at=utc_text(self._clock.now())
-                    )
-                if decision is not None:
-                    record = self._attempt(record, decision)
-            raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", _again(record))
-        except NeedsAttention:
-            self._let_go_on(self._journal.current(record))
-            raise
-        except NoHypervisor as error:
+            return self._go(record)
+        except BaseException as error:
+            record = self._newest(self._record)
+            why = f"bringing it back ended in {type(error).__name__}"
+            let_go_on(record, self._domain, self._journal, self._clock, why)
+            if isinstance(error, NeedsAttention) or not isinstance(error, StillframeError):
+                raise
             raise NeedsAttention(
                 f"{error.message} {record.name} may still be on its overlays.",
-                f"systemctl start libvirtd; {_again(record)}",
+                f"{error.next_command}; then: {_again(record)}".removeprefix("; then: "),
             ) from error
+        finally:
+            if self._guard is not None:
+                self._guard.leave()
 
-    def _decide(self, record: RunRecord) -> Decision | None:
+    def _go(self, record: RunRecord) -> RunRecord:
+        for _ in range(_STEPS_LIMIT):
+            record, decision = self._decide(record)
+            if decision is not None and decision.action is Action.FINISH:
+                return self._journal.enter(
+                    record, State.DONE, decision.reason, ended_at=utc_text(self._clock.now())
+                )
+            if decision is not None:
+                record = self._attempt(record, decision)
+            self._record = record
+        raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", _again(record))
+
+    def _newest(self, record: RunRecord) -> RunRecord:
+        """Return the record as the journal has it, or as far as we know if that can't be read."""
+        try:
+            record = self._journal.current(record)
+        except StillframeError:
+            return replace_record(record, suspended=self._suspended)
+        return record
+
+    def _decide(self, record: RunRecord) -> tuple[RunRecord, Decision | None]:
         """Return the next step; None if the look failed and is to be taken again."""
         try:
             sight = self.look(record)
-        except HypervisorError as error:
+        except (HypervisorError, ProgramFailed, ProgramTimedOut) as error:
             self._failed(record, "look at the guest", error)
-            return None
+            return record, None
+        if sight.power is Power.RUNNING and (disks := unequal_again(record, sight)) != record.disks:
+            record = self._journal.note(record, "the guest runs on its overlay", disks=disks)
         decision = decide(record, sight)
         if decision == self._waiting_for and self._waiting is not None and self._waiting.passed():
-            return decide(record, replace(sight, waited_out=True))
-        return decision
-
-    def _let_go_on(self, record: RunRecord) -> None:
-        """Resume a guest that stillframe suspended, where that loses nothing."""
-        with contextlib.suppress(StillframeError):
-            if may_resume(record, self.look(record)):
-                self._domain.resume()
-                self._journal.note(record, "resumed, since a person is needed", suspended=False)
+            decision = decide(record, replace(sight, waited_out=True))
+        return record, decision
 
     def _attempt(self, record: RunRecord, decision: Decision) -> RunRecord:
         if decision.action is Action.ASK:
-            raise attention(record, decision, self._limits)
+            raise attention(record, decision)
         if decision.action is not Action.WAIT:
             self._waiting = None
         before = record
@@ -207,7 +226,7 @@ class BringBack:
         return self._journal.note(record, "the guest agent did not confirm a thaw")
 
     def _wait(self, record: RunRecord, decision: Decision) -> RunRecord:
-        committing = decision.reason.endswith("commit runs")
+        committing = decision.why is Why.COMMIT_RUNS
         if self._waiting is None or self._waiting_for != decision:
             limit_s = self._limits.commit_s if committing else _SETTLE_S
             if record.state is State.SHUTTING_DOWN:
@@ -269,10 +288,30 @@ class BringBack:
             self._domain.start_commit(target, chain[1].index, chain[0].index)
         return self._journal.done(record)
 
-    def _suspend(self, record: RunRecord, _decision: Decision) -> RunRecord:
+    def _suspend(self, record: RunRecord, decision: Decision) -> RunRecord:
+        self._count(
+            decision.action, f"The commits of {record.name} do not converge while it stands still: "
+            "its storage is too slow or does not answer.",
+            f"dmesg | tail; then: {_again(record)}",
+        )
+        if self._guard is None:
+            self._guard = start_guard(
+                "resume", self._domain, self._journal, record.id, _GUARD_S, self._clock)
         record = self._journal.enter(record, State.SUSPENDING, suspended=True)
+        self._suspended = True
         self._domain.suspend()
         return self._journal.done(record)
+
+    def _resume_now(self, record: RunRecord) -> RunRecord:
+        """Let the guest go on; from then on no overlay is equal to its base."""
+        disks = unequal_again(record, self.look(record))
+        record = self._journal.enter(record, State.RESUMING, disks=disks)
+        self._domain.resume()
+        self._suspended = False
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
+        return self._journal.done(record, suspended=False)
 
     def _wait_drained(self, record: RunRecord, targets: tuple[str, ...], test: Drained) -> None:
         """Wait until base and overlay of each target are equal, the guest standing still."""
@@ -280,14 +319,15 @@ class BringBack:
         while not test(self._domain.view(), record, targets):
             if deadline.passed():
                 if record.suspended:
-                    self._domain.resume()
+                    self._resume_now(record)
                 raise HypervisorError("The commit is not ready although the guest stands still.", 0)
             self._domain.connection.wait_change(_POLL_S / 10)
 
     def _pivot(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._wait_drained(record, decision.targets, ready_to_pivot)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
-        record = self._journal.enter(record, State.PIVOTING, " ".join(decision.targets), disks=disks)
+        record = self._journal.enter(
+            record, State.PIVOTING, " ".join(decision.targets), disks=disks, qemu_mark=qemu_mark(record.name))
         for target in decision.targets:
             self._domain.pivot(target)
         return self._journal.done(record)
@@ -302,9 +342,7 @@ class BringBack:
             decision.action, f"{record.name} is paused again and again by I/O errors on its own images.",
             f"df -h {_folders(record)}; free some space, then: virsh resume {record.name}; {_again(record)}",
         )
-        record = self._journal.enter(record, State.RESUMING, decision.reason)
-        self._domain.resume()
-        return self._journal.done(record, suspended=False)
+        return self._resume_now(record)
 
     def _commit_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._count_commit(record)
@@ -319,7 +357,8 @@ class BringBack:
     def _finish_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._wait_drained(record, decision.targets, drained)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
-        record = self._journal.enter(record, State.PIVOTING, "in QEMU", disks=disks)
+        record = self._journal.enter(
+            record, State.PIVOTING, "in QEMU", disks=disks, qemu_mark=qemu_mark(record.name))
         for target in decision.targets:
             known = record.disk(target)
             deadline = Deadline(self._clock, _CONVERGE_S)
@@ -366,7 +405,8 @@ class BringBack:
             raise HypervisorError("The domain has no definition to correct.", 0)
         # Both images read the same now; what is started from here on may write to either.
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
-        record = self._journal.enter(record, State.PIVOTING, "in the definition", disks=disks)
+        record = self._journal.enter(
+            record, State.PIVOTING, "in the definition", disks=disks, qemu_mark=qemu_mark(record.name))
         text = view.inactive.text
         for target in decision.targets:
             text = with_source(text, target, record.disk(target).source())

@@ -28,6 +28,7 @@ class Seen(enum.Enum):
     OVERLAY = "overlay"
     UNDER = "our overlay below another image"
     OTHER = "another image"
+    ABSENT = "no such disk"
     UNKNOWN = "unknown"
 
 
@@ -80,6 +81,7 @@ class DiskSight:
 class Sight:
     """What is seen of the domain and all disks of the run.
 
+    *same_qemu*: the guest's QEMU is the one that the last pivot was sent to (True if none was).
     *shutdown_pending*: the guest was asked to shut down and its time is not over. *waited_out*:
     waiting for this same sight to change has been given up. *thaw_hopeless*: the thaw was
     tried for its whole time.
@@ -88,9 +90,29 @@ class Sight:
     power: Power
     disks: tuple[DiskSight, ...]
     managed_save: bool = False
+    same_qemu: bool = True
     shutdown_pending: bool = False
     waited_out: bool = False
     thaw_hopeless: bool = False
+
+
+class Why(enum.Enum):
+    """What lies behind a decision, where more than its words depends on it."""
+
+    STEP = "the usual course"
+    COMMIT_RUNS = "a commit runs"
+    HIDDEN = "libvirt does not see the running QEMU"
+    FOREIGN_JOB = "another program's block job"
+    FOREIGN_OVERLAY = "another overlay on top"
+    UNCERTAIN = "which image is in use is not certain"
+    FILE_GONE = "a needed file is not there"
+    DIVERGED = "base and overlay each hold writes that the other lacks"
+    LIVE_VIEW = "libvirt's live view is wrong for good"
+    IO_ERROR = "paused by an I/O error"
+    MANAGED_SAVE = "a managed save image belongs to the overlay"
+    UNPLUGGED = "the disk was unplugged"
+    NAMED_ELSEWHERE = "another guest's chain names the overlay"
+    FROZEN = "perhaps frozen"
 
 
 class Action(enum.Enum):
@@ -124,12 +146,13 @@ class Decision:
     action: Action
     targets: tuple[str, ...] = ()
     reason: str = ""
+    why: Why = Why.STEP
 
 
 def decide(record: RunRecord, sight: Sight) -> Decision:
     """Return the one safe next step for the run *record*, given *sight*."""
     if sight.power is Power.HIDDEN:
-        return Decision(Action.ASK, (), "libvirt takes the guest for shut off, but its QEMU still runs")
+        return _ask((), "libvirt takes the guest for shut off, but its QEMU still runs", Why.HIDDEN)
     if sight.shutdown_pending and sight.power is Power.RUNNING and not sight.waited_out:
         return Decision(Action.WAIT, (), "the guest was asked to shut down and may still do so")
     if record.state in BEFORE_RELEASE:
@@ -141,6 +164,10 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
         return Decision(Action.RESUME, (), f"a person is needed, and stillframe had stopped the CPUs: "
                         f"{decision.reason}")
     return decision
+
+
+def _ask(targets: Targets, reason: str, why: Why) -> Decision:
+    return Decision(Action.ASK, targets, reason, why)
 
 
 def settled(disk: DiskSight) -> bool:
@@ -167,60 +194,81 @@ def may_resume(record: RunRecord, sight: Sight) -> bool:
 
 def _decide_disks(record: RunRecord, sight: Sight) -> Decision | None:
     for disk in sight.disks:
-        problem = _foreign_problem(disk, record)
-        if problem:
-            return Decision(Action.ASK, (disk.target,), problem)
+        problem = None if disk.live is Seen.ABSENT else _foreign_problem(disk, record)
+        if problem is not None:
+            return problem
     return _decide_running(record, sight) if sight.power.has_qemu else _decide_off(record, sight)
 
 
-def _foreign_problem(disk: DiskSight, record: RunRecord) -> str:
+def _foreign_problem(disk: DiskSight, record: RunRecord) -> Decision | None:
+    def ask(reason: str, why: Why) -> Decision:
+        return Decision(Action.ASK, (disk.target,), reason, why)
+
     if settled(disk):
-        return ""
+        return None
     if disk.job is JobSeen.FOREIGN:
-        return f"another program runs a block job on {disk.target}"
+        return ask(f"another program runs a block job on {disk.target}", Why.FOREIGN_JOB)
     for place, seen in (("QEMU", disk.qemu), ("the live XML", disk.live),
                         ("the domain's definition", disk.inactive)):
         if seen is Seen.UNDER:
-            return f"somebody put another overlay on top of stillframe's on {disk.target}"
+            return ask(
+                f"somebody put another overlay on top of stillframe's on {disk.target}", Why.FOREIGN_OVERLAY)
         if seen is Seen.OTHER:
-            return f"{place} names an image for {disk.target} that is neither the base nor the overlay"
+            return ask(
+                f"{place} names an image for {disk.target} that is neither the base nor the overlay",
+                Why.UNCERTAIN)
     in_use = Seen.OVERLAY in (disk.qemu, disk.live, disk.inactive)
     if in_use and disk.overlay is not FileSeen.OURS:
         path = record.disk(disk.target).overlay_path
-        return f"{disk.target} is on the overlay {path}, but the file there is {disk.overlay.value}"
+        return ask(
+            f"{disk.target} is on the overlay {path}, but the file there is {disk.overlay.value}",
+            Why.FILE_GONE)
     if not disk.base_present and (in_use or _may_be_needed(record, disk)):
-        return f"the base of {disk.target} is not where it was"
-    return ""
+        return ask(f"the base of {disk.target} is not where it was", Why.FILE_GONE)
+    return None
 
 
 # --- The guest runs ---------------------------------------------------------------------------
 
 
 def _decide_running(record: RunRecord, sight: Sight) -> Decision | None:
-    disks = [disk for disk in sight.disks if not settled(disk) or disk.qemu is Seen.BASE]
+    # A disk that was unplugged in mid-run must not keep the others from being brought back.
+    disks = [
+        disk for disk in sight.disks
+        if disk.live is not Seen.ABSENT and (not settled(disk) or disk.qemu is Seen.BASE)
+    ]
     unknown = _pick(disks, lambda disk: Seen.UNKNOWN in (disk.qemu, disk.live))
     if unknown:
         action = Action.ASK if sight.waited_out else Action.WAIT
-        return Decision(action, unknown, "QEMU does not tell which image the disk uses")
+        return Decision(action, unknown, "QEMU does not tell which image the disk uses", Why.UNCERTAIN)
     return (
-        _ask_if_astray(record, disks)
+        _ask_if_astray(record, sight, disks)
         or _confirm_pivoted(record, disks)
         or _decide_commit(record, sight, disks)
         or _decide_pivoted(record, sight, disks)
     )
 
 
-def _ask_if_astray(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
+def _ask_if_astray(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> Decision | None:
     """Ask if the guest was started from the image that is not the complete one."""
+    restarted = _pick(disks, lambda disk: (
+        disk.qemu is Seen.BASE and not sight.same_qemu and disk.overlay is FileSeen.OURS
+        and record.disk(disk.target).phase is DiskPhase.PIVOTING))
+    if restarted:
+        return _ask(
+            restarted,
+            "the guest was started on the base while it was not certain that the pivot had been made",
+            Why.DIVERGED)
     stale = _pick(disks, lambda disk: disk.qemu is Seen.BASE and _holds_lost_writes(record, disk))
     if stale:
-        return Decision(
-            Action.ASK, stale, "the guest runs on the base, but the overlay holds writes that the base lacks"
-        )
+        return _ask(
+            stale,
+            "the guest runs on the base, but the overlay holds writes that the base lacks",
+            Why.DIVERGED)
     again = _pick(disks, lambda disk: (
         disk.qemu is Seen.OVERLAY and record.disk(disk.target).phase is DiskPhase.ON_BASE))
     if again:
-        return Decision(Action.ASK, again, "the guest runs on the overlay again, but the base is newer")
+        return _ask(again, "the guest runs on the overlay again, but the base is newer", Why.DIVERGED)
     return None
 
 
@@ -256,7 +304,7 @@ def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> D
     if idle:
         return _base_changed(record, idle) or _begin_commit(idle)
     if any(disk.job is JobSeen.COMMITTING for disk in overlaid):
-        return Decision(Action.WAIT, _pick(overlaid), "the commit runs")
+        return Decision(Action.WAIT, _pick(overlaid), "the commit runs", Why.COMMIT_RUNS)
     if sight.power is Power.RUNNING:
         return Decision(Action.SUSPEND, _pick(overlaid), "all commits are ready")
     forgotten = _pick(overlaid, _is_forgotten)
@@ -291,7 +339,7 @@ def _decide_pivoted(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> 
         return Decision(Action.CONFIRM_BASE, unconfirmed, "QEMU and both XMLs name the base")
     if sight.power is Power.PAUSED_ON_IO_ERROR:
         if sight.waited_out:
-            return Decision(Action.ASK, (), "the guest stays paused after an I/O error")
+            return _ask((), "the guest stays paused after an I/O error", Why.IO_ERROR)
         return Decision(Action.RESUME, (), "the guest was paused by an I/O error, now it is on its base")
     if sight.power is Power.PAUSED and record.suspended:
         return Decision(Action.RESUME, (), "stillframe had stopped the CPUs")
@@ -312,7 +360,7 @@ def _decide_behind(
     if concluded and not stale_live:
         return Decision(Action.FINISH_IN_QEMU, concluded, "QEMU's own commit is over")
     if busy:
-        return Decision(Action.ASK, busy, "libvirt does not catch up with the pivot")
+        return _ask(busy, "libvirt does not catch up with the pivot", Why.LIVE_VIEW)
     if stale:
         return Decision(Action.POINT_TO_BASE, stale, "the definition still names the overlay")
     # A libvirtd that died between QEMU's answer and its own record never puts its live view right.
@@ -320,7 +368,7 @@ def _decide_behind(
         target for target in stale_live if record.disk(target).phase is not DiskPhase.ON_BASE)
     if unconfirmed:
         return Decision(Action.CONFIRM_BASE, unconfirmed, "QEMU and the definition name the base")
-    return Decision(Action.ASK, stale_live, "libvirt's live view names the overlay, but QEMU is on the base")
+    return _ask(stale_live, "libvirt's live view names the overlay, but QEMU is on the base", Why.LIVE_VIEW)
 
 
 # --- The guest is off -------------------------------------------------------------------------
@@ -329,10 +377,10 @@ def _decide_behind(
 def _decide_off(record: RunRecord, sight: Sight) -> Decision | None:
     unsettled = [disk for disk in sight.disks if not settled(disk)]
     if unsettled and sight.managed_save:
-        return Decision(
-            Action.ASK, _pick(unsettled),
+        return _ask(
+            _pick(unsettled),
             "the guest has a managed save image, whose memory belongs to the overlay",
-        )
+            Why.MANAGED_SAVE)
     decisions = [
         decision for disk in unsettled
         if (decision := _decide_off_disk(record, record.disk(disk.target), disk)) is not None
@@ -351,9 +399,7 @@ def _decide_off_disk(  # noqa: PLR0911 -- a table, one return a row
     target = (disk.target,)
     if known.phase is DiskPhase.ON_BASE:
         if disk.inactive is Seen.OVERLAY:
-            return Decision(
-                Action.ASK, target, "the definition names the overlay again, but the base is newer"
-            )
+            return _ask(target, "the definition names the overlay again, but the base is newer", Why.DIVERGED)
         return None
     if disk.equal:
         if disk.inactive is Seen.OVERLAY:
@@ -366,13 +412,13 @@ def _decide_off_disk(  # noqa: PLR0911 -- a table, one return a row
     if must_compare and disk.equal is None:
         return Decision(Action.COMPARE, target, "only the images tell which of the two is complete")
     if known.phase is DiskPhase.PIVOTING:
-        return Decision(Action.ASK, target, "base and overlay differ, and either may be the newer one")
+        return _ask(target, "base and overlay differ, and either may be the newer one", Why.DIVERGED)
     if base_changed:
-        return Decision(Action.ASK, target, "the base was written to while the overlay stood on it")
+        return _ask(target, "the base was written to while the overlay stood on it", Why.DIVERGED)
     if disk.inactive is Seen.BASE and (
         known.phase is DiskPhase.COMMITTING or disk.base_newer is not False
     ):
-        return Decision(Action.ASK, target, "the definition names the base, but the overlay holds other data")
+        return _ask(target, "the definition names the base, but the overlay holds other data", Why.DIVERGED)
     return Decision(Action.COMMIT_OFFLINE, target, "the guest is off and its overlay is complete")
 
 
@@ -390,18 +436,23 @@ def _may_be_needed(record: RunRecord, disk: DiskSight) -> bool:
 
 
 def _decide_end(record: RunRecord, sight: Sight) -> Decision:
+    unplugged = _pick(
+        sight.disks, lambda disk: disk.live is Seen.ABSENT and disk.overlay is FileSeen.OURS)
+    if unplugged:
+        return _ask(unplugged, "the disk was unplugged while it stood on its overlay", Why.UNPLUGGED)
     for disk in sight.disks:
         if disk.overlay is FileSeen.OURS and disk.named_by:
-            return Decision(
-                Action.ASK, (disk.target,), f"the guest {disk.named_by} names the overlay in its chain"
-            )
+            return _ask(
+                (disk.target,),
+                f"the guest {disk.named_by} names the overlay in its chain",
+                Why.NAMED_ELSEWHERE)
     ours = _pick(sight.disks, lambda disk: disk.overlay is FileSeen.OURS)
     if ours:
         return Decision(Action.UNLINK, ours, "nothing uses the overlays any more")
     if sight.power is Power.OFF and record.shutdown_begun_at and not record.start_verified:
         return Decision(Action.START, (), "stillframe had shut the guest down")
     if record.freeze_begun and not record.thaw_verified and sight.power.has_qemu:
-        return Decision(Action.ASK, (), "the guest agent does not confirm that the guest is thawed")
+        return _ask((), "the guest agent does not confirm that the guest is thawed", Why.FROZEN)
     return Decision(Action.FINISH, (), "nothing of the run is left")
 
 
@@ -411,7 +462,7 @@ def _base_changed(record: RunRecord, disks: list[DiskSight]) -> Decision | None:
         not disk.base_intact and record.disk(disk.target).phase in _NOT_COMMITTED))
     if not changed:
         return None
-    return Decision(Action.ASK, changed, "the base was written to while the overlay stood on it")
+    return _ask(changed, "the base was written to while the overlay stood on it", Why.DIVERGED)
 
 
 def _pick(

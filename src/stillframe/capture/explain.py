@@ -2,70 +2,73 @@
 
 from __future__ import annotations
 
-from stillframe.capture.decide import Decision
-from stillframe.capture.journal import RunRecord
-from stillframe.capture.limits import Limits
+from stillframe.capture.decide import Decision, Why
+from stillframe.capture.journal import DiskRecord, RunRecord
 from stillframe.errors import GuestState, NeedsAttention
 
+_REPAIR = (
+    "systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
+    "systemctl start libvirtd; stillframe recover {name}"
+)
 
-def attention(record: RunRecord, decision: Decision, _limits: Limits) -> NeedsAttention:
+#: For each cause, the next command; {name} is the guest, {targets} its disks.
+_NEXT = {
+    Why.HIDDEN: f"{_REPAIR}   # or shut the guest down from inside, then: stillframe recover {{name}}",
+    Why.LIVE_VIEW: f"{_REPAIR}   # the guest runs on meanwhile",
+    Why.MANAGED_SAVE: "virsh start {name} && stillframe recover {name}   # brings the saved guest up first",
+    Why.FROZEN: "virsh domfsthaw {name}; stillframe recover {name}",
+    Why.FOREIGN_JOB: "virsh blockjob {name} {targets} --info   # when it is over: stillframe recover {name}",
+    Why.FOREIGN_OVERLAY: (
+        "virsh blockcommit {name} {targets} --active --pivot --shallow; stillframe recover {name}"),
+    Why.IO_ERROR: "df -h; free some space, then: virsh resume {name}; stillframe recover {name}",
+    Why.UNCERTAIN: (
+        "virsh dumpxml {name}; virsh dumpxml --inactive {name}   # put the image right with virsh edit"),
+    Why.FILE_GONE: "find the file and put it back where it was, then: stillframe recover {name}",
+    Why.NAMED_ELSEWHERE: (
+        "virsh edit that guest, so that it does not name the overlay; stillframe recover {name}"),
+}
+
+
+def attention(record: RunRecord, decision: Decision) -> NeedsAttention:
     """Return the error for a decision to ASK: nothing was changed, and these are the choices."""
-    if "does not confirm that the guest is thawed" in decision.reason:
-        return NeedsAttention(
-            f"{record.name} is on its own images again, but {decision.reason}.",
-            _choices(record, decision), GuestState.UNKNOWN,
-        )
     disks = [record.disk(target) for target in decision.targets]
     facts = "".join(
         f"\n  {disk.target}: base {disk.base.text()}, overlay {disk.overlay_path}" for disk in disks
     )
     return NeedsAttention(
-        f"{record.name} needs a person: {decision.reason}. Nothing was changed.{facts}",
-        _choices(record, decision),
-        GuestState.OVERLAID if disks else GuestState.UNKNOWN,
+        f"{record.name} needs a person: {decision.reason}.{facts}", _next(record, decision), _guest(decision)
     )
 
 
-def _choices(record: RunRecord, decision: Decision) -> str:
-    name = record.name
-    if "its QEMU still runs" in decision.reason:
-        return (
-            "choose one of\n"
-            f"  a) systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
-            "systemctl start libvirtd\n"
-            f"  b) shut the guest down from inside, then: stillframe recover {name}"
-        )
-    if "libvirt's live view" in decision.reason:
-        return (
-            f"systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
-            f"systemctl start libvirtd; stillframe recover {name}   # the guest runs on meanwhile"
-        )
-    if "managed save" in decision.reason:
-        return f"virsh start {name} && stillframe recover {name}   # brings the saved guest up first"
-    if "does not confirm that the guest is thawed" in decision.reason:
-        return f"virsh domfsthaw {name}; stillframe recover {name}"
-    if "block job" in decision.reason:
-        return f"virsh blockjob {name} {' '.join(decision.targets)} --info; then: stillframe recover {name}"
-    if "another overlay on top" in decision.reason:
-        return (
-            f"virsh blockcommit {name} {' '.join(decision.targets)} --active --pivot --shallow; "
-            f"stillframe recover {name}"
-        )
-    if "paused after an I/O error" in decision.reason:
-        return f"df -h; free some space, then: virsh resume {name}; stillframe recover {name}"
-    return _image_choices(record, decision)
+def _guest(decision: Decision) -> GuestState:
+    if decision.why in (Why.DIVERGED, Why.FROZEN, Why.HIDDEN):
+        return GuestState.UNKNOWN
+    return GuestState.SAFE if decision.why is Why.LIVE_VIEW else GuestState.OVERLAID
 
 
-def _image_choices(record: RunRecord, decision: Decision) -> str:
-    lines = ["shut the guest down if it runs, keep copies of both files, then choose one of"]
-    for target in decision.targets:
-        disk = record.disk(target)
-        base = disk.base.text()
-        lines += [
-            (f"  a) {target}: the overlay's data is right: "
-             f"qemu-img rebase -u -b {base} -F {disk.base_format} {disk.overlay_path} && "
-             f"qemu-img commit -d {disk.overlay_path}"),
-            f"  b) {target}: the base alone is right: mv {disk.overlay_path} {disk.overlay_path}.set-aside",
-        ]
-    lines.append(f"  then: virsh edit {record.name} (name the base), stillframe recover {record.name}")
-    return "\n".join(lines)
+def _next(record: RunRecord, decision: Decision) -> str:
+    if decision.why in (Why.DIVERGED, Why.UNPLUGGED):
+        disks = [record.disk(target) for target in decision.targets]
+        return "\n".join([
+            "shut the guest down, keep copies of base and overlay, then choose for each disk:",
+            *(line for disk in disks for line in _choices(record, disk)),
+            f"  then: virsh edit {record.name} (name the image chosen), stillframe recover {record.name}",
+        ])
+    text = _NEXT.get(decision.why, "stillframe recover {name}")
+    return text.replace("{name}", record.name).replace("{targets}", " ".join(decision.targets))
+
+
+def _choices(record: RunRecord, disk: DiskRecord) -> list[str]:
+    """Return the ways out where base and overlay each have a history of their own.
+
+    Never a merge: an overlay put back on a base that was written to since gives a disk that
+    never was. It fits only what the base held at the capture.
+    """
+    mirror = f"{record.destination}/{disk.target}.img"
+    return [
+        (f"  a) {disk.target}: what the base holds now is right: "
+        f"mv {disk.overlay_path} {disk.overlay_path}.set-aside"),
+        (f"  b) {disk.target}: what was written to the overlay is right, and {mirror} is the mirror of "
+        f"{record.captured_at or 'just this run'} (look into its mirror.json): "
+        f"cp --sparse=always {mirror} COPY && qemu-img rebase -u -b COPY -F raw {disk.overlay_path}"),
+    ]

@@ -1,12 +1,13 @@
-"""The guard: a small process of its own that thaws the guest if the run can't.
+"""The guard: a small process of its own that thaws or resumes the guest if the run can't.
 
-    python -m stillframe.capture.guard URI UUID NAME STATE_FOLDER RUN_ID DEADLINE_S
+    python -m stillframe.capture.guard thaw|resume URI UUID NAME STATE_FOLDER RUN_ID DEADLINE_S
 
-It is started before the freeze and says `ready` once it is connected. Its standard input
-is a pipe from the run: the line `done` there means that the run has verified the thaw
-itself. End of file without it means that the run died. Then, or when DEADLINE_S seconds
-have passed, it thaws until the guest agent says thawed. It has a session of its own, so
-that a Ctrl-C or a kill of the run's process group leaves it alone.
+It is started before the freeze (or the suspend) and says `ready` once it is connected. Its
+standard input is a pipe from the run: the line `done` there means that the run has done it
+itself. End of file without it means that the run died. Then, or when DEADLINE_S seconds have
+passed, it thaws until the guest agent says thawed; or it resumes the guest where that loses
+nothing (let_go_on.py), unless somebody else works on the guest by then. It has a session of
+its own, so that a Ctrl-C or a kill of the run's process group leaves it alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from stillframe import process
 from stillframe.capture.journal import Journal
+from stillframe.capture.let_go_on import let_go_on
+from stillframe.capture.lock import domain_lock
 from stillframe.capture.thaw import thaw_until_verified
 from stillframe.clock import Clock, Deadline, SystemClock
 from stillframe.errors import FreezeFailed, StillframeError
@@ -32,35 +35,51 @@ _READY_S = 20.0
 
 
 class Guard:
-    """The run's end of the guard."""
+    """The run's end of a guard."""
 
     def __init__(self, child: process.Helper) -> None:
         self._child = child
 
     def dismiss(self) -> None:
-        """Tell the guard that the thaw is verified, and wait until it is gone."""
+        """Tell the guard that nothing is left for it to do, and wait until it is gone."""
         if self._child.stdin is not None:
             with contextlib.suppress(OSError):
                 self._child.stdin.write(b"done\n")
                 self._child.stdin.flush()
         process.stop(self._child)
 
+    def leave(self) -> None:
+        """Let the guard do its work. After dismiss() there is none left."""
+        if self._child.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._child.stdin.close()
+
+
+def start_guard(
+    duty: str, domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock
+) -> Guard | None:
+    """Start a guard with *duty* ("thaw" or "resume"); None if it could not be started."""
+    child = process.start_detached([
+        sys.executable, "-m", "stillframe.capture.guard", duty, domain.connection.uri, domain.uuid,
+        domain.name, str(journal.folder), run_id, str(deadline_s),
+    ])
+    guard = Guard(child)
+    if _is_ready(child, Deadline(clock, _READY_S)):
+        return guard
+    guard.dismiss()
+    return None
+
 
 @contextlib.contextmanager
 def guarded(
     domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock
 ) -> Iterator[Guard]:
-    """Have the guest guarded within the block. When it ends without dismiss(), the guard thaws.
+    """Have a freeze guarded within the block. When it ends without dismiss(), the guard thaws.
 
     Raises FreezeFailed when the guard does not start; nothing is frozen then.
     """
-    child = process.start_detached([
-        sys.executable, "-m", "stillframe.capture.guard", domain.connection.uri, domain.uuid,
-        domain.name, str(journal.folder), run_id, str(deadline_s),
-    ])
-    guard = Guard(child)
-    if not _is_ready(child, Deadline(clock, _READY_S)):
-        guard.dismiss()
+    guard = start_guard("thaw", domain, journal, run_id, deadline_s, clock)
+    if guard is None:
         raise FreezeFailed(
             "The process that guards the freeze did not start, so the guest was not frozen.",
             "run again; or with --quiesce none for a crash-consistent copy",
@@ -68,9 +87,7 @@ def guarded(
     try:
         yield guard
     finally:
-        if child.stdin is not None:
-            with contextlib.suppress(OSError):
-                child.stdin.close()
+        guard.leave()
 
 
 def _is_ready(child: process.Helper, deadline: Deadline) -> bool:
@@ -81,20 +98,31 @@ def _is_ready(child: process.Helper, deadline: Deadline) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the guard; return 0 if the run thawed the guest itself, 3 if the guard did, 4 if nobody could."""
-    uri, uuid, name, folder, run_id, deadline_s = arguments
+    """Run the guard; return 0 if the run did its duty itself, 3 if the guard did, 4 if nobody could."""
+    duty, uri, uuid, name, folder, run_id, deadline_s = arguments
     clock = SystemClock()
     domain = Domain(Connection(uri, clock), uuid, name)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    print("ready", flush=True)  # noqa: T201 -- the run waits for this line on the pipe
     why = _wait_for_run(float(deadline_s))
     if not why:
         return 0
-    thawed = _thaw(domain, clock)
-    words = f"the guard {'thawed the guest' if thawed else 'could not thaw the guest'}: {why}"
+    journal = Journal(Path(folder), clock)
+    done = _thaw(domain, clock) if duty == "thaw" else _resume(domain, journal, clock)
     with contextlib.suppress(StillframeError):
-        Journal(Path(folder), clock).remark(run_id, words)
-    return 3 if thawed else 4
+        journal.remark(run_id, f"the guard {'did' if done else 'could not'} {duty} the guest: {why}")
+    return 3 if done else 4
+
+
+def _resume(domain: Domain, journal: Journal, clock: Clock) -> bool:
+    try:
+        # Whoever holds the domain by now brings it back, the resume included.
+        with domain_lock(journal.folder, domain.uuid, domain.name, "guard", clock, 0.0):
+            return any(
+                let_go_on(run, domain, journal, clock, "the run died while the guest stood still")
+                for run in journal.open_runs(domain.uuid)
+            )
+    except StillframeError:
+        return False
 
 
 def _thaw(domain: Domain, clock: Clock) -> bool:
@@ -112,7 +140,7 @@ def _wait_for_run(deadline_s: float) -> str:
     """Return why the guard must act, "" when the run says that it need not."""
     ready, _, _ = select.select([sys.stdin], [], [], deadline_s)
     if not ready:
-        return f"the guest was frozen for {deadline_s:.0f} s"
+        return f"the run did not do it within {deadline_s:.0f} s"
     return "" if sys.stdin.readline().strip() == "done" else "the run died"
 
 

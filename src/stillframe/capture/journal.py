@@ -68,7 +68,11 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One run, as the journal knows it. Times are RFC 3339 in UTC."""
+    """One run, as the journal knows it. Times are RFC 3339 in UTC.
+
+    *boot_id*: the boot of the machine that it began in. *qemu_mark*: the QEMU process that the
+    last pivot was sent to (process.start_mark).
+    """
 
     id: str
     uuid: str
@@ -79,7 +83,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     began_at: str
     pid: int
-    process_mark: str
     disks: tuple[DiskRecord, ...]
     snapshot_begun: bool = False
     freeze_begun: bool = False
@@ -88,6 +91,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout_s: float = 0.0
     start_verified: bool = False
     suspended: bool = False
+    boot_id: str = ""
+    qemu_mark: str = ""
     given_up: str = ""
     consistency: str = ""
     captured_at: str = ""

@@ -8,12 +8,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from stillframe.clock import Clock, Deadline
 from stillframe.errors import RunInProgress, StateFolderUnusable
+
+_PAUSE_S = 0.1
 
 
 @contextlib.contextmanager
-def domain_lock(state_folder: Path, uuid: str, name: str, purpose: str) -> Iterator[None]:
-    """Hold the domain for the length of the block. Raises RunInProgress naming the other run."""
+def domain_lock(
+    state_folder: Path, uuid: str, name: str, purpose: str, clock: Clock, wait_s: float = 2.0
+) -> Iterator[None]:
+    """Hold the domain for the length of the block.
+
+    A holder that is gone within *wait_s* is waited for: `status` and the guard hold it for an
+    instant. Raises RunInProgress naming the other run.
+    """
     folder = state_folder / "locks"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -23,18 +32,27 @@ def domain_lock(state_folder: Path, uuid: str, name: str, purpose: str) -> Itera
             f"The lock folder {folder} can't be used: {error}", f"ls -ld {folder}"
         ) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunInProgress(
-                f"Another stillframe works on {name}: {_holder(descriptor)}.",
-                "stillframe status   # wait until it is done, then run again",
-            ) from error
+        deadline = Deadline(clock, wait_s)
+        while not _taken(descriptor):
+            if deadline.passed():
+                raise RunInProgress(
+                    f"Another stillframe works on {name}: {_holder(descriptor)}.",
+                    "stillframe status   # wait until it is done, then run again",
+                )
+            clock.pause(_PAUSE_S)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{purpose}, process {os.getpid()}".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def lock_holder(state_folder: Path, uuid: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from stillframe.block.image import local_place
 from stillframe.block.tools import chain_info
 from stillframe.errors import ProgramFailed, ProgramTimedOut
@@ -25,8 +27,10 @@ def other_users(connection: Connection, uuid: str, places: set[str]) -> dict[str
         named = {source.place for disk in disks for source in disk.chain}
         if len(described) == 1:
             named |= {place for disk in disks for place in _hidden_chain(disk)}
-        for place in places & named:
-            found[place] = domain.name
+        real = {os.path.realpath(place) for place in named if place.startswith("/")} | named
+        for place in places:
+            if place in real or (place.startswith("/") and os.path.realpath(place) in real):
+                found[place] = domain.name
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillframe.block.image import ImagePlace, block_place, file_place, nbd_place, rbd_place
+from stillframe.block.tools import chain_info
 from stillframe.capture.growth import Watermark, plan_watermarks
 from stillframe.capture.journal import DiskRecord
 from stillframe.capture.limits import Limits
@@ -31,10 +32,13 @@ from stillframe.errors import (
     NeedsAttention,
     OverlayFolderNeeded,
     OverlayTaken,
+    ProgramFailed,
+    ProgramTimedOut,
     ShutdownImpossible,
 )
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
+from stillframe.hypervisor.monitor import plain_file
 
 #: What an overlay's file name ends in.
 OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
@@ -79,6 +83,8 @@ def make_plan(domain: Domain, wishes: Wishes) -> Plan:
     _refuse_snapshots(domain)
     chosen, excluded = _choose_disks(live, wishes.exclude, view.name)
     disks = tuple(_plan_disk(domain, view, disk, wishes.overlay_folder) for disk in chosen)
+    for disk, planned in zip(chosen, disks, strict=True):
+        _refuse_other_chain(view, disk, planned)
     _refuse_shared(domain, live, chosen)
     quiesce, warnings = _choose_quiesce(domain, view, live, wishes)
     watermarks = plan_watermarks([disk.overlay_path for disk in disks], wishes.limits)
@@ -145,13 +151,20 @@ def _refuse_snapshots(domain: Domain) -> None:
 def _choose_disks(
     live: DomainXml, exclude: Sequence[str], name: str
 ) -> tuple[list[Disk], tuple[ExcludedDisk, ...]]:
-    unknown = [target for target in exclude if target not in live.disks]
+    unsupported = {each.target: each.reason for each in live.excluded if each.unsupported}
+    for target, reason in unsupported.items():
+        if target not in exclude:
+            raise GuestUnfit(
+                f"{target} of {name} can't be captured: {reason}.",
+                f"stillframe mirror {name} DEST --exclude {target}   # to mirror the others all the same",
+            )
+    unknown = [target for target in exclude if target not in (*live.disks, *unsupported)]
     if unknown:
         raise GuestUnfit(
             f"{name} has no disk {', '.join(unknown)} that could be excluded.", f"virsh domblklist {name}"
         )
     chosen = [disk for target, disk in live.disks.items() if target not in exclude]
-    asked = tuple(ExcludedDisk(target, "you excluded it") for target in exclude)
+    asked = tuple(ExcludedDisk(target, "you excluded it") for target in exclude if target in live.disks)
     if not chosen:
         reasons = "".join(f"\n  {each.target}: {each.reason}" for each in (*live.excluded, *asked))
         raise GuestHasNoDisks(f"{name} has no disk that can be captured.{reasons}",
@@ -209,6 +222,43 @@ def _refuse_other_definition(view: DomainView, disk: Disk) -> None:
             f"{defined.top.place}: the next start would use another image.",
             f"virsh edit {view.name}   # make it name the image that is in use",
         )
+
+
+def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> None:
+    """Refuse a chain that the images' headers tell otherwise than libvirt runs it.
+
+    The base is read by its headers (qemu-nbd), the guest by libvirt's <backingStore>: where they
+    differ, the copy would be of another disk than the guest's. A backing file without a format
+    would be probed, which lets a guest choose what a raw image is taken for.
+    """
+    advice = f"qemu-img info -U --backing-chain {disk.top.place}; virsh dumpxml {view.name}"
+    if "<slices" in disk.top.xml:
+        raise GuestUnfit(f"{disk.target} of {view.name} is a slice of its image.", advice)
+    try:
+        headers = chain_info(planned.base)
+    except (ProgramFailed, ProgramTimedOut) as error:
+        raise GuestUnfit(
+            f"The chain of {disk.target} of {view.name} can't be read: {error.message}", advice
+        ) from error
+    known = view.qemu.disks[disk.target].files if view.qemu else ()
+    told = [_real(info.name) for info in headers[1:]]
+    if told != [_real(name) for name in known[1:]]:
+        raise GuestUnfit(
+            f"{disk.target} of {view.name} runs on {' ← '.join(known[::-1])}, but its images' headers "
+            f"name {' ← '.join((*told[::-1], known[0]))}.", advice,
+        )
+    for info, source in zip(headers[:-1], disk.chain[1:], strict=False):
+        if info.backing_format != source.format:
+            raise GuestUnfit(
+                f"{info.name} of {view.name} names the format {info.backing_format or 'nothing'} for its "
+                f"backing file, which runs as {source.format}.",
+                f"virsh shutdown {view.name}; qemu-img rebase -u -b {source.place} -F {source.format} IMAGE",
+            )
+
+
+def _real(name: str) -> str:
+    plain = plain_file(name)
+    return os.path.realpath(plain) if plain.startswith("/") else plain
 
 
 def place_of(source: Source) -> ImagePlace:

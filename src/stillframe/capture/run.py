@@ -36,7 +36,7 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.hypervisor.model import Power
-from stillframe.process import start_mark
+from stillframe.process import boot_id
 
 _POLL_S = 0.25
 
@@ -94,21 +94,26 @@ def captured(plan: Plan, tools: Tools, destination: str, stop: Stop) -> Iterator
     try:
         yield run.take()
     except BaseException as error:
-        run.give_up(error)
-        _bring_back(back, run, error)
+        _end(back, run, error)
+        if isinstance(error, StillframeError):
+            error.guest = GuestState.SAFE
         raise
-    run.release()
-    run.record = back.finish(run.record)
+    _end(back, run, None)
 
 
-def _bring_back(back: BringBack, run: _Run, cause: BaseException) -> None:
+def _end(back: BringBack, run: _Run, cause: BaseException | None) -> None:
+    """Release the bases and bring the guest back; NeedsAttention tells of *cause* as well."""
     try:
+        if cause is None:
+            run.release()
+        else:
+            run.give_up(cause)
         run.record = back.finish(run.record)
     except StillframeError as error:
-        raise NeedsAttention(
-            f"The run failed: {_words(cause)}\nThen, bringing the guest back: {error.message}",
-            error.next_command, error.guest,
-        ) from cause
+        failed = f"The run failed: {_words(cause)}\nThen, bringing the guest back: " if cause else ""
+        next_command = error.next_command or f"stillframe recover {run.record.name}"
+        guest = error.guest if isinstance(error, NeedsAttention) else GuestState.OVERLAID
+        raise NeedsAttention(f"{failed}{error.message}", next_command, guest) from (cause or error)
 
 
 class _Run:
@@ -123,12 +128,11 @@ class _Run:
         self._stop = stop
         self._warnings = list(plan.warnings)
         self._frozen_s = 0.0
-        pid = os.getpid()
         self.record = self._journal.begin(RunRecord(
             id=new_run_id(tools.clock, plan.domain.uuid), uuid=plan.domain.uuid, name=plan.domain.name,
             uri=plan.domain.connection.uri, destination=destination, quiesce=plan.quiesce,
-            state=State.PLANNED, began_at=utc_text(tools.clock.now()), pid=pid,
-            process_mark=start_mark(pid), disks=plan.disks,
+            state=State.PLANNED, began_at=utc_text(tools.clock.now()), pid=os.getpid(),
+            boot_id=boot_id(), disks=plan.disks,
         ))
 
     def take(self) -> Capture:

@@ -12,9 +12,10 @@ from stillframe.capture.journal import DiskRecord, RunRecord, age_s
 from stillframe.capture.neighbours import other_users
 from stillframe.capture.states import DiskPhase, State
 from stillframe.clock import Clock
-from stillframe.errors import ProgramFailed
-from stillframe.hypervisor.domain import Domain
+from stillframe.errors import ProgramFailed, ProgramTimedOut
+from stillframe.hypervisor.domain import Domain, qemu_pid
 from stillframe.hypervisor.model import DomainView, DomainXml, QemuDisk, QemuJob, QemuView
+from stillframe.process import boot_id, start_mark
 
 #: The name of a commit that stillframe starts behind libvirt's back, by target.
 OWN_JOB = "stillframe-commit-{}"
@@ -31,7 +32,7 @@ def look(
     Raises HypervisorError, NoHypervisor.
     """
     view = domain.view()
-    disks = tuple(_look_at_disk(disk, view, compared) for disk in record.disks)
+    disks = tuple(_look_at_disk(disk, record.boot_id == boot_id(), view, compared) for disk in record.disks)
     if not any(_in_use(disk) for disk in disks):
         disks = _with_other_users(record, domain, disks)
     pending = (
@@ -40,6 +41,7 @@ def look(
     )
     return Sight(
         view.power, disks, managed_save=view.managed_save, shutdown_pending=pending,
+        same_qemu=record.qemu_mark in ("", qemu_mark(record.name)),
         thaw_hopeless=thaw_hopeless,
     )
 
@@ -73,19 +75,29 @@ def stray_job(view: DomainView, known: DiskRecord) -> str:
     return "" if job is None else job.name
 
 
-def _look_at_disk(known: DiskRecord, view: DomainView, compared: Mapping[str, bool]) -> DiskSight:
-    base_now, base_present = _base_file(known)
+def qemu_mark(name: str) -> str:
+    """Return a text that tells the domain's QEMU process from any other; "" if none runs."""
+    pid = qemu_pid(name)
+    return "" if pid is None else start_mark(pid)
+
+
+def _look_at_disk(
+    known: DiskRecord, same_boot: bool, view: DomainView, compared: Mapping[str, bool]
+) -> DiskSight:
+    base_now, base_present = _base_file(known, same_boot)
     overlay_now = _overlay_file(known)
     qemu, live, inactive = (
         _seen_by_qemu(known, view.qemu), _seen_in(known, view.live), _seen_in(known, view.inactive)
     )
+    if inactive is Seen.ABSENT:
+        inactive = Seen.UNKNOWN  # plugged in for this boot alone: no definition names it, none will
     return DiskSight(
         target=known.target,
         qemu=qemu,
         live=live,
         inactive=inactive,
         job=_seen_job(known, view),
-        overlay=_seen_file(known, overlay_now),
+        overlay=_seen_file(known, overlay_now, same_boot),
         base_present=base_present,
         base_intact=_intact(known, base_now),
         base_newer=_newer(base_now, overlay_now),
@@ -107,7 +119,7 @@ def _seen_in(known: DiskRecord, xml: DomainXml | None) -> Seen:
         return Seen.UNKNOWN
     disk = xml.disks.get(known.target)
     if disk is None:
-        return Seen.OTHER
+        return Seen.ABSENT
     places = tuple(source.place for source in disk.chain)
     return _which(known, disk.top.key == known.base_key, places)
 
@@ -156,13 +168,22 @@ def _leaked(known: DiskRecord, qemu: QemuView | None) -> tuple[str, ...]:
     return tuple(node.name for node in sorted(found, key=lambda node: node.driver != "qcow2"))
 
 
-def _base_file(known: DiskRecord) -> tuple[FileIdentity | None, bool]:
+def _base_file(known: DiskRecord, same_boot: bool) -> tuple[FileIdentity | None, bool]:
     try:
         now = known.base.identity()
     except OSError:
         return None, False
     recorded = known.base_identity
-    return now, recorded is None or now is None or now.same_file(recorded)
+    return now, recorded is None or now is None or _same(now, recorded, same_boot)
+
+
+def _same(now: FileIdentity, recorded: FileIdentity, same_boot: bool) -> bool:
+    """Return whether it is the file that was recorded. Device numbers last only until a reboot."""
+    if same_boot:
+        return now.same_file(recorded)
+    if now.special or recorded.special:
+        return bool(now.special) and bool(recorded.special)
+    return now.inode == recorded.inode
 
 
 def _intact(known: DiskRecord, now: FileIdentity | None) -> bool:
@@ -183,7 +204,7 @@ def _empty(known: DiskRecord, now: FileIdentity | None) -> bool | None:
         return None
     try:
         return not holds_data(known.overlay_path)
-    except ProgramFailed:
+    except (ProgramFailed, ProgramTimedOut):
         return None
 
 
@@ -194,12 +215,13 @@ def _overlay_file(known: DiskRecord) -> FileIdentity | None:
         return None
 
 
-def _seen_file(known: DiskRecord, now: FileIdentity | None) -> FileSeen:
+def _seen_file(known: DiskRecord, now: FileIdentity | None, same_boot: bool) -> FileSeen:
     if now is None:
         return FileSeen.ABSENT
     recorded = known.overlay_identity
     if recorded is not None:
-        return FileSeen.OURS if now.same_file(recorded) and _backing_is_base(known) else FileSeen.OTHER
+        ours = _same(now, recorded, same_boot) and _backing_is_base(known)
+        return FileSeen.OURS if ours else FileSeen.OTHER
     # The run died between making the file and writing down which it is: its backing file tells.
     return FileSeen.OURS if now.size_bytes == 0 or _backing_is_base(known) else FileSeen.OTHER
 
@@ -207,7 +229,7 @@ def _seen_file(known: DiskRecord, now: FileIdentity | None) -> FileSeen:
 def _backing_is_base(known: DiskRecord) -> bool:
     try:
         info = image_info(file_place(known.overlay_path, "qcow2"))
-    except ProgramFailed:
+    except (ProgramFailed, ProgramTimedOut):
         return False
     return info.backing == known.base.backing_text()
 

@@ -15,6 +15,7 @@ from stillframe.errors import (
     EXIT_OK,
     EXIT_PARTIAL,
     GuestShutOff,
+    NeedsAttention,
     StillframeError,
 )
 from stillframe.hypervisor.domain import Domain, all_domains, find_domain
@@ -112,6 +113,8 @@ def _body(name: str, outcome: Outcome) -> dict[str, object]:
 def _exit_code(outcomes: Sequence[Outcome]) -> int:
     errors = [each for each in outcomes if isinstance(each, StillframeError)]
     if errors:
+        if any(isinstance(error, NeedsAttention) for error in errors):
+            return NeedsAttention.exit_code
         # One guest's error is the command's; several guests failing alike, too.
         codes = {error.exit_code for error in errors}
         return codes.pop() if len(errors) == len(outcomes) and len(codes) == 1 else EXIT_PARTIAL

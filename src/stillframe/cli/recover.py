@@ -12,7 +12,7 @@ from stillframe.capture.status_file import repair_status_file
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
-from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestUnknown, StillframeError
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestUnknown, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.mirror.recover import recover_folder
 
@@ -38,6 +38,8 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
     errors = [each for each in outcomes.values() if isinstance(each, StillframeError)]
     if not errors:
         return EXIT_OK
+    if any(isinstance(error, NeedsAttention) for error in errors):
+        return NeedsAttention.exit_code
     return errors[0].exit_code if len(errors) == len(outcomes) else EXIT_PARTIAL
 
 
@@ -55,7 +57,7 @@ def _guest(session: Session, domain: Domain, *, dry_run: bool) -> list[str] | St
     words: list[str] = []
     try:
         # Taken for a dry run too: what a run that is alive will do next is its own decision.
-        with domain_lock(session.journal.folder, domain.uuid, domain.name, "recover"):
+        with domain_lock(session.journal.folder, domain.uuid, domain.name, "recover", session.clock):
             if dry_run:
                 return _plan(session, domain, limits)
             for each in recover_domain(domain, session.tools, limits):

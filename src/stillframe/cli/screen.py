@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -22,8 +23,16 @@ from stillframe.errors import StillframeError
 from stillframe.mirror.update import CopyProgress
 
 
+class _Unbreakable(Console):
+    """A console that goes silent when nobody reads it any more: a run must end well all the same."""
+
+    def on_broken_pipe(self) -> None:
+        """Go silent, where rich would end the process."""
+        self.quiet = True
+
+
 class Screen:
-    """Where the output of a command goes.
+    """Where the output of a command goes. No method raises for an output that is gone.
 
     *as_json*: one JSON object on stdout at the end, nothing else there. *quiet*: nothing on
     stderr but errors. A progress bar is drawn only if stderr is a terminal.
@@ -32,7 +41,7 @@ class Screen:
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self._quiet = quiet
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._err = _Unbreakable(stderr=True, highlight=False, soft_wrap=True)
         self._bars: dict[str, TaskID] = {}
         watched = not quiet and not as_json and sys.stderr.isatty()
         self._progress = _make_progress(self._err) if watched else None
@@ -50,25 +59,25 @@ class Screen:
     def say(self, text: str) -> None:
         """Tell the person what is being done."""
         if not self._quiet:
-            self._err.print(text, markup=False)
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """Tell the person something they should know, also when quiet."""
-        self._err.print(f"warning: {text}", markup=False)
+        self._print(f"warning: {text}")
 
     def error(self, error: StillframeError, subject: str = "") -> None:
         """Show an error: what happened, whether the guest is safe, what to do next."""
-        self._err.print(f"{subject}: {error.text()}" if subject else error.text(), markup=False)
+        self._print(f"{subject}: {error.text()}" if subject else error.text())
 
     def result(self, text: str) -> None:
         """Print a line of the result, for people."""
         if not self.as_json:
-            print(text)
+            _to_stdout(text)
 
     def json(self, body: object) -> None:
         """Print the whole result, for programs."""
         if self.as_json:
-            print(msgspec.json.format(msgspec.json.encode(body), indent=2).decode())
+            _to_stdout(msgspec.json.format(msgspec.json.encode(body), indent=2).decode())
 
     def watcher(self) -> Watcher:
         """Return who is told what a run does."""
@@ -80,6 +89,10 @@ class Screen:
             f"{guest} {progress.target}: copy", progress.done_bytes, progress.total_bytes
         )
 
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._err.print(text, markup=False)
+
     def _on_commit(self, progress: CommitProgress) -> None:
         self._bar("commit", progress.done_bytes, progress.total_bytes)
 
@@ -88,7 +101,8 @@ class Screen:
             return
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name, total=total_bytes)
-        self._progress.update(self._bars[name], completed=done_bytes, total=total_bytes)
+        with contextlib.suppress(OSError, ValueError):
+            self._progress.update(self._bars[name], completed=done_bytes, total=total_bytes)
 
 
 def _make_progress(console: Console) -> Progress:
@@ -96,6 +110,11 @@ def _make_progress(console: Console) -> Progress:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
         TransferSpeedColumn(), TimeRemainingColumn(), console=console,
     )
+
+
+def _to_stdout(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
 
 
 def error_body(error: StillframeError) -> dict[str, object]:

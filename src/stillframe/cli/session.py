@@ -30,6 +30,9 @@ class Common:
     quiet: bool
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Session:
     """One call of the command."""
 
@@ -38,6 +41,7 @@ class Session:
         self.screen = Screen(as_json=common.as_json, quiet=common.quiet)
         self.clock = SystemClock()
         self._interrupted: str = ""
+        self._announced = False
         self._then = ""
 
     @cached_property
@@ -73,6 +77,7 @@ class Session:
         """Return the error to end runs with once a signal came."""
         if not self._interrupted:
             return None
+        self._announce()
         return Interrupted(
             f"{self._interrupted} ended the run. The last good mirror is as it was.",
             "run the same command again when you like",
@@ -80,12 +85,12 @@ class Session:
 
     @contextlib.contextmanager
     def signals_as_stop(self, then: str = "the guest is being brought back") -> Iterator[None]:
-        """Within the block, SIGINT and SIGTERM end the run cleanly instead of killing it.
+        """Within the block, SIGINT, SIGTERM and SIGHUP end the run cleanly instead of killing it.
 
         *then* tells the person what happens next.
         """
         self._then = then
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in _ENDING}
         for number in before:
             signal.signal(number, self._on_signal)
         try:
@@ -95,5 +100,11 @@ class Session:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        # Nothing is printed here: a signal handler runs between any two instructions of the run.
         self._interrupted = signal.Signals(number).name
+
+    def _announce(self) -> None:
+        if self._announced:
+            return
+        self._announced = True
         self.screen.say(f"{self._interrupted}: ending; {self._then}…")

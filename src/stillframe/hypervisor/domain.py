@@ -7,7 +7,7 @@ gone. Looks are repeated after a reconnect; steps are made once (see Connection)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,8 +138,8 @@ class Domain:
         """
 
         def ask(domain: libvirt.virDomain) -> int:
-            domain.agentSetResponseTimeout(timeout_s, 0)
-            return int(domain.fsFreeze())
+            with _agent_timeout(domain, timeout_s):
+                return int(domain.fsFreeze())
 
         return self._act(ask)
 
@@ -147,8 +147,8 @@ class Domain:
         """Thaw the guest's file systems; return how many."""
 
         def ask(domain: libvirt.virDomain) -> int:
-            domain.agentSetResponseTimeout(timeout_s, 0)
-            return int(domain.fsThaw())
+            with _agent_timeout(domain, timeout_s):
+                return int(domain.fsThaw())
 
         return self._act(ask)
 
@@ -245,7 +245,7 @@ def qemu_pid(name: str) -> int | None:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError):
         return None
-    return pid if f"guest={name}".encode() in command else None
+    return pid if f"guest={name},".encode() in command else None
 
 
 def _power(domain: libvirt.virDomain, name: str) -> Power:
@@ -256,6 +256,17 @@ def _power(domain: libvirt.virDomain, name: str) -> Power:
         io_error = reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
         return Power.PAUSED_ON_IO_ERROR if io_error else Power.PAUSED
     return Power.PAUSED if state == libvirt.VIR_DOMAIN_PMSUSPENDED else Power.RUNNING
+
+
+@contextlib.contextmanager
+def _agent_timeout(domain: libvirt.virDomain, timeout_s: int) -> Iterator[None]:
+    domain.agentSetResponseTimeout(timeout_s, 0)
+    try:
+        yield
+    finally:
+        # It stays with the domain for all clients, so libvirt's own default is put back.
+        with contextlib.suppress(libvirt.libvirtError):
+            domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
 
 
 def _block_job(domain: libvirt.virDomain, target: str) -> BlockJob | None:

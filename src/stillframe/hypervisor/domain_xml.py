@@ -15,6 +15,7 @@ from stillframe.hypervisor.model import Disk, DomainXml, ExcludedDisk, Mirror, S
 
 #: Parts of a source that older XML has beside it, in the disk. They go where the source goes.
 _OF_SOURCE = ("auth", "encryption")
+_UNSUPPORTED = "disks of type"
 _CAPTURABLE_KINDS = ("file", "block", "network")
 
 
@@ -27,7 +28,8 @@ def read_domain_xml(text: str) -> DomainXml:
     for element in root.iterfind("./devices/disk"):
         reason = _why_excluded(element)
         if reason:
-            excluded.append(ExcludedDisk(_target(element), reason))
+            unsupported = reason.startswith(_UNSUPPORTED)
+            excluded.append(ExcludedDisk(_target(element), reason, unsupported))
             if element.find("source") is not None:
                 bystanders[_target(element)] = _read_disk(element)
         else:
@@ -110,7 +112,7 @@ def _why_excluded(element: ET.Element) -> str:
     if element.find("source") is None:
         return "it has no image"
     if kind not in _CAPTURABLE_KINDS:
-        return f"disks of type {kind} are not supported"
+        return f"{_UNSUPPORTED} {kind} are not supported"
     return ""
 
 

@@ -74,10 +74,14 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class ExcludedDisk:
-    """A disk that is never captured, and why."""
+    """A disk that is not captured, and why.
+
+    *unsupported*: it has data of the guest's own, which nobody may believe to be backed up.
+    """
 
     target: str
     reason: str
+    unsupported: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     """
     began_s = tools.clock.monotonic_s()
     domain = job.domain
-    with domain_lock(tools.journal.folder, domain.uuid, domain.name, f"mirror to {job.destination}"):
+    purpose = f"mirror to {job.destination}"
+    with domain_lock(tools.journal.folder, domain.uuid, domain.name, purpose, tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
         plan = make_plan(domain, job.wishes)
         path = _destination_folder(job, plan)
