@@ -32,6 +32,7 @@ from stillframe.hypervisor.domain import Domain
 PERSISTENCE_S = 3600.0
 _ANSWER_S = 5.0
 _READY_S = 20.0
+_LOCK_S = 3.0
 
 
 class Guard:
@@ -115,8 +116,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _resume(domain: Domain, journal: Journal, clock: Clock) -> bool:
     try:
-        # Whoever holds the domain by now brings it back, the resume included.
-        with domain_lock(journal.folder, domain.uuid, domain.name, "guard", clock, 0.0):
+        # A dying process closes the pipe a moment before its lock. Whoever else holds the domain
+        # brings it back, the resume included.
+        with domain_lock(journal.folder, domain.uuid, domain.name, "guard", clock, _LOCK_S):
             return any(
                 let_go_on(run, domain, journal, clock, "the run died while the guest stood still")
                 for run in journal.open_runs(domain.uuid)

@@ -17,6 +17,10 @@ from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.mirror.recover import recover_folder
 
 
+#: Longer than the guard holds a domain whose run was killed in the pivot.
+_LOCK_S = 10.0
+
+
 def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_status: bool) -> int:
     """Recover the named guests, or all with something left; return the exit code."""
     if repair_status:
@@ -57,7 +61,7 @@ def _guest(session: Session, domain: Domain, *, dry_run: bool) -> list[str] | St
     words: list[str] = []
     try:
         # Taken for a dry run too: what a run that is alive will do next is its own decision.
-        with domain_lock(session.journal.folder, domain.uuid, domain.name, "recover", session.clock):
+        with domain_lock(session.journal.folder, domain.uuid, domain.name, "recover", session.clock, _LOCK_S):
             if dry_run:
                 return _plan(session, domain, limits)
             for each in recover_domain(domain, session.tools, limits):
