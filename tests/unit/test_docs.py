@@ -167,7 +167,7 @@ def test_the_guide_shows_every_command_and_every_option_and_no_other() -> None:
         word.split()[0] for word in ticked([row[0] for row in rows(section(text, "## Commands"), "option")])
     }
     assert general == known["status"] - {"--help"}
-    for command, heading in (("mirror", "### mirror"), ("recover", "### recover")):
+    for command, heading in (("mirror", "### mirror"), ("doctor", "### doctor"), ("recover", "### recover")):
         own = {word.split()[0] for word in ticked([row[0] for row in rows(section(text, heading), "option")])}
         assert own == known[command] - known["status"], command
 
