@@ -56,6 +56,7 @@ demo: develop boot ## mirror a live guest, kill a run in its commit, recover, bo
 
 bench: develop boot ## measure, side by side with other tools in the same run
 	$(LAB) $(RUN) -m bench.mirror $(ARGS)
+	$(LAB) $(RUN) -m bench.freeze
 
 # Here, not inside: the lab has no network. Quick, and offline, once .cache/lab holds what guests boot.
 boot: develop

@@ -16,7 +16,6 @@ from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestUnknown, NeedsAttentio
 from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.mirror.recover import recover_folder
 
-
 #: Longer than the guard holds a domain whose run was killed in the pivot.
 _LOCK_S = 10.0
 
