@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lab.dbguest import DbGuest
     from lab.diskguest import DiskGuest
     from lab.disks import DiskSpec
+    from tests.fault.harness import Place
 
 _numbers = itertools.count(1)
 
@@ -51,6 +52,18 @@ def daemons(session_daemons: LibvirtDaemons) -> Iterator[LibvirtDaemons]:
 def images_dir(daemons: LibvirtDaemons) -> Path:
     """Give the folder for guests' images, which QEMU's user can reach."""
     return IMAGES_DIR
+
+
+@pytest.fixture
+def place(tmp_path: Path, images_dir: Path) -> Place:
+    """Give a run's places: a destination, a state folder, and a folder of its own for overlays."""
+    from tests.fault.harness import Place as Places
+
+    destination = tmp_path / "mirrors"
+    destination.mkdir()
+    overlays = images_dir / f"overlays-{tmp_path.name}"
+    overlays.mkdir()
+    return Places(destination, tmp_path / "state", overlays)
 
 
 @pytest.fixture

@@ -30,15 +30,6 @@ _SIZE_BYTES = 16 * MIB
 
 
 @pytest.fixture
-def place(tmp_path: Path, images_dir: Path) -> Place:
-    destination = tmp_path / "mirrors"
-    destination.mkdir()
-    overlays = images_dir / f"overlays-{tmp_path.name}"
-    overlays.mkdir()
-    return Place(destination, tmp_path / "state", overlays)
-
-
-@pytest.fixture
 def two_disks(disk_guest: MakeGuest) -> DiskGuest:
     return disk_guest(DiskSpec("vda", size_bytes=_SIZE_BYTES), DiskSpec("vdb", Kind.RAW, _SIZE_BYTES))
 

@@ -25,13 +25,6 @@ from tests.fault.matrix import Step, name_of, plain_steps
 MakeGuest = Callable[..., DiskGuest]
 
 
-@pytest.fixture
-def place(tmp_path: Path, images_dir: Path) -> Place:
-    destination = tmp_path / "mirrors"
-    destination.mkdir()
-    return Place(destination, tmp_path / "state", images_dir)
-
-
 def model_copy(guest: DiskGuest, folder: Path, name: str) -> dict[str, bytes]:
     """Return what each disk holds now, by its model."""
     return {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -23,15 +22,6 @@ from tests.fault.matrix import AGENT, RESTART, SHUTDOWN, Step, all_steps, name_o
 
 MakeGuest = Callable[..., DbGuest]
 _VICTIMS = [pytest.param(victim, id=victim.value) for victim in Victim]
-
-
-@pytest.fixture
-def place(tmp_path: Path, images_dir: Path) -> Place:
-    destination = tmp_path / "mirrors"
-    destination.mkdir()
-    overlays = images_dir / f"overlays-{tmp_path.name}"
-    overlays.mkdir()
-    return Place(destination, tmp_path / "state", overlays)
 
 
 def test_the_matrix_leaves_no_step_out() -> None:

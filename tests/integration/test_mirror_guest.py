@@ -21,15 +21,6 @@ MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 32 * MIB
 
 
-@pytest.fixture
-def place(tmp_path: Path, images_dir: Path) -> Place:
-    destination = tmp_path / "mirrors"
-    destination.mkdir()
-    overlays = images_dir / f"overlays-{tmp_path.name}"
-    overlays.mkdir()
-    return Place(destination, tmp_path / "state", overlays)
-
-
 def assert_mirror(place: Place, guest: DiskGuest, expected: dict[str, Path]) -> None:
     for target, moment in expected.items():
         assert_equal_images(place.mirror(guest) / f"{target}.img", moment)
