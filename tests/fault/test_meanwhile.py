@@ -183,19 +183,34 @@ def test_a_reboot_that_numbers_the_devices_anew_is_recovered_from(
         guest.assert_disk_equals_model(target)
 
 
+def forget_backing_format(image: Path) -> None:
+    """Make the header extension that holds the backing format one that nobody knows."""
+    content = bytearray(image.read_bytes())
+    at = content.index(bytes.fromhex("e2792aca"), 0, 4096)
+    content[at:at + 4] = bytes.fromhex("5f5f5f5f")
+    image.write_bytes(content)
+
+
+@pytest.mark.parametrize("wrong", ["another image", "no format"])
 def test_a_chain_that_runs_otherwise_than_its_headers_say_is_refused(
-    disk_guest: MakeGuest, place: Place, daemons: LibvirtDaemons
+    disk_guest: MakeGuest, place: Place, daemons: LibvirtDaemons, wrong: str
 ) -> None:
     guest = disk_guest(DiskSpec("vda", Kind.CHAIN, _SIZE_BYTES), started=False)
     other = guest.folder / "other.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", other, str(_SIZE_BYTES))
+    if wrong == "no format":
+        other = guest.disks["vda"].files[-2]
+        forget_backing_format(guest.disks["vda"].path)
     xml = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     source = f"<source file='{guest.disks['vda'].path}'/>"
     assert source in xml
+    below = f"<source file='{guest.disks['vda'].base}'/><backingStore/>" if wrong == "no format" else ""
+    deeper = f"<backingStore type='file'><format type='qcow2'/>{below}</backingStore>" if below else (
+        "<backingStore/>")
     daemons.connect().defineXML(xml.replace(source, (
-        f"{source}<backingStore type='file'><format type='qcow2'/><source file='{other}'/><backingStore/>"
+        f"{source}<backingStore type='file'><format type='qcow2'/><source file='{other}'/>{deeper}"
         "</backingStore>")))
     guest.start()
     refused = Run(place, guest)
     assert refused.end() == GuestUnfit.exit_code, refused.output
-    assert "other.qcow2" in refused.output
+    assert ("names the format nothing" if wrong == "no format" else "other.qcow2") in refused.output

@@ -100,6 +100,29 @@ def test_a_guest_without_disks(caller: Caller, disk_guest: MakeGuest) -> None:
     assert "shareable" in caller.refused(errors.GuestHasNoDisks, guest)
 
 
+def test_a_disk_of_a_kind_that_cant_be_captured_is_not_left_out_unasked(
+    caller: Caller, disk_guest: MakeGuest
+) -> None:
+    guest = disk_guest(DiskSpec("vda", size_bytes=_SIZE_BYTES), started=False)
+    connection = guest.daemons.connect()
+    pool = connection.storagePoolCreateXML(
+        f"<pool type='dir'><name>p</name><target><path>{guest.folder}</path></target></pool>")
+    pool.createXML(f"<volume><name>v</name><capacity>{_SIZE_BYTES}</capacity></volume>")
+    try:
+        xml = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        connection.defineXML(xml.replace("</devices>", (
+            "<disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdv' bus='virtio'/>"
+            "</disk></devices>")))
+        guest.start()
+        assert "vdv" in caller.refused(errors.GuestUnfit, guest)
+        code, body, _said = caller.mirror(guest.name, "--exclude", "vdv")
+        assert code == 0
+        assert [each["target"] for each in body["excluded"]] == ["vdv"]
+    finally:
+        guest.destroy()
+        pool.destroy()
+
+
 def test_disks_that_are_left_out_are_named(caller: Caller, disk_guest: MakeGuest) -> None:
     guest = disk_guest(
         DiskSpec("vda", size_bytes=_SIZE_BYTES),

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from stillframe.capture import growth
-from stillframe.capture.growth import Watermark, allocated_bytes, free_bytes, plan_watermarks
+from stillframe.capture.growth import (
+    Watermark,
+    allocated_bytes,
+    file_system_of,
+    free_bytes,
+    on_network,
+    plan_watermarks,
+)
 from stillframe.capture.limits import Limits
 from stillframe.errors import OverlaySpace
 from stillframe.units import GIB, KIB, MIB
@@ -79,3 +86,25 @@ def test_the_last_reserve_of_the_file_system_counts_whoever_uses_it_up(
 @pytest.mark.parametrize(("min_free_bytes", "reserve_bytes"), [(GIB, 64 * MIB), (MIB, 16 * MIB)])
 def test_the_reserve_follows_what_must_be_free(min_free_bytes: int, reserve_bytes: int) -> None:
     assert Limits(min_free_bytes=min_free_bytes).reserve_bytes == reserve_bytes
+
+
+_MOUNTS = """\
+/dev/vda / ext4 rw 0 0
+nas:/backups /mnt/backups nfs4 rw 0 0
+//nas/share /mnt/with\\040blank cifs rw 0 0
+/dev/vdb /mnt/backups/local xfs rw 0 0
+sshfs#host /mnt/over fuse.sshfs rw 0 0
+/dev/vdc /mnt/over ext4 rw 0 0
+"""
+
+
+@pytest.mark.parametrize(("folder", "kind"), [
+    ("/srv", "ext4"), ("/mnt/backups/guest", "nfs4"), ("/mnt/backups-too", "ext4"),
+    ("/mnt/with blank/x", "cifs"), ("/mnt/backups/local/x", "xfs"), ("/mnt/over", "ext4"),
+])
+def test_the_file_system_of_a_folder_is_the_nearest_mount_above_it(folder: str, kind: str) -> None:
+    assert file_system_of(Path(folder), _MOUNTS) == kind
+
+
+def test_this_machines_own_root_is_no_network(tmp_path: Path) -> None:
+    assert not on_network(tmp_path.resolve())

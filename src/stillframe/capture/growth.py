@@ -76,14 +76,20 @@ def free_bytes(folder: str) -> int:
 
 def on_network(folder: Path) -> bool:
     """Return whether *folder* (resolved) lies on a network file system."""
-    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    # The last of equal mount points is the one on top; mount points write a blank as \040.
+    kind = file_system_of(folder, Path("/proc/self/mounts").read_text())
+    return kind in _NETWORK or kind.startswith("fuse.")
+
+
+def file_system_of(folder: Path, mounts: str) -> str:
+    """Return the type of the file system that *folder* lies on, by a text like /proc/self/mounts."""
     best, kind = "", ""
-    for point, name in mounts:
+    for line in mounts.splitlines():
+        point, name = line.split()[1:3]
         place = point.replace("\\040", " ")
+        # Of mounts on one point the last one lies on top.
         if folder.is_relative_to(place) and len(place) >= len(best):
             best, kind = place, name
-    return kind in _NETWORK or kind.startswith("fuse.")
+    return kind
 
 
 def allocated_bytes(path: str) -> int:
