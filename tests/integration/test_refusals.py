@@ -19,6 +19,7 @@ import pytest
 from lab.daemons import LibvirtDaemons
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
+from lab.enter import SOCKETS_DIR
 from lab.images import MIB, run
 from stillframe import errors
 from stillframe.capture.states import State
@@ -158,7 +159,7 @@ def test_a_guest_under_a_block_job(caller: Caller, guest: DiskGuest, tmp_path: P
 
 def test_a_guest_under_a_backup_job(caller: Caller, guest: DiskGuest) -> None:
     guest.domain().backupBegin(
-        f"<domainbackup mode='pull'><server transport='unix' socket='{guest.folder}/b.sock'/><disks>"
+        f"<domainbackup mode='pull'><server transport='unix' socket='{SOCKETS_DIR}/b.sock'/><disks>"
         f"<disk name='vda' backup='yes' type='file'><scratch file='{guest.folder}/scratch'/></disk>"
         "</disks></domainbackup>", None)
     caller.refused(errors.GuestBusy, guest)

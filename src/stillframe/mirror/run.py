@@ -146,7 +146,6 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
             f"ls -ld {destination}",
         )
     path = destination / plan.domain.name
-    _refuse_overlays_at(destination, plan)
     for disk in plan.live.disks.values():
         for source in disk.chain:
             images = Path(source.place).parent.resolve() if source.kind == "file" else None
@@ -156,6 +155,7 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
                     f"{plan.domain.name} itself.",
                     "choose a folder on other storage",
                 )
+    _refuse_overlays_at(destination, plan)
     return path
 
 
