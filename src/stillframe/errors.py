@@ -38,6 +38,7 @@ class GuestState(enum.Enum):
     UNTOUCHED = "The guest was not touched."
     SAFE = "The guest is safe: it runs on its own images and no overlay is left."
     OVERLAID = "The guest is safe but still uses an overlay that must not be deleted."
+    STOPPED = "Nothing is lost, but the guest's CPUs are stopped."
     UNKNOWN = "The state of the guest was not established."
 
 

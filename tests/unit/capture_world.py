@@ -18,6 +18,7 @@ import msgspec
 
 from stillframe.capture.decide import Action, Decision, DiskSight, FileSeen, JobSeen, Seen, Sight
 from stillframe.capture.journal import RunRecord
+from stillframe.capture.let_go_on import unequal_again
 from stillframe.capture.states import TRANSITIONS, DiskPhase, State
 from stillframe.hypervisor.model import Power
 from tests.unit.capture_records import AT, run_record
@@ -170,7 +171,10 @@ class World:
     def run(self) -> Decision:
         """Let things happen and steps be taken until the decision is to finish or to ask; return it."""
         for _ in range(_STEPS_LIMIT):
-            decision = self.decide(self.record, self.sight())
+            sight = self.sight()
+            if sight.power is Power.RUNNING:
+                self._note(disks=unequal_again(self.record, sight))
+            decision = self.decide(self.record, sight)
             if decision.action is Action.FINISH:
                 self._check_finished()
                 return decision
@@ -292,7 +296,7 @@ class World:
         self._may_die()
 
     def _resume(self, _disks: list[WorldDisk]) -> None:
-        self._enter(State.RESUMING)
+        self._enter(State.RESUMING, disks=unequal_again(self.record, self.sight()))
         self.power = Power.RUNNING
         self._may_die()
         self._note(suspended=False)

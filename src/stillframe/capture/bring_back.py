@@ -8,7 +8,6 @@ look tells what came of it.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from stillframe.capture.decide import Action, Decision, Sight, Why, decide
 from stillframe.capture.explain import attention
 from stillframe.capture.guard import Guard, start_guard
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
-from stillframe.capture.let_go_on import let_go_on, unequal_again
+from stillframe.capture.let_go_on import fsync, fsync_definition, let_go_on, unequal_again
 from stillframe.capture.limits import Limits
 from stillframe.capture.sight import drained, look, qemu_mark, ready_to_pivot, stray_job
 from stillframe.capture.states import DiskPhase, State
@@ -32,6 +31,7 @@ from stillframe.clock import Clock, Deadline, utc_text
 from stillframe.errors import (
     ConnectionLost,
     CopyFailed,
+    GuestState,
     GuestUnknown,
     HypervisorError,
     NeedsAttention,
@@ -52,7 +52,6 @@ _REPEATS_LIMIT = 3
 _GUARD_S = 24 * 3600.0
 _STEPS_LIMIT = 200_000
 Drained = Callable[[DomainView, RunRecord, tuple[str, ...]], bool]
-_DEFINITIONS = Path("/etc/libvirt/qemu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +107,23 @@ class BringBack:
 
         Raises NeedsAttention where no safe step is left; nothing of the guest is changed then.
         """
-        self._record = record
+        self._record, self._suspended = record, record.suspended
+        if record.suspended:
+            self._start_guard(record)
         try:
             return self._go(record)
         except BaseException as error:
             record = self._newest(self._record)
             why = f"bringing it back ended in {type(error).__name__}"
-            let_go_on(record, self._domain, self._journal, self._clock, why)
-            if isinstance(error, NeedsAttention) or not isinstance(error, StillframeError):
+            resumed = let_go_on(record, self._domain, self._journal, self._clock, why)
+            if not isinstance(error, StillframeError):
                 raise
-            raise NeedsAttention(
-                f"{error.message} {record.name} may still be on its overlays.",
-                f"{error.next_command}; then: {_again(record)}".removeprefix("; then: "),
-            ) from error
+            told = _needs_attention(error, record)
+            if record.suspended and not resumed:
+                told.guest = GuestState.STOPPED
+            if told is error:
+                raise
+            raise told from error
         finally:
             if self._guard is not None:
                 self._guard.leave()
@@ -152,7 +155,8 @@ class BringBack:
         except (HypervisorError, ProgramFailed, ProgramTimedOut) as error:
             self._failed(record, "look at the guest", error)
             return record, None
-        if sight.power is Power.RUNNING and (disks := unequal_again(record, sight)) != record.disks:
+        runs_on = sight.power is Power.RUNNING and sight.same_qemu
+        if runs_on and (disks := unequal_again(record, sight)) != record.disks:
             record = self._journal.note(record, "the guest runs on its overlay", disks=disks)
         decision = decide(record, sight)
         if decision == self._waiting_for and self._waiting is not None and self._waiting.passed():
@@ -294,13 +298,18 @@ class BringBack:
             "its storage is too slow or does not answer.",
             f"dmesg | tail; then: {_again(record)}",
         )
-        if self._guard is None:
-            self._guard = start_guard(
-                "resume", self._domain, self._journal, record.id, _GUARD_S, self._clock)
+        self._start_guard(record)
         record = self._journal.enter(record, State.SUSPENDING, suspended=True)
         self._suspended = True
         self._domain.suspend()
         return self._journal.done(record)
+
+    def _start_guard(self, record: RunRecord) -> None:
+        if self._guard is None:
+            self._guard = start_guard(
+                "resume", self._domain, self._journal, record.id, _GUARD_S, self._clock)
+        if self._guard is None:
+            self._watcher.say("the process that guards the pivot did not start; going on without it")
 
     def _resume_now(self, record: RunRecord) -> RunRecord:
         """Let the guest go on; from then on no overlay is equal to its base."""
@@ -333,7 +342,7 @@ class BringBack:
         return self._journal.done(record)
 
     def _confirm_base(self, record: RunRecord, decision: Decision) -> RunRecord:
-        self._fsync_definitions()
+        fsync_definition(self._domain.name)
         disks = _with_phase(record, decision.targets, DiskPhase.ON_BASE)
         return self._journal.note(record, f"on base: {' '.join(decision.targets)}", disks=disks)
 
@@ -415,23 +424,17 @@ class BringBack:
 
     def _unlink(self, record: RunRecord, decision: Decision) -> RunRecord:
         record = self._journal.enter(record, State.CLEANING, " ".join(decision.targets))
-        self._fsync_definitions()
+        fsync_definition(self._domain.name)
         for target in decision.targets:
             path = Path(record.disk(target).overlay_path)
             path.unlink()
-            _fsync_folder(path.parent)
+            fsync(path.parent)
         return self._journal.done(record)
 
     def _start(self, record: RunRecord, decision: Decision) -> RunRecord:
         record = self._journal.enter(record, State.RESTARTING, decision.reason)
         self._domain.start()
         return self._journal.done(record, start_verified=True)
-
-    def _fsync_definitions(self) -> None:
-        # libvirt renames a new definition into place without an fsync of the folder.
-        if _DEFINITIONS.is_dir():
-            for path in (*_DEFINITIONS.glob(f"{self._domain.name}.xml"), _DEFINITIONS):
-                _fsync_folder(path)
 
 
 def _with_phase(record: RunRecord, targets: tuple[str, ...], phase: DiskPhase) -> tuple[DiskRecord, ...]:
@@ -445,18 +448,18 @@ def _sentence(decision: Decision) -> str:
     return f"{decision.action.value}{where}: {decision.reason}"
 
 
+def _needs_attention(error: StillframeError, record: RunRecord) -> NeedsAttention:
+    if isinstance(error, NeedsAttention):
+        return error
+    return NeedsAttention(
+        f"{error.message} {record.name} may still be on its overlays.",
+        f"{error.next_command}; then: {_again(record)}".removeprefix("; then: "),
+    )
+
+
 def _folders(record: RunRecord) -> str:
     return " ".join(sorted({str(Path(disk.base.path).parent) for disk in record.disks if disk.base.path}))
 
 
 def _again(record: RunRecord) -> str:
     return f"stillframe recover {record.name}"
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-

@@ -188,7 +188,12 @@ def may_resume(record: RunRecord, sight: Sight) -> bool:
     While QEMU is on a base and the definition still names its overlay, only standing still keeps
     the two equal: a guest that went on and then died would start from the older one.
     """
-    behind = any(disk.qemu is Seen.BASE and disk.inactive is Seen.OVERLAY for disk in sight.disks)
+    behind = any(
+        disk.inactive is Seen.OVERLAY and (
+            disk.qemu is Seen.BASE or (
+                disk.qemu is Seen.UNKNOWN and record.disk(disk.target).phase is DiskPhase.PIVOTING))
+        for disk in sight.disks
+    )
     return sight.power is Power.PAUSED and record.suspended and not behind
 
 
@@ -265,6 +270,13 @@ def _ask_if_astray(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> D
             stale,
             "the guest runs on the base, but the overlay holds writes that the base lacks",
             Why.DIVERGED)
+    doubtful = _pick(disks, lambda disk: (
+        disk.qemu is Seen.OVERLAY and not sight.same_qemu and disk.base_newer is not False
+        and record.disk(disk.target).phase is DiskPhase.PIVOTING))
+    if doubtful:
+        return _ask(
+            doubtful, "the guest was started on the overlay, but may have run on the base before",
+            Why.DIVERGED)
     again = _pick(disks, lambda disk: (
         disk.qemu is Seen.OVERLAY and record.disk(disk.target).phase is DiskPhase.ON_BASE))
     if again:
@@ -296,6 +308,12 @@ def _decide_commit(record: RunRecord, sight: Sight, disks: list[DiskSight]) -> D
     overlaid = [disk for disk in disks if disk.qemu is Seen.OVERLAY]
     if not overlaid:
         return None
+    # A disk that has pivoted, but is not confirmed, is known to be equal only while all stands still.
+    pivoted = any(
+        disk.qemu is Seen.BASE and record.disk(disk.target).phase is DiskPhase.PIVOTING for disk in disks)
+    waiting = any(disk.job is not JobSeen.READY for disk in overlaid)
+    if waiting and not pivoted and may_resume(record, sight):
+        return Decision(Action.RESUME, (), "the commits are not ready, and the guest need not wait for them")
     stray = _pick(overlaid, lambda disk: disk.job is JobSeen.STRAY)
     if stray:
         action = Action.END_STRAY_JOB if sight.waited_out else Action.WAIT

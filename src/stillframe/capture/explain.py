@@ -43,7 +43,7 @@ def attention(record: RunRecord, decision: Decision) -> NeedsAttention:
 def _guest(decision: Decision) -> GuestState:
     if decision.why in (Why.DIVERGED, Why.FROZEN, Why.HIDDEN):
         return GuestState.UNKNOWN
-    return GuestState.SAFE if decision.why is Why.LIVE_VIEW else GuestState.OVERLAID
+    return GuestState.OVERLAID
 
 
 def _next(record: RunRecord, decision: Decision) -> str:

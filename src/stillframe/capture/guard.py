@@ -27,6 +27,7 @@ from stillframe.clock import Clock, Deadline, SystemClock
 from stillframe.errors import FreezeFailed, StillframeError
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import Power
 
 #: How long the guard goes on trying to thaw a guest whose agent does not answer.
 PERSISTENCE_S = 3600.0
@@ -60,10 +61,13 @@ def start_guard(
     duty: str, domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock
 ) -> Guard | None:
     """Start a guard with *duty* ("thaw" or "resume"); None if it could not be started."""
-    child = process.start_detached([
-        sys.executable, "-m", "stillframe.capture.guard", duty, domain.connection.uri, domain.uuid,
-        domain.name, str(journal.folder), run_id, str(deadline_s),
-    ])
+    try:
+        child = process.start_detached([
+            sys.executable, "-m", "stillframe.capture.guard", duty, domain.connection.uri, domain.uuid,
+            domain.name, str(journal.folder), run_id, str(deadline_s),
+        ])
+    except (OSError, StillframeError):
+        return None
     guard = Guard(child)
     if _is_ready(child, Deadline(clock, _READY_S)):
         return guard
@@ -107,24 +111,34 @@ def main(arguments: Sequence[str]) -> int:
     why = _wait_for_run(float(deadline_s))
     if not why:
         return 0
-    journal = Journal(Path(folder), clock)
-    done = _thaw(domain, clock) if duty == "thaw" else _resume(domain, journal, clock)
+    # Thawed first: the journal may be what the run died of.
+    done = _thaw(domain, clock) if duty == "thaw" else _resume(domain, Path(folder), clock)
     with contextlib.suppress(StillframeError):
-        journal.remark(run_id, f"the guard {'did' if done else 'could not'} {duty} the guest: {why}")
+        words = "did" if done else "had not to, or could not,"
+        Journal(Path(folder), clock).remark(run_id, f"the guard {words} {duty} the guest: {why}")
     return 3 if done else 4
 
 
-def _resume(domain: Domain, journal: Journal, clock: Clock) -> bool:
-    try:
-        # A dying process closes the pipe a moment before its lock. Whoever else holds the domain
-        # brings it back, the resume included.
-        with domain_lock(journal.folder, domain.uuid, domain.name, "guard", clock, _LOCK_S):
-            return any(
-                let_go_on(run, domain, journal, clock, "the run died while the guest stood still")
-                for run in journal.open_runs(domain.uuid)
-            )
-    except StillframeError:
-        return False
+def _resume(domain: Domain, folder: Path, clock: Clock) -> bool:
+    """Resume the guest as soon as that is safe and nobody else works on it; give up after an hour."""
+    deadline = Deadline(clock, PERSISTENCE_S)
+    while not deadline.passed():
+        # libvirtd may be away, a call of the dead run may still hold libvirt's lock on the domain.
+        with contextlib.suppress(StillframeError):
+            if domain.power() is not Power.PAUSED:
+                return False
+            journal = Journal(folder, clock)
+            # A dying process closes the pipe a moment before its lock. Whoever else holds the
+            # domain brings it back, the resume included.
+            with domain_lock(journal.folder, domain.uuid, domain.name, "guard", clock, _LOCK_S):
+                suspended = [run for run in journal.open_runs(domain.uuid) if run.suspended]
+                if not suspended:
+                    return False
+                why = "the run died while the guest stood still"
+                if any(let_go_on(run, domain, journal, clock, why) for run in suspended):
+                    return True
+        clock.pause(1.0)
+    return False
 
 
 def _thaw(domain: Domain, clock: Clock) -> bool:

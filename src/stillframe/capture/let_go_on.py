@@ -6,6 +6,9 @@ Used by the run where it ends in an error, and by the guard where the run was ki
 from __future__ import annotations
 
 import contextlib
+import glob
+import os
+from pathlib import Path
 
 from stillframe.capture.decide import Seen, Sight, may_resume
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
@@ -14,6 +17,8 @@ from stillframe.capture.states import DiskPhase
 from stillframe.clock import Clock
 from stillframe.errors import StillframeError
 from stillframe.hypervisor.domain import Domain
+
+_DEFINITIONS = Path("/etc/libvirt/qemu")
 
 
 def unequal_again(record: RunRecord, sight: Sight) -> tuple[DiskRecord, ...]:
@@ -30,6 +35,35 @@ def unequal_again(record: RunRecord, sight: Sight) -> tuple[DiskRecord, ...]:
     )
 
 
+def _confirmed(disks: tuple[DiskRecord, ...], sight: Sight) -> tuple[DiskRecord, ...]:
+    """Return the disks, those on their base for certain marked so: the guest will write there."""
+    on_base = {
+        disk.target for disk in sight.disks
+        if disk.qemu is disk.live is Seen.BASE and disk.inactive in (Seen.BASE, Seen.UNKNOWN)
+    }
+    return tuple(
+        disk.with_phase(DiskPhase.ON_BASE)
+        if disk.phase is DiskPhase.PIVOTING and disk.target in on_base else disk
+        for disk in disks
+    )
+
+
+def fsync_definition(name: str) -> None:
+    """Make libvirt's definition of the domain durable: libvirt renames it without an fsync of the folder."""
+    if _DEFINITIONS.is_dir():
+        for path in (*_DEFINITIONS.glob(f"{glob.escape(name)}.xml"), _DEFINITIONS):
+            fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def let_go_on(record: RunRecord, domain: Domain, journal: Journal, clock: Clock, why: str) -> bool:
     """Resume the guest if stillframe suspended it and that loses nothing; return whether it did.
 
@@ -40,11 +74,12 @@ def let_go_on(record: RunRecord, domain: Domain, journal: Journal, clock: Clock,
         sight = look(record, domain, clock, {})
         if not may_resume(record, sight):
             return False
-        disks = unequal_again(record, sight)
+        disks = _confirmed(unequal_again(record, sight), sight)
         if disks != record.disks:
-            record = journal.note(record, "going on, so overlay and base are equal no more", disks=disks)
+            fsync_definition(domain.name)
+            record = journal.note(record, "going on: overlay and base are equal no more", disks=disks)
         domain.resume()
-    except StillframeError:
+    except (StillframeError, OSError):
         return False
     with contextlib.suppress(StillframeError):
         journal.note(record, f"resumed: {why}", suspended=False)

@@ -240,20 +240,31 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
         raise GuestUnfit(
             f"The chain of {disk.target} of {view.name} can't be read: {error.message}", advice
         ) from error
-    known = view.qemu.disks[disk.target].files if view.qemu else ()
+    known = _without_filters(view.qemu.disks[disk.target].files if view.qemu else ())
     told = [_real(info.name) for info in headers[1:]]
-    if told != [_real(name) for name in known[1:]]:
+    if len(told) != len(known) - 1 or any(map(_is_other, told, map(_real, known[1:]))):
         raise GuestUnfit(
             f"{disk.target} of {view.name} runs on {' ← '.join(known[::-1])}, but its images' headers "
             f"name {' ← '.join((*told[::-1], known[0]))}.", advice,
         )
-    for info, source in zip(headers[:-1], disk.chain[1:], strict=False):
-        if info.backing_format != source.format:
+    for info, below, source in zip(headers[:-1], headers[1:], disk.chain[1:], strict=False):
+        told_format = below.driver if info.backing.startswith("json:") else info.backing_format
+        if told_format != source.format:
             raise GuestUnfit(
-                f"{info.name} of {view.name} names the format {info.backing_format or 'nothing'} for its "
+                f"{info.name} of {view.name} names the format {told_format or 'nothing'} for its "
                 f"backing file, which runs as {source.format}.",
                 f"virsh shutdown {view.name}; qemu-img rebase -u -b {source.place} -F {source.format} IMAGE",
             )
+
+
+def _without_filters(files: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the chain without repeats: a filter (copy-on-read) shows its image a second time."""
+    return tuple(name for at, name in enumerate(files) if at == 0 or files[at - 1] != name)
+
+
+def _is_other(one: str, other: str) -> bool:
+    """Return whether two names are of different images. Network names have many spellings."""
+    return one != other and one.startswith("/") and other.startswith("/")
 
 
 def _real(name: str) -> str:

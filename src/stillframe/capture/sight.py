@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from stillframe.block.image import FileIdentity, file_identity, file_place
 from stillframe.block.tools import holds_data, image_info
@@ -55,7 +56,9 @@ def drained(view: DomainView, record: RunRecord, targets: tuple[str, ...]) -> bo
         return False
     jobs = [_qemu_job(view.qemu, target, record.disk(target)) for target in targets]
     return all(
-        job is not None and job.status in ("ready", "concluded") and job.done == job.total for job in jobs
+        job is not None and (
+            job.status == "concluded" or (job.status == "ready" and job.done == job.total))
+        for job in jobs
     )
 
 
@@ -174,16 +177,21 @@ def _base_file(known: DiskRecord, same_boot: bool) -> tuple[FileIdentity | None,
     except OSError:
         return None, False
     recorded = known.base_identity
-    return now, recorded is None or now is None or _same(now, recorded, same_boot)
+    return now, recorded is None or now is None or _same(known.base.path, now, recorded, same_boot)
 
 
-def _same(now: FileIdentity, recorded: FileIdentity, same_boot: bool) -> bool:
+def _same(path: str, now: FileIdentity, recorded: FileIdentity, same_boot: bool) -> bool:
     """Return whether it is the file that was recorded. Device numbers last only until a reboot."""
     if same_boot:
         return now.same_file(recorded)
     if now.special or recorded.special:
-        return bool(now.special) and bool(recorded.special)
+        return bool(now.special) and bool(recorded.special) and _is_lasting_name(path)
     return now.inode == recorded.inode
+
+
+def _is_lasting_name(device: str) -> bool:
+    """Return whether the name of a device means the same device after a reboot, as /dev/sdb does not."""
+    return device.startswith(("/dev/disk/", "/dev/mapper/")) or Path(device).parent.parent == Path("/dev")
 
 
 def _intact(known: DiskRecord, now: FileIdentity | None) -> bool:
@@ -220,7 +228,7 @@ def _seen_file(known: DiskRecord, now: FileIdentity | None, same_boot: bool) -> 
         return FileSeen.ABSENT
     recorded = known.overlay_identity
     if recorded is not None:
-        ours = _same(now, recorded, same_boot) and _backing_is_base(known)
+        ours = _same(known.overlay_path, now, recorded, same_boot) and _backing_is_base(known)
         return FileSeen.OURS if ours else FileSeen.OTHER
     # The run died between making the file and writing down which it is: its backing file tells.
     return FileSeen.OURS if now.size_bytes == 0 or _backing_is_base(known) else FileSeen.OTHER

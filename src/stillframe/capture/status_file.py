@@ -59,6 +59,7 @@ def repair_status_file(name: str, runs: Sequence[RunRecord], folder: Path = _FOL
     shutil.copy2(path, path.with_suffix(".xml.stillframe-before"))
     new = path.with_suffix(".xml.stillframe-new")
     tree.write(new, encoding="unicode")
+    shutil.copymode(path, new)
     os.replace(new, path)
     return f"mended {path} ({', '.join(mended)}); now: systemctl start libvirtd"
 

@@ -6,6 +6,8 @@ turn: only an answer given *after* all that tells. So: thaw, ask, until the agen
 
 from __future__ import annotations
 
+import contextlib
+
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import GuestUnknown, HypervisorError, StillframeError
 from stillframe.hypervisor.domain import Domain
@@ -22,6 +24,8 @@ def thaw_until_verified(domain: Domain, clock: Clock, timeout_s: float, answer_s
     deadline = Deadline(clock, timeout_s)
     while True:
         if _thawed_now(domain, max(1, round(answer_s))):
+            with contextlib.suppress(StillframeError):
+                domain.restore_agent_timeout()
             return True
         if deadline.passed():
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillframe.capture.limits import Limits
@@ -12,7 +13,7 @@ from stillframe.capture.status_file import repair_status_file
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
-from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestUnknown, NeedsAttention, StillframeError
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestState, GuestUnknown, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.mirror.recover import recover_folder
 
@@ -20,25 +21,38 @@ from stillframe.mirror.recover import recover_folder
 _LOCK_S = 10.0
 
 
+@dataclass
+class Outcome:
+    """What came of recovering one guest: what was done for it, and what stood in the way."""
+
+    guest: str
+    did: list[str] = field(default_factory=list)
+    error: StillframeError | None = None
+
+
 def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_status: bool) -> int:
     """Recover the named guests, or all with something left; return the exit code."""
     if repair_status:
         return _repair(session, names)
-    domains = _domains(session, names)
-    outcomes: dict[str, list[str] | StillframeError] = {}
+    outcomes = [
+        (Outcome(domain.name), domain, folders)
+        for domain, folders in _domains(session, names).items()
+    ]
     with session.signals_as_stop("it ends by itself once the guests are back"):
-        for domain in domains:
-            outcomes[domain.name] = _guest(session, domain, dry_run=dry_run)
+        for outcome, domain, _folders in outcomes:
+            _guest(session, outcome, domain, dry_run=dry_run)
+            _show(session, outcome)
         # Only when all guests are back: a destination may hang.
-        for domain, folders in domains.items() if not dry_run else ():
-            outcomes[domain.name] = _mirrors(session, outcomes[domain.name], folders)
-    for name, outcome in outcomes.items():
-        _show(session, name, outcome)
-    if not domains:
+        for outcome, _domain, folders in outcomes if not dry_run else ():
+            _mirrors(session, outcome, folders)
+    if not outcomes:
         session.screen.result("nothing was left by any run")
-    session.screen.json(
-        {"dry_run": dry_run, "guests": [_body(name, outcome) for name, outcome in outcomes.items()]})
-    errors = [each for each in outcomes.values() if isinstance(each, StillframeError)]
+    session.screen.json({"dry_run": dry_run, "guests": [_body(outcome) for outcome, _, _ in outcomes]})
+    return _exit_code([outcome for outcome, _, _ in outcomes])
+
+
+def _exit_code(outcomes: Sequence[Outcome]) -> int:
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     if not errors:
         return EXIT_OK
     if any(isinstance(error, NeedsAttention) for error in errors):
@@ -55,48 +69,48 @@ def _repair(session: Session, names: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _guest(session: Session, domain: Domain, *, dry_run: bool) -> list[str] | StillframeError:
+def _guest(session: Session, outcome: Outcome, domain: Domain, *, dry_run: bool) -> None:
     limits = for_guest(session.settings, domain.name, GuestSettings()).limits
-    words: list[str] = []
     try:
         # Taken for a dry run too: what a run that is alive will do next is its own decision.
-        with domain_lock(session.journal.folder, domain.uuid, domain.name, "recover", session.clock, _LOCK_S):
+        with domain_lock(
+            session.journal.folder, domain.uuid, domain.name, "recover", session.clock, _LOCK_S
+        ):
             if dry_run:
-                return _plan(session, domain, limits)
+                outcome.did += _plan(session, domain, limits)
+                return
             for each in recover_domain(domain, session.tools, limits):
-                words.append(f"recovered run {each.run.id}:")
-                words += [f"  {word}" for word in each.words]
+                outcome.did.append(f"recovered run {each.run.id}:")
+                outcome.did += [f"  {word}" for word in each.words]
     except StillframeError as error:
-        return error
-    return words
+        outcome.error = error
 
 
-def _mirrors(
-    session: Session, outcome: list[str] | StillframeError, folders: set[str]
-) -> list[str] | StillframeError:
-    if isinstance(outcome, StillframeError):
-        return outcome
+def _mirrors(session: Session, outcome: Outcome, folders: set[str]) -> None:
+    if outcome.error is not None:
+        return
     try:
         for path in sorted(folders):
             told = recover_folder(Path(path), clock=session.clock, stop=session.stop).words
-            outcome += [f"mirror {path}: {told}"] if told else []
+            if told:
+                outcome.did.append(f"mirror {path}: {told}")
+                session.screen.result(f"{outcome.guest}: mirror {path}: {told}")
     except StillframeError as error:
-        return error
-    return outcome
+        error.guest = GuestState.SAFE
+        outcome.error = error
+        session.screen.error(error, outcome.guest)
 
 
-def _show(session: Session, name: str, outcome: list[str] | StillframeError) -> None:
-    if isinstance(outcome, StillframeError):
-        session.screen.error(outcome, name)
-        return
-    for word in outcome or ["nothing was left"]:
-        session.screen.result(f"{name}: {word}")
+def _show(session: Session, outcome: Outcome) -> None:
+    for word in outcome.did or ([] if outcome.error else ["nothing was left of a run"]):
+        session.screen.result(f"{outcome.guest}: {word}")
+    if outcome.error is not None:
+        session.screen.error(outcome.error, outcome.guest)
 
 
-def _body(name: str, outcome: list[str] | StillframeError) -> dict[str, object]:
-    if isinstance(outcome, StillframeError):
-        return {"guest": name, "ok": False, "error": error_body(outcome)}
-    return {"guest": name, "ok": True, "did": outcome}
+def _body(outcome: Outcome) -> dict[str, object]:
+    body: dict[str, object] = {"guest": outcome.guest, "ok": outcome.error is None, "did": outcome.did}
+    return body if outcome.error is None else {**body, "error": error_body(outcome.error)}
 
 
 def _domains(session: Session, names: Sequence[str]) -> dict[Domain, set[str]]:

@@ -49,12 +49,14 @@ class Screen:
     def start(self) -> None:
         """Begin to draw progress bars, if somebody watches."""
         if self._progress is not None:
-            self._progress.start()
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.start()
 
     def close(self) -> None:
         """Take the progress bars away."""
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.stop()
 
     def say(self, text: str) -> None:
         """Tell the person what is being done."""
@@ -99,9 +101,9 @@ class Screen:
     def _bar(self, name: str, done_bytes: int, total_bytes: int) -> None:
         if self._progress is None:
             return
-        if name not in self._bars:
-            self._bars[name] = self._progress.add_task(name, total=total_bytes)
         with contextlib.suppress(OSError, ValueError):
+            if name not in self._bars:
+                self._bars[name] = self._progress.add_task(name, total=total_bytes)
             self._progress.update(self._bars[name], completed=done_bytes, total=total_bytes)
 
 

@@ -9,7 +9,7 @@ from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import OVERLAY_SUFFIX
 from stillframe.cli.session import Session
-from stillframe.errors import EXIT_OK, NeedsAttention, NoHypervisor, StillframeError
+from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import all_domains
 from stillframe.mirror.record import FolderState
 from stillframe.mirror.recover import inspect_folder
@@ -23,12 +23,12 @@ _BAD_MIRRORS = {
 def status(session: Session) -> int:
     """Print the state of everything; return NeedsAttention's exit code if something was left."""
     runs = [_run_body(session, run) for run in session.journal.open_runs()]
-    unreachable = ""
+    unreachable, unreachable_code = "", EXIT_OK
     overlaid: list[dict[str, str]] = []
     try:
         overlaid = _overlaid(session)
     except StillframeError as error:
-        unreachable = error.message
+        unreachable, unreachable_code = error.message, error.exit_code
         session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
     mirrors = _mirrors(session)
     session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "mirrors": mirrors,
@@ -40,7 +40,7 @@ def status(session: Session) -> int:
     bad = [each for each in mirrors if each["state"] in _BAD_MIRRORS and each["guest"] not in busy]
     if left or unknown or bad:
         return NeedsAttention.exit_code
-    return NoHypervisor.exit_code if unreachable else EXIT_OK
+    return unreachable_code
 
 
 def _print(

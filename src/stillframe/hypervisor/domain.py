@@ -7,7 +7,7 @@ gone. Looks are repeated after a reconnect; steps are made once (see Connection)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,8 +138,8 @@ class Domain:
         """
 
         def ask(domain: libvirt.virDomain) -> int:
-            with _agent_timeout(domain, timeout_s):
-                return int(domain.fsFreeze())
+            domain.agentSetResponseTimeout(timeout_s, 0)
+            return int(domain.fsFreeze())
 
         return self._act(ask)
 
@@ -147,10 +147,15 @@ class Domain:
         """Thaw the guest's file systems; return how many."""
 
         def ask(domain: libvirt.virDomain) -> int:
-            with _agent_timeout(domain, timeout_s):
-                return int(domain.fsThaw())
+            domain.agentSetResponseTimeout(timeout_s, 0)
+            return int(domain.fsThaw())
 
         return self._act(ask)
+
+    def restore_agent_timeout(self) -> None:
+        """Put libvirt's own default for the agent's response time back: it is kept for all clients."""
+        default = libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK
+        self._act(lambda domain: domain.agentSetResponseTimeout(default, 0))
 
     def is_frozen(self, timeout_s: int) -> bool:
         """Return whether the guest agent says that file systems are frozen.
@@ -256,17 +261,6 @@ def _power(domain: libvirt.virDomain, name: str) -> Power:
         io_error = reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
         return Power.PAUSED_ON_IO_ERROR if io_error else Power.PAUSED
     return Power.PAUSED if state == libvirt.VIR_DOMAIN_PMSUSPENDED else Power.RUNNING
-
-
-@contextlib.contextmanager
-def _agent_timeout(domain: libvirt.virDomain, timeout_s: int) -> Iterator[None]:
-    domain.agentSetResponseTimeout(timeout_s, 0)
-    try:
-        yield
-    finally:
-        # It stays with the domain for all clients, so libvirt's own default is put back.
-        with contextlib.suppress(libvirt.libvirtError):
-            domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
 
 
 def _block_job(domain: libvirt.virDomain, target: str) -> BlockJob | None:

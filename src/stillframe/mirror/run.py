@@ -164,7 +164,7 @@ def _refuse_overlays_at(destination: Path, plan: Plan) -> None:
     for disk in plan.disks:
         folder = Path(disk.overlay_path).parent.resolve()
         shared = os.stat(folder).st_dev == os.stat(destination).st_dev and on_network(folder)
-        if folder.is_relative_to(destination) or shared:
+        if folder == destination or folder.is_relative_to(destination / plan.domain.name) or shared:
             raise OverlayFolderNeeded(
                 f"The overlay of {disk.target} would lie in {folder}, on the backup storage itself: if "
                 "that hangs or goes away, the guest would hang with it.",
