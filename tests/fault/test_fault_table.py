@@ -105,6 +105,16 @@ def do_transaction(guest: DiskGuest, nodes: dict[str, str]) -> None:
     ])
 
 
+def forget_overlays(place: Place, guest: DiskGuest, daemons: LibvirtDaemons) -> None:
+    """Bring the guest onto overlays that no libvirtd has written down; libvirtd and the run are dead."""
+    write_some(guest, 0, 0xB0)
+    run = stopped_at(place, guest, State.SNAPSHOT, "intent")
+    nodes = add_overlay_nodes(place, guest)
+    daemons.kill_libvirtd()
+    do_transaction(guest, nodes)
+    run.kill()
+
+
 def test_libvirtd_killed_before_the_transaction_leaves_nodes_that_are_closed(
     two_disks: DiskGuest, place: Place
 ) -> None:
@@ -119,12 +129,7 @@ def test_libvirtd_killed_before_the_transaction_leaves_nodes_that_are_closed(
 def test_libvirtd_killed_after_the_transaction_forgets_the_overlay(
     two_disks: DiskGuest, place: Place, daemons: LibvirtDaemons
 ) -> None:
-    write_some(two_disks, 0, 0xB0)
-    run = stopped_at(place, two_disks, State.SNAPSHOT, "intent")
-    nodes = add_overlay_nodes(place, two_disks)
-    daemons.kill_libvirtd()
-    do_transaction(two_disks, nodes)
-    run.kill()
+    forget_overlays(place, two_disks, daemons)
     daemons.start()
     write_some(two_disks, MIB, 0xB1)
     for target in two_disks.disks:
@@ -135,12 +140,7 @@ def test_libvirtd_killed_after_the_transaction_forgets_the_overlay(
 def test_the_same_and_then_qemu_dies(
     two_disks: DiskGuest, place: Place, daemons: LibvirtDaemons
 ) -> None:
-    write_some(two_disks, 0, 0xB0)
-    run = stopped_at(place, two_disks, State.SNAPSHOT, "intent")
-    nodes = add_overlay_nodes(place, two_disks)
-    daemons.kill_libvirtd()
-    do_transaction(two_disks, nodes)
-    run.kill()
+    forget_overlays(place, two_disks, daemons)
     write_some(two_disks, MIB, 0xB1)
     daemons.kill_qemu(two_disks.name)
     daemons.start()

@@ -142,15 +142,20 @@ def test_a_guest_that_does_not_shut_down_runs_on(stillframe: Stillframe, db_gues
     assert_back(stillframe, guest)
 
 
-def test_a_freeze_that_never_answers_ends_and_leaves_the_guest_writing(
-    stillframe: Stillframe, db_guest: MakeGuest
-) -> None:
-    guest = db_guest()
-    # The agent dies between the ping of the plan and the freeze; nobody answers any more.
+def mirror_while_the_agent_stops(stillframe: Stillframe, guest: DbGuest) -> dict[str, Any]:
+    """Stop the agent between the ping of the plan and the freeze: nobody answers any more."""
     stopper = _when(guest, lambda: has_overlay(guest), guest.stop_agent)
     failed = stillframe.mirror(guest, "--quiesce", "agent", "--freeze-timeout", "4s",
                                "--agent-timeout", "1s", code=60)
     stopper.join()
+    return failed
+
+
+def test_a_freeze_that_never_answers_ends_and_leaves_the_guest_writing(
+    stillframe: Stillframe, db_guest: MakeGuest
+) -> None:
+    guest = db_guest()
+    failed = mirror_while_the_agent_stops(stillframe, guest)
     assert "did not freeze in time" in failed["error"]["message"]
     guest.wait_more_rows(2)
     assert "stillframe-overlay" not in guest.disk_source("vda")[0]
@@ -163,10 +168,7 @@ def test_an_agent_that_freezes_late_is_thawed_by_the_guard(
     stillframe: Stillframe, db_guest: MakeGuest
 ) -> None:
     guest = db_guest()
-    stopper = _when(guest, lambda: has_overlay(guest), guest.stop_agent)
-    failed = stillframe.mirror(guest, "--quiesce", "agent", "--freeze-timeout", "4s",
-                               "--agent-timeout", "1s", code=60)
-    stopper.join()
+    failed = mirror_while_the_agent_stops(stillframe, guest)
     assert failed["error"]["guest"] == "unknown", "nobody can know yet whether it will freeze"
     guest.continue_agent()  # now the agent finds the freeze in its queue
     wait_for("the guest is thawed", lambda: guest.freeze_status() == "thawed", 60)

@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace as replace_record
@@ -360,7 +361,7 @@ class BringBack:
         record = self._journal.enter(record, State.COMMITTING, "in QEMU", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
-            self._domain.qmp(lambda qmp, known=known: in_qemu.start(qmp, known))  # type: ignore[misc]  # bound now
+            self._domain.qmp(partial(in_qemu.start, disk=known))
         return self._journal.done(record)
 
     def _finish_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
@@ -371,7 +372,7 @@ class BringBack:
         for target in decision.targets:
             known = record.disk(target)
             deadline = Deadline(self._clock, _CONVERGE_S)
-            while not self._domain.qmp(lambda qmp, known=known: in_qemu.finish(qmp, known)):  # type: ignore[misc]  # bound now
+            while not self._domain.qmp(partial(in_qemu.finish, disk=known)):
                 if deadline.passed():
                     raise HypervisorError(f"QEMU's commit of {target} does not end.", 0)
                 self._clock.pause(_POLL_S / 10)
@@ -381,13 +382,13 @@ class BringBack:
         for target in decision.targets:
             name = stray_job(self._domain.view(), record.disk(target))
             if name:
-                self._domain.qmp(lambda qmp, name=name: in_qemu.cancel(qmp, name))  # type: ignore[misc]  # bound now
+                self._domain.qmp(partial(in_qemu.cancel, job=name))
         return self._journal.note(record, f"lost commits cancelled: {' '.join(decision.targets)}")
 
     def _drop_nodes(self, record: RunRecord, decision: Decision) -> RunRecord:
         for target in decision.targets:
             known = record.disk(target)
-            self._domain.qmp(lambda qmp, known=known: in_qemu.drop_unused(qmp, known))  # type: ignore[misc]  # bound now
+            self._domain.qmp(partial(in_qemu.drop_unused, disk=known))
         return record
 
     def _compare(self, record: RunRecord, decision: Decision) -> RunRecord:
