@@ -102,10 +102,13 @@ fi
 
 commands=$(port_named stillframe.lab.0)
 wait_path "$commands"
+# Held open for good: the kernel throws away what arrived at a port that is being closed, and a host that
+# connects between a read that found nobody and its close would lose its command.
+exec 3<"$commands"
 echo "READY"
 while :; do
-	# A read ends at once while the host has not connected: hence the pause.
-	if ! read -r number command <"$commands"; then
+	# A read ends at once while no host is connected: hence the pause.
+	if ! read -r number command <&3; then
 		usleep 100000
 		continue
 	fi

@@ -240,6 +240,13 @@ def test_database_guest_shuts_down_cleanly_and_starts_again(db_guest: Callable[.
     assert not needs_recovery(guest.read_disk("vda"))
 
 
+def test_no_command_to_the_guest_is_lost(db_guest: Callable[..., DbGuest]) -> None:
+    # Each command comes over a connection of its own, at any instant of the guest's look for one.
+    guest = db_guest(agent=False)
+    for _ in range(40):
+        guest.command("SYNC", timeout_s=10)
+
+
 def test_damaged_database_is_found(db_guest: Callable[..., DbGuest], tmp_path: Path) -> None:
     guest = db_guest()
     # Enough rows that their pages left the WAL for the database file.
