@@ -10,13 +10,23 @@
     │   ├── DestinationUnwritable, DestinationForeign, DestinationInsideGuest, DestinationSpace,
     │   │   DestinationBusy
     │   ├── NoHypervisor, NotPermitted, ConfigInvalid, StateFolderUnusable
-    │   └── ProgramMissing
+    │   ├── ProgramMissing
+    │   └── RepositoryRefused        a repository command did not begin
+    │       ├── RepositoryUnknown, RepositoryExists, RepositoryNewer, RepositoryUnsafe
+    │       ├── KeyWrong, KeyNeeded
+    │       ├── SnapshotUnknown, SnapshotAmbiguous
+    │       └── TargetExists, TargetSmall, TargetInUse
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
     │   ├── FreezeFailed, ShutdownTimedOut, SnapshotFailed
     │   ├── Interrupted
-    │   └── ApplyFailed              the new mirror is durable as image + redo file
+    │   ├── ApplyFailed              the new mirror is durable as image + redo file
+    │   └── SessionFenced            a collector took this run for dead
+    ├── RepositoryDamaged            something kept is missing or not what was stored
+    ├── StorageError                 the storage below a repository said no
+    │   ├── ObjectMissing, ObjectExists, ObjectTruncated
+    │   └── StorageFull, StorageLost
     ├── NeedsAttention               the guest runs, but something is left that only a person may decide
     ├── ProgramFailed, ProgramTimedOut
     └── HypervisorError              libvirt said no; carries its code
@@ -252,6 +262,90 @@ class ProgramMissing(Refused):
         )
 
 
+class RepositoryRefused(Refused):
+    """A command on a repository did not begin; nothing was changed."""
+
+    code = "repository-refused"
+    exit_code = 80
+
+
+class RepositoryUnknown(RepositoryRefused):
+    """There is no repository at the address."""
+
+    code = "repository-unknown"
+    exit_code = 81
+
+
+class RepositoryExists(RepositoryRefused):
+    """There is something at the address already."""
+
+    code = "repository-exists"
+    exit_code = 82
+
+
+class RepositoryNewer(RepositoryRefused):
+    """A later version of stillframe wrote this."""
+
+    code = "repository-newer"
+    exit_code = 83
+
+
+class RepositoryUnsafe(RepositoryRefused):
+    """The storage can't do what makes a repository safe with many writers."""
+
+    code = "repository-unsafe"
+    exit_code = 84
+
+
+class KeyWrong(RepositoryRefused):
+    """The secret opens none of the repository's key slots."""
+
+    code = "key-wrong"
+    exit_code = 85
+
+
+class KeyNeeded(RepositoryRefused):
+    """No secret was given, or it could not be read."""
+
+    code = "key-needed"
+    exit_code = 86
+
+
+class SnapshotUnknown(RepositoryRefused):
+    """No snapshot has that name."""
+
+    code = "snapshot-unknown"
+    exit_code = 87
+
+
+class SnapshotAmbiguous(RepositoryRefused):
+    """Several snapshots have that name."""
+
+    code = "snapshot-ambiguous"
+    exit_code = 88
+
+
+class TargetExists(RepositoryRefused):
+    """What would be restored to exists and was not asked to be overwritten."""
+
+    code = "target-exists"
+    exit_code = 89
+
+
+class TargetSmall(RepositoryRefused):
+    """The target is smaller than the disk, or its file system has too little room."""
+
+    code = "target-small"
+    exit_code = 90
+
+
+class TargetInUse(RepositoryRefused):
+    """A guest, a mount or another program uses the target."""
+
+    code = "target-in-use"
+    exit_code = 91
+
+
 class RunFailed(StillframeError):
     """The run was given up after it had begun; the guest was brought back."""
 
@@ -322,6 +416,66 @@ class ApplyFailed(RunFailed):
 
     code = "apply-failed"
     exit_code = 49
+
+
+class SessionFenced(RunFailed):
+    """A collector took this run for dead and closed the place of its manifest; nothing counts as a snapshot."""
+
+    code = "session-fenced"
+    exit_code = 50
+
+
+class RepositoryDamaged(StillframeError):
+    """Something in the repository is missing, or is not what was stored there."""
+
+    code = "repository-damaged"
+    exit_code = 92
+    guest = GuestState.UNTOUCHED
+
+
+class StorageError(StillframeError):
+    """The storage that holds a repository refused or failed."""
+
+    code = "storage"
+    exit_code = 93
+    guest = GuestState.UNTOUCHED
+
+
+class ObjectMissing(StorageError):
+    """There is no object of that name."""
+
+    code = "object-missing"
+    exit_code = 94
+
+
+class ObjectExists(StorageError):
+    """There is an object of that name already."""
+
+    code = "object-exists"
+    exit_code = 95
+
+
+class ObjectTruncated(StorageError):
+    """An object is shorter than what is to be read of it."""
+
+    code = "object-truncated"
+    exit_code = 96
+
+
+class StorageFull(StorageError):
+    """The storage has no room left."""
+
+    code = "storage-full"
+    exit_code = 97
+    retry = True
+
+
+class StorageLost(StorageError):
+    """The storage failed or can't be reached."""
+
+    code = "storage-lost"
+    exit_code = 98
+    retry = True
 
 
 class NeedsAttention(StillframeError):

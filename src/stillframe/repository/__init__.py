@@ -1,0 +1,1 @@
+"""Where snapshots live: deduplicated, encrypted, verifiable, safe with many writers."""

@@ -1,0 +1,131 @@
+"""Generations: what the collectors agreed on. A sealed object, created once at each number.
+
+A generation says which packs are *condemned* (nothing referred to them; since which generation), and
+where slots were *moved* by compactions. A session names the generation that it read: it refers to
+nothing condemned in it, so a pack condemned in g can go once no session is older than g.
+
+    moved   {"p/<sid>/<n>": [["p/<sid>/<n>" of the pack they are in now, hex bitset of slots], ...]}
+
+The newest home comes first. A slot's home is the first that has it, else the pack it was born in. An
+entry stays as long as the pack it names may exist: a writer that read an older generation may commit a
+reference to the slot at any time, and then only this entry knows where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import msgspec
+
+from stillframe.errors import ObjectExists, ObjectMissing, RepositoryDamaged
+from stillframe.repository.crypto import DomainKey
+from stillframe.repository.layout import (
+    FORMAT_VERSION,
+    GENERATIONS,
+    PackName,
+    check_version,
+    generation_key,
+    generation_number,
+    pack_name,
+)
+from stillframe.storage.model import Storage
+
+_TRIES = 8
+
+
+class _Body(msgspec.Struct, frozen=True, kw_only=True):
+    n: int
+    condemned: Mapping[str, int]
+    moved: Mapping[str, list[tuple[str, str]]]
+    by: str
+    at: str
+    version: int = FORMAT_VERSION
+
+
+class Generation:
+    """One generation, as the collector *by* made it *at* a time. Number 0 is the one before any."""
+
+    def __init__(
+        self, number: int, condemned: Mapping[PackName, int] | None = None,
+        moved: Mapping[PackName, list[tuple[PackName, int]]] | None = None, by: str = "", at: str = "",
+    ) -> None:
+        self.number = number
+        self.condemned = dict(condemned or {})
+        self.moved = {birth: list(homes) for birth, homes in (moved or {}).items()}
+        self.by = by
+        self.at = at
+
+    def homes(self, birth: PackName, slot: int) -> Iterator[PackName]:
+        """Yield the packs that may hold a slot, the right one first; the last is where it was born."""
+        for home, slots in self.moved.get(birth, ()):
+            if slots >> slot & 1:
+                yield home
+        yield birth
+
+    def home(self, birth: PackName, slot: int) -> PackName:
+        """Return the pack that holds a slot by this generation."""
+        return next(self.homes(birth, slot))
+
+    def may_reuse(self, birth: PackName, slot: int) -> bool:
+        """Return whether a session of this generation may refer to a slot."""
+        return any(home not in self.condemned for home in self.homes(birth, slot))
+
+    @cached_property
+    def targets(self) -> frozenset[PackName]:
+        """Every pack that something was moved to."""
+        return frozenset(home for homes in self.moved.values() for home, _ in homes)
+
+
+def latest_number(storage: Storage) -> int:
+    """Return the number of the latest generation, 0 if there is none. One listing."""
+    return max((generation_number(listed.key) for listed in storage.list(GENERATIONS)), default=0)
+
+
+def latest_generation(storage: Storage, domain_key: DomainKey) -> Generation:
+    """Return the latest generation. Raises RepositoryDamaged, RepositoryNewer."""
+    for _ in range(_TRIES):
+        number = latest_number(storage)
+        if number == 0:
+            return Generation(0)
+        key = generation_key(number)
+        try:
+            return _decode(storage.get(key), key, domain_key)
+        except ObjectMissing:
+            continue  # a collector went on meanwhile and removed it: it is not the latest any more
+    raise RepositoryDamaged("The latest generation vanishes each time it is read.",
+                            "stillframe prune --repo REPO --dry-run   # is another prune running?")
+
+
+def create_generation(storage: Storage, generation: Generation, domain_key: DomainKey) -> bool:
+    """Create the generation; return False if another collector was first with its number."""
+    key = generation_key(generation.number)
+    try:
+        storage.create(key, _encode(generation, key, domain_key))
+    except ObjectExists:
+        return False
+    return True
+
+
+def _encode(generation: Generation, key: str, domain_key: DomainKey) -> bytes:
+    body = _Body(
+        n=generation.number, by=generation.by, at=generation.at,
+        condemned={pack.text: since for pack, since in generation.condemned.items()},
+        moved={birth.text: [(home.text, f"{slots:x}") for home, slots in homes]
+               for birth, homes in generation.moved.items()},
+    )
+    return domain_key.seal_object(key, msgspec.json.encode(body, order="sorted"))
+
+
+def _decode(content: bytes, key: str, domain_key: DomainKey) -> Generation:
+    try:
+        body = msgspec.json.decode(domain_key.open_object(key, content), type=_Body)
+        check_version(body.version, f"{key} is a generation")
+        return Generation(
+            body.n, {pack_name(pack): since for pack, since in body.condemned.items()},
+            {pack_name(birth): [(pack_name(home), int(slots, 16)) for home, slots in homes]
+             for birth, homes in body.moved.items()}, body.by, body.at,
+        )
+    except (msgspec.DecodeError, ValueError) as error:
+        raise RepositoryDamaged(f"The generation {key} is not valid: {error}.",
+                                "stillframe verify --repo REPO") from error

@@ -1,0 +1,142 @@
+"""A repository that is open: its storage, parameters and key; making and opening one."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from stillframe.clock import Clock, utc_text
+from stillframe.errors import (
+    KeyNeeded,
+    KeyWrong,
+    ObjectExists,
+    ObjectMissing,
+    RepositoryDamaged,
+    RepositoryExists,
+    RepositoryUnknown,
+)
+from stillframe.repository.crypto import DomainKey
+from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind, decode_slot, recovery_secret, unwrap, wrap
+from stillframe.repository.layout import (
+    KEY_SLOTS,
+    REPOSITORY_KEY,
+    SID_BYTES,
+    Parameters,
+    decode_parameters,
+)
+from stillframe.repository.slots import SlotCodec
+from stillframe.storage.model import Storage
+from stillframe.storage.probe import probe_create_if_absent
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """What opens a key slot. A passphrase is also tried as a recovery key that somebody typed."""
+
+    kind: SlotKind
+    value: bytes = field(repr=False)
+
+    def for_slot(self, kind: SlotKind) -> bytes | None:
+        """Return the bytes to open a slot of that kind with, None if this can't be its secret."""
+        if kind is SlotKind.RECOVERY and self.kind is not SlotKind.KEY_FILE:
+            return recovery_secret(self.value.decode(errors="replace"))
+        return self.value if kind is self.kind else None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """An open repository. For several threads."""
+
+    storage: Storage
+    parameters: Parameters
+    key: DomainKey
+    codec: SlotCodec
+
+    @property
+    def address(self) -> str:
+        """Where it is, for people."""
+        return self.storage.address
+
+
+def init_repository(
+    storage: Storage, secret: Secret, label: str, clock: Clock, *, costs: Kdf | None = None,
+    parameters: Parameters | None = None,
+) -> Repository:
+    """Make a repository with a new key, and one slot that *secret* opens.
+
+    *parameters* sets other sizes than the usual ones. Raises RepositoryExists, RepositoryUnsafe,
+    StorageError.
+    """
+    for listed in storage.list(""):
+        raise RepositoryExists(
+            f"{storage.address} is not empty: it has {listed.key}.",
+            f"choose an empty place, or: stillframe list --repo {storage.address}",
+        )
+    probe_create_if_absent(storage)
+    key = DomainKey.new()
+    now = utc_text(clock.now())
+    slot = wrap(key, secret.value, secret.kind, label, now, costs)
+    # The key comes first: a repository that is there can always be opened.
+    storage.create(slot.key, slot.encode())
+    made = Parameters(id=secrets.token_hex(SID_BYTES), created_at=now) if parameters is None else parameters
+    try:
+        storage.create(REPOSITORY_KEY, msgspec.json.encode(made, order="sorted"))
+    except ObjectExists as error:
+        raise RepositoryExists(f"Somebody else made a repository at {storage.address} just now.",
+                               f"stillframe list --repo {storage.address}") from error
+    return Repository(storage, made, key, SlotCodec(key, made))
+
+
+def open_repository(storage: Storage, secret: Secret) -> Repository:
+    """Open a repository.
+
+    Raises RepositoryUnknown, RepositoryNewer, RepositoryDamaged, KeyWrong, KeyNeeded, StorageError.
+    """
+    parameters = read_parameters(storage)
+    key = _unlocked(storage, secret)
+    return Repository(storage, parameters, key, SlotCodec(key, parameters))
+
+
+def read_parameters(storage: Storage) -> Parameters:
+    """Return what `repo.json` says; no key is needed. Raises RepositoryUnknown, RepositoryNewer."""
+    try:
+        content = storage.get(REPOSITORY_KEY)
+    except ObjectMissing as error:
+        raise RepositoryUnknown(f"There is no repository at {storage.address}.",
+                                f"stillframe init {storage.address}") from error
+    return decode_parameters(content, storage.address)
+
+
+def key_slots(storage: Storage) -> Iterator[KeySlot]:
+    """Yield the key slots. Raises RepositoryDamaged at one that can't be read."""
+    for listed in storage.list(KEY_SLOTS):
+        yield decode_slot(listed.key, storage.get(listed.key))
+
+
+def _unlocked(storage: Storage, secret: Secret) -> DomainKey:
+    tried, damaged = [], []
+    for listed in storage.list(KEY_SLOTS):
+        try:
+            slot = decode_slot(listed.key, storage.get(listed.key))
+            value = secret.for_slot(slot.kind)
+            if value is not None:
+                tried.append(slot.id)
+                return unwrap(slot, value)
+        except KeyWrong:
+            continue
+        except RepositoryDamaged as error:
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
+    if not tried:
+        raise KeyNeeded(
+            f"{storage.address} has no key slot that a {secret.kind.value} opens.",
+            f"stillframe key list --repo {storage.address}",
+        )
+    raise KeyWrong(
+        f"The {secret.kind.value} opens none of the key slots of {storage.address} ({', '.join(tried)}).",
+        f"stillframe key list --repo {storage.address}   # names the slots there are",
+    )

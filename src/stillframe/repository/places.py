@@ -1,0 +1,136 @@
+"""Getting slots from where they are now: their birth pack, or where a compaction moved them.
+
+A reference says where a slot was born. The generation that was loaded may know a newer home; a home
+that is gone means that a later generation may know better: it is loaded, once, and asked again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar
+
+from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged
+from stillframe.repository.generation import Generation, latest_generation
+from stillframe.repository.layout import PackName
+from stillframe.repository.opened import Repository
+from stillframe.repository.pack import SlotRef, SlotRow, read_footer
+from stillframe.repository.slots import Chunks
+from stillframe.units import MIB
+
+T = TypeVar("T")
+
+_KEPT_FOOTERS = 64
+_KEPT_CHUNKS_BYTES = 48 * MIB
+
+
+class SlotDamaged(RepositoryDamaged):
+    """A slot that is missing or is not what was stored."""
+
+    def __init__(self, place: SlotRef, why: str) -> None:
+        super().__init__(f"Slot {place.slot} of the pack {place.pack.text} can't be read: {why}.",
+                         "stillframe verify --repo REPO   # names the snapshots that are hurt")
+        self.place = place
+        self.why = why
+        #: The leaves that are lost with it, if it is an inner node.
+        self.leaves = range(0)
+
+
+class Places:
+    """Reads slots of a repository. For several threads; memory is bounded."""
+
+    def __init__(self, repository: Repository, generation: Generation | None = None) -> None:
+        self.repository = repository
+        self._generation = generation or latest_generation(repository.storage, repository.key)
+        self._lock = threading.Lock()
+        self._footers = lru_cache(_KEPT_FOOTERS)(self._read_rows)
+        self._opened: OrderedDict[tuple[PackName, int], Chunks] = OrderedDict()
+        self._most = max(2, _KEPT_CHUNKS_BYTES // (repository.parameters.slot_chunks
+                                                   * repository.parameters.chunk_bytes))
+
+    @property
+    def generation(self) -> Generation:
+        """The generation that is gone by now."""
+        return self._generation
+
+    def node(self, place: SlotRef) -> bytes:
+        """Return a node of a tree. Raises SlotDamaged, StorageError."""
+        return self._opened_with(place, self.repository.codec.open_node)
+
+    def chunks(self, place: SlotRef) -> Chunks:
+        """Return the chunks of a data slot; the last ones used are kept. Raises SlotDamaged, StorageError."""
+        at = (place.pack, place.slot)
+        with self._lock:
+            if at in self._opened:
+                self._opened.move_to_end(at)
+                return self._opened[at]
+        chunks = self._opened_with(place, self.repository.codec.open_chunks)
+        with self._lock:
+            self._opened[at] = chunks
+            while len(self._opened) > self._most:
+                self._opened.popitem(last=False)
+        return chunks
+
+    def stored(self, place: SlotRef) -> bytes:
+        """Return a slot's stored bytes, unchecked. Raises SlotDamaged, StorageError."""
+        known = self._generation
+        stored = self._from_homes(known, place)
+        if stored is None:
+            newer = self._reloaded(known)
+            stored = self._from_homes(newer, place) if newer.number != known.number else None
+        if stored is None:
+            raise SlotDamaged(place, "its pack is missing or cut short")
+        return stored
+
+    def located(self, place: SlotRef) -> SlotRef:
+        """Return where the bytes of a slot are by the loaded generation (the pack is where they lie).
+
+        Raises SlotDamaged, StorageError. What is read there must be opened by the birth in *place*.
+        """
+        home = self._generation.home(place.pack, place.slot)
+        if home == place.pack:
+            return place
+        row = self._row(home, place)
+        return SlotRef(home, place.slot, row.offset_bytes, row.stored_bytes)
+
+    def _opened_with(self, place: SlotRef, opener: Callable[[PackName, int, bytes], T]) -> T:
+        try:
+            return opener(place.pack, place.slot, self.stored(place))
+        except ValueError as error:
+            raise SlotDamaged(place, str(error)) from error
+
+    def _from_homes(self, generation: Generation, place: SlotRef) -> bytes | None:
+        for home in generation.homes(place.pack, place.slot):
+            try:
+                offset, stored = place.offset_bytes, place.stored_bytes
+                if home != place.pack:
+                    row = self._row(home, place)
+                    offset, stored = row.offset_bytes, row.stored_bytes
+                return self.repository.storage.get(home.key, offset, stored)
+            except (ObjectMissing, ObjectTruncated, SlotDamaged):
+                continue
+        return None
+
+    def _row(self, home: PackName, place: SlotRef) -> SlotRow:
+        try:
+            row = self._footers(home).get((place.pack, place.slot))
+        except ObjectMissing:
+            raise
+        except RepositoryDamaged as error:
+            raise SlotDamaged(place, error.message.rstrip(".")) from error
+        if row is None:
+            raise SlotDamaged(place, f"the pack {home.text}, where it was moved to, does not have it")
+        return row
+
+    def _read_rows(self, name: PackName) -> dict[tuple[PackName, int], SlotRow]:
+        size_bytes = self.repository.storage.stat(name.key).size_bytes
+        rows = read_footer(self.repository.storage, name, size_bytes)
+        return {(row.birth, row.slot): row for row in rows}
+
+    def _reloaded(self, known: Generation) -> Generation:
+        with self._lock:
+            if self._generation is known:
+                self._generation = latest_generation(self.repository.storage, self.repository.key)
+            return self._generation

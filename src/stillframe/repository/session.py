@@ -1,0 +1,170 @@
+"""Sessions: whoever writes packs has one, so that no collector takes them for rubbish.
+
+    main/s/<sid>   JSON: version, sid, generation, host, manifest_key, pid, mark, began_at, beat
+
+`generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
+it may commit ("" for a collector: that one commits by creating a generation). `mark` tells its process from
+any other on that host. The object is replaced every minute with a higher `beat`; its time of change, by the
+storage's own clock, is what a collector goes by when it takes a session for dead. Being wrong there costs
+a backup, never data: see `fence`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import msgspec
+
+from stillframe.clock import Clock, utc_text
+from stillframe.errors import ObjectExists, ObjectMissing, RepositoryDamaged, SessionFenced, StorageError
+from stillframe.process import is_alive, start_mark
+from stillframe.repository.crypto import DomainKey
+from stillframe.repository.generation import Generation, latest_generation, latest_number
+from stillframe.repository.layout import FORMAT_VERSION, SESSIONS, check_version, new_sid, session_key
+from stillframe.repository.manifest import tombstone
+from stillframe.storage.model import Storage
+
+_BEAT_S = 60.0
+
+
+class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A session as it is stored."""
+
+    sid: str
+    generation: int
+    host: str
+    manifest_key: str
+    pid: int
+    mark: str
+    began_at: str
+    beat: int = 0
+    version: int = FORMAT_VERSION
+
+    def encode(self) -> bytes:
+        """Return the session as an object."""
+        return msgspec.json.encode(self, order="sorted")
+
+
+@dataclass(slots=True)
+class Session:
+    """A live session, valid within the block of `open_session`. *generation* is what it goes by."""
+
+    record: SessionRecord
+    generation: Generation
+    storage: Storage
+
+    @property
+    def sid(self) -> str:
+        """The session's ID."""
+        return self.record.sid
+
+    def commit(self, manifest: bytes) -> None:
+        """Create the manifest: the commit. Raises SessionFenced if a collector closed its place."""
+        try:
+            self.storage.create(self.record.manifest_key, manifest)
+        except ObjectExists as error:
+            raise SessionFenced(
+                "A prune on another host took this run for dead and closed the place of its snapshot; "
+                "no snapshot was made.",
+                "run the same command again; prune with a longer --fence-after",
+            ) from error
+
+
+@contextlib.contextmanager
+def open_session(
+    storage: Storage, domain_key: DomainKey, clock: Clock, host: str, manifest_key: Callable[[str], str],
+) -> Iterator[Session]:
+    """Register a session for the length of the block (W1, W2), and keep it alive; remove it behind (W6).
+
+    *manifest_key* makes the key of the manifest from the session's ID. When the block is left without a
+    commit, what the session wrote is rubbish for the next collector. Raises StorageError.
+    """
+    sid = new_sid()
+    generation = latest_generation(storage, domain_key)
+    record = SessionRecord(
+        sid=sid, generation=generation.number, host=host, manifest_key=manifest_key(sid), pid=os.getpid(),
+        mark=start_mark(os.getpid()), began_at=utc_text(clock.now()),
+    )
+    storage.create(session_key(sid), record.encode())
+    # A collector that listed the sessions before this one was there does not wait for it: so its
+    # generation must be read after that. Until no newer one appears, none was made without seeing this.
+    while latest_number(storage) != generation.number:
+        generation = latest_generation(storage, domain_key)
+        record = msgspec.structs.replace(record, generation=generation.number)
+        storage.replace(session_key(sid), record.encode())
+    ended = threading.Event()
+    beating = threading.Thread(
+        target=_beat, args=(storage, clock, record, ended), name="heartbeat", daemon=True)
+    beating.start()
+    try:
+        yield Session(record, generation, storage)
+    finally:
+        ended.set()
+        beating.join()
+        with contextlib.suppress(StorageError):  # left behind, it is fenced one day
+            storage.delete([session_key(sid)])
+
+
+def list_sessions(storage: Storage) -> list[SessionRecord]:
+    """Return the sessions that are registered. Raises RepositoryDamaged, RepositoryNewer."""
+    found = []
+    for listed in storage.list(SESSIONS):
+        with contextlib.suppress(ObjectMissing):  # it ended meanwhile
+            found.append(_decode(listed.key, storage.get(listed.key)))
+    return found
+
+
+def is_dead(record: SessionRecord, storage: Storage, host: str, fence_after_s: float) -> bool:
+    """Return whether a session's process is gone, or gave no sign of life for *fence_after_s*.
+
+    On the same host the process itself is looked at; from elsewhere only the storage's times tell.
+    """
+    if record.host == host:
+        return not is_alive(record.pid, record.mark)
+    try:
+        changed_at = storage.stat(session_key(record.sid)).modified_at
+    except ObjectMissing:
+        return True
+    return storage.now() - changed_at > timedelta(seconds=fence_after_s)
+
+
+def fence(storage: Storage, record: SessionRecord) -> None:
+    """Make sure that a dead session can't commit any more, then remove it (G0).
+
+    A writer's manifest key is taken by a tombstone; if a manifest is there already, it had committed.
+    A collector's commit is creating the next generation, which the caller will take or lose.
+    """
+    if record.manifest_key:
+        with contextlib.suppress(ObjectExists):
+            storage.create(record.manifest_key, tombstone(record.sid))
+    storage.delete([session_key(record.sid)])
+
+
+def _beat(storage: Storage, clock: Clock, record: SessionRecord, ended: threading.Event) -> None:
+    while not clock.wait(ended, _BEAT_S):
+        record = msgspec.structs.replace(record, beat=record.beat + 1)
+        try:
+            storage.stat(session_key(record.sid))  # a fenced session must not come back by its own beat
+            storage.replace(session_key(record.sid), record.encode())
+        except ObjectMissing:
+            return
+        except StorageError:
+            continue  # the next beat may come through; the work itself will say what is wrong
+
+
+class _Version(msgspec.Struct):
+    version: int = 0
+
+
+def _decode(key: str, content: bytes) -> SessionRecord:
+    try:
+        check_version(msgspec.json.decode(content, type=_Version).version, f"{key} is a session")
+        return msgspec.json.decode(content, type=SessionRecord)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RepositoryDamaged(f"The session {key} can't be read: {error}.",
+                                "stillframe prune --repo REPO --dry-run") from error
