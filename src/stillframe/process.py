@@ -118,6 +118,14 @@ def start_mark(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot_id()}:{fields[19]}"
 
 
+def process_space() -> str:
+    """Return a text that is the same for processes that can see one another by number.
+
+    It is the boot's ID and the namespace of process numbers: a container has one of its own.
+    """
+    return f"{boot_id()}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
 def boot_id() -> str:
     """Return a text that tells this boot of the machine from any other."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

@@ -1,10 +1,10 @@
 """Sessions: whoever writes packs has one, so that no collector takes them for rubbish.
 
-    main/s/<sid>   JSON: version, sid, generation, host, manifest_key, pid, mark, began_at, beat
+    main/s/<sid>   JSON: version, sid, generation, host, manifest_key, pid, mark, space, began_at, beat
 
 `generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
-it may commit ("" for a collector: that one commits by creating a generation). `mark` tells its process from
-any other on that host. The object is replaced every minute with a higher `beat`; its time of change, by the
+it may commit ("" for a collector: that one commits by creating a generation). `space` says who can see its
+process (boot and namespace), `mark` tells that process from any other there. The object is replaced every minute with a higher `beat`; its time of change, by the
 storage's own clock, is what a collector goes by when it takes a session for dead. Being wrong there costs
 a backup, never data: see `fence`.
 """
@@ -22,7 +22,7 @@ import msgspec
 
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import ObjectExists, ObjectMissing, RepositoryDamaged, SessionFenced, StorageError
-from stillframe.process import is_alive, start_mark
+from stillframe.process import is_alive, process_space, start_mark
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.generation import Generation, latest_generation, latest_number
 from stillframe.repository.layout import FORMAT_VERSION, SESSIONS, check_version, new_sid, session_key
@@ -41,6 +41,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     manifest_key: str
     pid: int
     mark: str
+    space: str
     began_at: str
     beat: int = 0
     version: int = FORMAT_VERSION
@@ -88,7 +89,7 @@ def open_session(
     generation = latest_generation(storage, domain_key)
     record = SessionRecord(
         sid=sid, generation=generation.number, host=host, manifest_key=manifest_key(sid), pid=os.getpid(),
-        mark=start_mark(os.getpid()), began_at=utc_text(clock.now()),
+        mark=start_mark(os.getpid()), space=process_space(), began_at=utc_text(clock.now()),
     )
     storage.create(session_key(sid), record.encode())
     # A collector that listed the sessions before this one was there does not wait for it: so its
@@ -119,12 +120,12 @@ def list_sessions(storage: Storage) -> list[SessionRecord]:
     return found
 
 
-def is_dead(record: SessionRecord, storage: Storage, host: str, fence_after_s: float) -> bool:
+def is_dead(record: SessionRecord, storage: Storage, fence_after_s: float) -> bool:
     """Return whether a session's process is gone, or gave no sign of life for *fence_after_s*.
 
-    On the same host the process itself is looked at; from elsewhere only the storage's times tell.
+    Where its process could be seen it is looked at; from elsewhere only the storage's times tell.
     """
-    if record.host == host:
+    if record.space == process_space():
         return not is_alive(record.pid, record.mark)
     try:
         changed_at = storage.stat(session_key(record.sid)).modified_at
