@@ -3,10 +3,10 @@
     main/s/<sid>   JSON: version, sid, generation, host, manifest_key, pid, mark, space, began_at, beat
 
 `generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
-it may commit ("" for a collector: that one commits by creating a generation). `space` says who can see its
-process (boot and namespace), `mark` tells that process from any other there. The object is replaced every minute with a higher `beat`; its time of change, by the
-storage's own clock, is what a collector goes by when it takes a session for dead. Being wrong there costs
-a backup, never data: see `fence`.
+it may commit ("" for a collector: that one commits by creating a generation). `space` says who can see
+its process (boot and namespace), `mark` tells that process from any other there. The object is replaced
+every minute with a higher `beat`; its time of change, by the storage's own clock, is what a collector
+goes by when it takes a session for dead. Being wrong there costs a backup, never data: see `fence`.
 """
 
 from __future__ import annotations
