@@ -116,8 +116,12 @@ def new_recovery_key() -> str:
 
 
 def recovery_secret(text: str) -> bytes:
-    """Return the secret of a recovery key as a person typed it: case, spaces and dashes don't matter."""
-    return "".join(letter for letter in text.upper() if letter.isalnum()).encode()
+    """Return the secret of a recovery key as a person typed it.
+
+    Case, spaces and dashes don't matter, nor do 0, 1 and 8 for O, I and B: base 32 has no such digits.
+    """
+    letters = text.upper().translate(str.maketrans("018", "OIB"))
+    return "".join(letter for letter in letters if letter.isascii() and letter.isalnum()).encode()
 
 
 def _derive(secret: bytes, kdf: Kdf) -> bytes:
