@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from stillframe.block.reader import Connection, DiskReader
+from stillframe.capture.watched import Cancelled, Watch
 from stillframe.mirror.baseline import Baseline
 from stillframe.mirror.blockmap import (
     DIGEST_BYTES,
@@ -25,7 +26,6 @@ from stillframe.mirror.blockmap import (
 from stillframe.mirror.files import Files
 from stillframe.mirror.redo import RedoWriter
 from stillframe.mirror.units import DATA_UNIT_BYTES, Unit, work_units
-from stillframe.mirror.watched import Cancelled, Watch
 
 THREADS = 2
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stillframe.capture.watched import Stop, Watched
 from stillframe.clock import Clock
 from stillframe.mirror.folder import MirrorFolder, Recovery
 from stillframe.mirror.record import Inspection
-from stillframe.mirror.watched import Stop, Watched
 
 _LOOK_TIMEOUT_S = 15.0
 _RECOVER_TIMEOUT_S = 24 * 3600.0

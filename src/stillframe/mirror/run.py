@@ -10,16 +10,15 @@ from pathlib import Path
 
 from stillframe.block.reader import open_reader
 from stillframe.block.tools import chain_info
-from stillframe.capture.growth import free_bytes, on_network
+from stillframe.capture.apart import refuse_inside_images, refuse_overlays_at
+from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Plan, Wishes, make_plan
 from stillframe.capture.recover import Recovered, recover_domain
 from stillframe.capture.run import Capture, Stop, Tools, captured
 from stillframe.errors import (
-    DestinationInsideGuest,
     DestinationSpace,
     DestinationUnwritable,
-    OverlayFolderNeeded,
     ProgramFailed,
     StillframeError,
 )
@@ -146,30 +145,9 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
             f"ls -ld {destination}",
         )
     path = destination / plan.domain.name
-    for disk in plan.live.disks.values():
-        for source in disk.chain:
-            images = Path(source.place).parent.resolve() if source.kind == "file" else None
-            if images is not None and path.is_relative_to(images):
-                raise DestinationInsideGuest(
-                    f"The destination {path} lies inside {images}, which holds {disk.target} of "
-                    f"{plan.domain.name} itself.",
-                    "choose a folder on other storage",
-                )
-    _refuse_overlays_at(destination, plan)
+    refuse_inside_images(path, plan)
+    refuse_overlays_at(destination, path, plan, f"stillframe mirror {plan.domain.name} {destination}")
     return path
-
-
-def _refuse_overlays_at(destination: Path, plan: Plan) -> None:
-    """Keep QEMU's writes off the backup storage: when that hangs, the guest would hang with it."""
-    for disk in plan.disks:
-        folder = Path(disk.overlay_path).parent.resolve()
-        shared = os.stat(folder).st_dev == os.stat(destination).st_dev and on_network(folder)
-        if folder == destination or folder.is_relative_to(destination / plan.domain.name) or shared:
-            raise OverlayFolderNeeded(
-                f"The overlay of {disk.target} would lie in {folder}, on the backup storage itself: if "
-                "that hangs or goes away, the guest would hang with it.",
-                f"stillframe mirror {plan.domain.name} {destination} --overlay-dir /var/lib/libvirt/images",
-            )
 
 
 def _check_space(path: Path, plan: Plan) -> None:

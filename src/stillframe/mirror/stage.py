@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 from stillframe.block.reader import DiskReader
+from stillframe.capture.watched import Watch
 from stillframe.clock import Clock
 from stillframe.errors import DestinationFull
 from stillframe.mirror.apply import image_identity, settle_image
@@ -30,7 +31,6 @@ from stillframe.mirror.record import (
 )
 from stillframe.mirror.redo import RedoWriter
 from stillframe.mirror.units import DATA_UNIT_BYTES
-from stillframe.mirror.watched import Watch
 from stillframe.units import size_text
 
 

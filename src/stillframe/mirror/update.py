@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from stillframe.block.reader import DiskReader
+from stillframe.capture.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
 from stillframe.clock import Clock
 from stillframe.errors import ApplyFailed, DestinationFull, DestinationLost, StillframeError
 from stillframe.mirror.apply import Unfinishable, drop, finish
@@ -32,7 +33,6 @@ from stillframe.mirror.record import (
 from stillframe.mirror.stage import CopyProgress, CopyResult, DiskStage
 from stillframe.mirror.trouble import destination_errors
 from stillframe.mirror.units import DATA_UNIT_BYTES
-from stillframe.mirror.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
 
 __all__ = ["CopyProgress", "CopyResult", "Report", "Update", "never"]
 
