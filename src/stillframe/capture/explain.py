@@ -64,11 +64,18 @@ def _choices(record: RunRecord, disk: DiskRecord) -> list[str]:
     Never a merge: an overlay put back on a base that was written to since gives a disk that
     never was. It fits only what the base held at the capture.
     """
-    mirror = f"{record.destination}/{disk.target}.img"
+    moment = record.captured_at or "just this run"
+    if record.repository:
+        kept = f"the snapshot of {moment} in {record.repository} is there (stillframe list)"
+        copy = (f"stillframe restore {record.name}@{record.captured_at or 'MOMENT'}:{disk.target} "
+                f"--repo {record.repository} --to COPY")
+    else:
+        mirror = f"{record.destination}/{disk.target}.img"
+        kept = f"{mirror} is the mirror of {moment} (look into its mirror.json)"
+        copy = f"cp --sparse=always {mirror} COPY"
     return [
         (f"  a) {disk.target}: what the base holds now is right: "
         f"mv {disk.overlay_path} {disk.overlay_path}.set-aside"),
-        (f"  b) {disk.target}: what was written to the overlay is right, and {mirror} is the mirror of "
-        f"{record.captured_at or 'just this run'} (look into its mirror.json): "
-        f"cp --sparse=always {mirror} COPY && qemu-img rebase -u -b COPY -F raw {disk.overlay_path}"),
+        (f"  b) {disk.target}: what was written to the overlay is right, and {kept}: "
+        f"{copy} && qemu-img rebase -u -b COPY -F raw {disk.overlay_path}"),
     ]

@@ -39,6 +39,8 @@ create table if not exists step (
 create index if not exists run_by_uuid on run(uuid, state);
 """
 _BUSY_TIMEOUT_S = 10.0
+#: What the destination of a backup begins with, before the repository's address.
+_REPOSITORY = "repository "
 _KEPT_RUNS = 1000
 
 
@@ -71,7 +73,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One run, as the journal knows it. Times are RFC 3339 in UTC.
 
     *boot_id*: the boot of the machine that it began in. *qemu_mark*: the QEMU process that the
-    last pivot was sent to (process.start_mark).
+    last pivot was sent to (process.start_mark). *destination*: the folder of the mirror, or `in_repository`.
     """
 
     id: str
@@ -98,12 +100,28 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     captured_at: str = ""
     ended_at: str = ""
 
+    @property
+    def mirror_folder(self) -> str:
+        """The folder of the mirror that the run writes to, "" if it writes to a repository."""
+        return "" if self.repository else self.destination
+
+    @property
+    def repository(self) -> str:
+        """The address of the repository that the run writes to, "" if it writes a mirror."""
+        found = self.destination.startswith(_REPOSITORY)
+        return self.destination.removeprefix(_REPOSITORY) if found else ""
+
     def disk(self, target: str) -> DiskRecord:
         """Return the disk called *target*; raises KeyError."""
         for disk in self.disks:
             if disk.target == target:
                 return disk
         raise KeyError(target)
+
+
+def in_repository(address: str) -> str:
+    """Return the destination of a run that writes to the repository at *address*."""
+    return _REPOSITORY + address
 
 
 class Step(msgspec.Struct, frozen=True):

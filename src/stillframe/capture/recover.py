@@ -20,6 +20,11 @@ class Recovered:
     run: RunRecord
     words: tuple[str, ...]
 
+    @property
+    def told(self) -> list[str]:
+        """What to tell a person: which run it was, then the steps."""
+        return [f"recovered run {self.run.id}:", *(f"  {word}" for word in self.words)]
+
 
 def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recovered]:
     """Bring *domain* back from every run that was left open. Needs the domain's lock.

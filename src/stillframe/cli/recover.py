@@ -80,8 +80,7 @@ def _guest(session: Session, outcome: Outcome, domain: Domain, *, dry_run: bool)
                 outcome.did += _plan(session, domain, limits)
                 return
             for each in recover_domain(domain, session.tools, limits):
-                outcome.did.append(f"recovered run {each.run.id}:")
-                outcome.did += [f"  {word}" for word in each.words]
+                outcome.did += each.told
     except StillframeError as error:
         outcome.error = error
 
@@ -131,7 +130,7 @@ def _domains(session: Session, names: Sequence[str]) -> dict[Domain, set[str]]:
     if not names:
         found = {run.uuid: domain_of(session.connection, run) for run in (*recent, *runs)}
     return {
-        domain: {run.destination for run in (*recent, *runs) if run.uuid == uuid}
+        domain: {run.mirror_folder for run in (*recent, *runs) if run.uuid == uuid and run.mirror_folder}
         for uuid, domain in found.items()
     }
 

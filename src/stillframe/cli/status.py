@@ -94,7 +94,8 @@ def _overlaid(session: Session) -> list[dict[str, str]]:
 def _mirrors(session: Session) -> list[dict[str, str]]:
     folders: dict[str, str] = {}
     for run in session.journal.last_runs(_SHOWN_RUNS):
-        folders.setdefault(run.destination, run.name)
+        if run.mirror_folder:
+            folders.setdefault(run.mirror_folder, run.name)
     found = []
     for folder, guest in sorted(folders.items()):
         try:

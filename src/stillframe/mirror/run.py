@@ -14,7 +14,7 @@ from stillframe.capture.apart import refuse_inside_images, refuse_overlays_at
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Plan, Wishes, make_plan
-from stillframe.capture.recover import Recovered, recover_domain
+from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Capture, Stop, Tools, captured
 from stillframe.errors import (
     DestinationSpace,
@@ -78,7 +78,7 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
         path = _destination_folder(job, plan)
         folder = MirrorFolder(path, clock=tools.clock)
         with folder.lock(f"mirror of {domain.name}"):
-            words = [word for each in recovered for word in _words(each)]
+            words = [word for each in recovered for word in each.told]
             words += [told for told in [folder.recover().words] if told]
             update = folder.begin(domain.name, domain.uuid)
             _check_space(path, plan)
@@ -171,7 +171,3 @@ def _check_space(path: Path, plan: Plan) -> None:
 
 def _definition(plan: Plan) -> str:
     return plan.view.inactive.text if plan.view.inactive is not None else plan.live.text
-
-
-def _words(recovered: Recovered) -> list[str]:
-    return [f"recovered run {recovered.run.id}", *recovered.words]
