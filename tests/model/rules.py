@@ -1,0 +1,58 @@
+"""The rules of the protocol (SPEC section 5), each of which can be dropped to see what it is good for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Look(Enum):
+    """What a collector reads before it decides, one storage operation each."""
+
+    LATEST = "latest generation"
+    PACKS = "packs"
+    SESSIONS = "sessions"
+    MANIFESTS = "manifests"
+
+
+class Reuse(Enum):
+    """When a writer may refer to a slot that is there already."""
+
+    HOME = "the pack where the slot lives in g is not condemned in g"
+    ANY_HOME = "one of the packs that have the slot, by g, is not condemned in g"
+    MOVED = "its birth pack is not condemned in g, or g moved the slot anywhere"
+    ALWAYS = "always"
+
+
+class Beneath(Enum):
+    """How a writer knows that every slot beneath a tree node may be reused along with it."""
+
+    CHECKED = "it looks at each"
+    MARKED = "the parent was marked by g or committed in g: all its slots may be reused unseen"
+    UNKNOWN = "it checks the node alone"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The defaults are the protocol."""
+
+    reread: bool = True                     # W2
+    reuse: Reuse = Reuse.HOME               # W3
+    hints_listed: bool = True               # W3: a hint counts only if its pack is in a listing made after W2
+    beneath: Beneath = Beneath.CHECKED      # W3
+    commit_once: bool = True                # W5: after a lost reply look; absent means failed, not "again"
+    tombstone: bool = True                  # G0
+    reload_often: bool = True               # a reader that misses reloads while there is a newer generation
+    order: tuple[Look, ...] = (Look.LATEST, Look.PACKS, Look.SESSIONS, Look.MANIFESTS)
+    spare_sessions: bool = True             # G4: packs of listed sessions are not condemned
+    wait_for_sessions: bool = True          # G5
+    condemned_until_gone: bool = True       # G5: a pack stays condemned while it is being deleted
+    homes_listed: bool = True               # a moved entry whose pack is not in the listing is no home
+    win_first: bool = True                  # G6 before G7
+    stop_losers: bool = True                # G6: a loser deletes nothing
+    still_latest: bool = True               # G6: the winner deletes only if no newer generation is there
+    keep_moved: bool = True                 # entries stay while their pack exists, used or not
+    drop_moved: bool = True                 # entries go with the generation that decides to delete their pack
+
+
+PROTOCOL = Rules()

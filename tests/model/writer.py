@@ -1,0 +1,143 @@
+"""The writer: one backup, from reading the latest generation to the end of its session.
+
+An actor is an immutable value with a name and a program counter (*at*, the step it does next). Its
+`steps` are all the outcomes that one storage operation of it may have. An actor may stop for ever after
+any step, which is a crash: the search needs no step for it, since it looks at every state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, combinations
+from typing import NamedTuple
+
+from tests.model.rules import Beneath, Reuse, Rules
+from tests.model.state import NO_GENERATION, NO_REFS, Generation, Manifest, Ref, Refs, Session, Storage
+
+TREE_SLOT = 9
+"""In a pack with this slot, it is the tree node above the manifest's other slots."""
+
+
+class Writer(NamedTuple):
+    """Makes one backup: reuses any part of any parent and of its hints, and may write one pack.
+
+    *hints*: what its cache knows of other snapshots, forgotten ones too. *loses_reply*: the commit may
+    take effect without the writer hearing of it. *beats*: its heartbeat brings a deleted session back.
+    """
+
+    name: str
+    at: str = "W1"
+    hints: Refs = NO_REFS
+    new_slots: int = 1
+    loses_reply: bool = False
+    beats: bool = False
+    generation: Generation = NO_GENERATION
+    refs: Refs = NO_REFS
+
+    def steps(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
+        if self.beats and self.at in {"hints", "W4", "W5"} and not storage.has_session(self.name):
+            yield storage.put_session(self._session()), self
+        match self.at:
+            case "W1" | "session" | "W2" | "replace":
+                yield self._begin(storage, rules)
+            case "W3" | "hints":
+                yield from self._choose(storage, rules)
+            case "W4":
+                new = frozenset((self.name, slot) for slot in range(self.new_slots))
+                if new:
+                    yield storage.put_pack(self.name, new), self._replace(at="W5", refs=self.refs | new)
+                if self.refs:
+                    yield storage, self._replace(at="W5")
+            case "W5" | "W5 again" | "look":
+                yield from self._commit(storage, rules)
+            case "W6":
+                yield storage.delete_session(self.name), self._replace(at="done")
+
+    def _begin(self, storage: Storage, rules: Rules) -> tuple[Storage, Writer]:
+        """W1 and W2."""
+        match self.at:
+            case "W1":
+                return storage, self._replace(at="session", generation=storage.latest())
+            case "session":
+                return storage.put_session(self._session()), self._replace(at="W2" if rules.reread else "W3")
+            case "W2" if storage.latest().n == self.generation.n:
+                return storage, self._replace(at="W3")
+            case "W2":
+                return storage, self._replace(at="replace", generation=storage.latest())
+            case _:
+                return storage.put_session(self._session()), self._replace(at="W2")
+
+    def _choose(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
+        """W3: any part of what may be reused."""
+        if self.at == "W3":
+            for refs in sorted(self._from_parent(storage, rules), key=sorted):
+                yield storage, self._chosen("hints" if self.hints else "W4", refs)
+        else:
+            for more in subsets(self._from_hints(storage, rules) - self.refs):
+                yield storage, self._chosen("W4", self.refs | more)
+
+    def _commit(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
+        """W5. Whose manifest key is taken has lost: to a fencer, or it had committed already."""
+        if self.at == "look":
+            over = storage.has_key(self.name) or rules.commit_once
+            yield storage, self._ending() if over else self._replace(at="W5 again")
+            return
+        generation = self.generation.n if rules.beneath is Beneath.MARKED else 0
+        committed = storage.create_manifest(Manifest(self.name, self.refs, generation))
+        yield committed, self._ending()
+        if self.loses_reply and self.at == "W5":
+            yield committed, self._replace(at="look")
+
+    def _session(self) -> Session:
+        return Session(self.name, self.generation.n, commits=True)
+
+    def _chosen(self, at: str, refs: Refs) -> Writer:
+        """Go on with *refs*; what nobody asks for any more is left out of the state."""
+        known = self.generation if at == "hints" else Generation(self.generation.n)
+        return self._replace(at=at, generation=known, refs=refs)
+
+    def _ending(self) -> Writer:
+        return self._replace(at="W6", refs=NO_REFS)
+
+    def _from_parent(self, storage: Storage, rules: Rules) -> set[Refs]:
+        choices = {NO_REFS}
+        for manifest in storage.manifests:
+            refs = manifest.refs or NO_REFS
+            usable = frozenset(ref for ref in refs if may_reuse(self.generation, ref, rules.reuse))
+            known = manifest.name in self.generation.marked or manifest.generation == self.generation.n
+            match rules.beneath:
+                case Beneath.CHECKED:
+                    choices.update(subsets(usable))
+                case Beneath.MARKED if known:
+                    choices.update(subsets(refs))
+                case Beneath.UNKNOWN if any(slot == TREE_SLOT for _, slot in usable):
+                    choices.add(refs)
+        return choices
+
+    def _from_hints(self, storage: Storage, rules: Rules) -> Refs:
+        names = storage.pack_names()
+        return frozenset(
+            ref for ref in self.hints
+            if may_reuse(self.generation, ref, rules.reuse)
+            and (not rules.hints_listed or self.generation.homes(ref)[0] in names))
+
+
+def may_reuse(generation: Generation, ref: Ref, reuse: Reuse) -> bool:
+    """May a writer whose session says *generation* refer to *ref*, as far as the generation tells?"""
+    condemned = generation.condemned_names()
+    homes = generation.homes(ref)
+    match reuse:
+        case Reuse.HOME:
+            return homes[0] not in condemned
+        case Reuse.ANY_HOME:
+            return any(home not in condemned for home in homes)
+        case Reuse.MOVED:
+            return ref[0] not in condemned or len(homes) > 1
+        case Reuse.ALWAYS:
+            return True
+
+
+def subsets(refs: Refs) -> Iterator[Refs]:
+    ordered = sorted(refs)
+    every = chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
+    return (frozenset(each) for each in every)
