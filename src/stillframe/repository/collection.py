@@ -11,6 +11,19 @@ from stillframe.repository.session import SessionRecord
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a collection goes by.
+
+    A session elsewhere is taken for dead when it gave no sign of life for *fence_after_s*. Packs that are
+    used to less than *compact_below* are copied until no more than *max_unused* of what is kept is unused.
+    """
+
+    fence_after_s: float
+    max_unused: float = 0.05
+    compact_below: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
 class PackFate:
     """What becomes of one pack, and why."""
 
@@ -45,8 +58,8 @@ class CollectionPlan:
     """What would be done. Packs are sorted by name; *generation* is the one that would be created.
 
     `fenced`: sessions that are taken for dead. `condemned`: packs that nothing refers to, to be deleted
-    by the collection after this one. `taken_back`: condemned packs that are referred to after all. `deleted`:
-    packs condemned earlier that no session can refer to any more. `compacted`: see Compaction. `waiting`: what
+    by the collection after this one. `taken_back`: condemned, but referred to after all. `deleted`:
+    packs condemned earlier that no session can refer to any more. `compacted`: see there. `waiting`: what
     keeps other condemned packs. `missing`: packs with live slots that are not there (damage).
     """
 

@@ -33,6 +33,8 @@ _MAGIC, _END = b"SFPK", b"SFPE"
 _TAIL_BYTES = 64 * 1024
 
 HEAD_BYTES = _HEAD.size
+#: What is behind the footer.
+END_BYTES = _TRAILER_BYTES
 #: What a slot costs in the footer.
 ROW_BYTES = _ROW.size
 
