@@ -139,6 +139,10 @@ class _Collector:
             if not create_generation(self._storage, generation, self._repository.key):
                 self.done = replace(self.done, lost_race=True)
                 return False
+            # This one may have been slow: created, superseded and removed as old already, and created again.
+            if latest_number(self._storage) != decision.number:
+                self.done = replace(self.done, lost_race=True)
+                return False
             self._delete_packs(decision, looked)
             self._delete_generations(decision.number)
         self._delete_records(looked, decision, copies)
@@ -166,8 +170,8 @@ class _Collector:
         if self._marker is None or self._marker.has_gaps:
             self._marker = Marker(places)
         self._marker.mark(names, places)
-        return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.homes,
-                      len(names), own_sid)
+        return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.healing,
+                      self._marker.homes, len(names))
 
     def _planned(self, looked: Looked, *, compacts: bool = True) -> CollectionPlan:
         decision = decide(looked)
@@ -197,7 +201,7 @@ class _Collector:
         compactor = Compactor(self._repository, self._clock, session.sid)
         sources = [(each.pack, each.size_bytes) for each in plan.compacted]
         try:
-            copies = compactor.copy(sources, looked.live, looked.generation)
+            copies = compactor.copy(sources, looked.needed, looked.generation)
         except ObjectMissing:
             return None
         self.done = replace(self.done, copied_bytes=self.done.copied_bytes + copies.copied_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stillframe.repository.generation import Generation
 from stillframe.repository.layout import PackName
@@ -126,7 +126,8 @@ class Collected:
 class Looked:
     """What a collector saw (G1 to G3). *generation* is the latest, with homes that are not there left out.
 
-    *live* are the slots that are referred to, by birth; *homes* what they take in the packs that hold them.
+    *live* are the slots that snapshots refer to, by birth, *healing* those that heals refer to; *homes* what
+    both take in the packs that hold them.
     """
 
     generation: Generation
@@ -134,6 +135,14 @@ class Looked:
     sessions: Sequence[SessionRecord]
     dead: Sequence[SessionRecord]
     live: Mapping[PackName, int]
+    healing: Mapping[PackName, int]
     homes: Mapping[PackName, int]
     snapshots: int
-    own_sid: str = field(default="")
+
+    @property
+    def needed(self) -> dict[PackName, int]:
+        """All slots that are referred to, by birth."""
+        needed = dict(self.live)
+        for pack, slots in self.healing.items():
+            needed[pack] = needed.get(pack, 0) | slots
+        return needed

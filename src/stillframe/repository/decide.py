@@ -42,7 +42,7 @@ def decide(looked: Looked, copied: Copied | None = None) -> Decision:
     moved = {birth: list(homes) for birth, homes in latest.moved.items()}
     for birth, targets in (copied or {}).items():
         moved[birth] = [*targets.items(), *moved.get(birth, ())]
-    homes = homes_of(Generation(number, moved=moved), looked.live)
+    homes = homes_of(Generation(number, moved=moved), looked.needed)
     there = looked.packs.keys() | {target for targets in (copied or {}).values() for target in targets}
     busy = {bytes.fromhex(session.sid) for session in looked.sessions}
 
@@ -63,7 +63,7 @@ def decide(looked: Looked, copied: Copied | None = None) -> Decision:
         newly_condemned=fresh,
         taken_back=tuple(sorted(pack for pack in latest.condemned if pack in homes and pack in looked.packs)),
         deletable=deletable,
-        missing=tuple(sorted(homes - there)),
+        missing=tuple(sorted(homes_of(Generation(number, moved=moved), looked.live) - there)),
     )
 
 

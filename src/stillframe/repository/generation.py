@@ -69,7 +69,7 @@ class Generation:
 
     def may_reuse(self, birth: PackName, slot: int) -> bool:
         """Return whether a session of this generation may refer to a slot."""
-        return any(home not in self.condemned for home in self.homes(birth, slot))
+        return self.home(birth, slot) not in self.condemned
 
     @cached_property
     def targets(self) -> frozenset[PackName]:

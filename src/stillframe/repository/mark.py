@@ -35,6 +35,8 @@ class Marker:
         self._done: set[SnapshotName] = set()
         self._trunks: list[Trunk] = []
         self._data: dict[PackName, int] = {}
+        #: The slots that heal others, marked like those that snapshots refer to.
+        self.healing: dict[PackName, int] = {}
         #: What the marked slots take in the packs that hold them by the generation of the marking.
         self.homes: Counter[PackName] = Counter()
         #: Whether something was unreadable, of snapshots that were forgotten meanwhile: then marks are
@@ -43,7 +45,7 @@ class Marker:
 
     @property
     def live(self) -> dict[PackName, int]:
-        """The marked slots: a bitset for each pack in which one was born."""
+        """The slots that snapshots refer to: a bitset for each pack in which one was born."""
         return {**self._walk.seen, **self._data}
 
     @property
@@ -64,7 +66,7 @@ class Marker:
         self._walk.run(self._places)
         self._refuse_damage()
         for ref in read_heals(self._repository).values():
-            self._slot(ref.place)
+            self._slot(ref.place, self.healing)
 
     def _add(self, name: SnapshotName) -> None:
         try:
@@ -80,14 +82,15 @@ class Marker:
 
     def _leaf(self, _place: SlotRef, _index: int, node: bytes) -> None:
         for slot in leaf_slots(node, self._repository.parameters.leaf_chunks):
-            self._slot(slot)
+            self._slot(slot, self._data)
 
-    def _slot(self, place: SlotRef) -> None:
-        known = self._data.get(place.pack, 0)
+    def _slot(self, place: SlotRef, marks: dict[PackName, int]) -> None:
+        known = marks.get(place.pack, 0)
         bit = 1 << place.slot
         if not known & bit:
-            self._data[place.pack] = known | bit
-            self._count(place)
+            marks[place.pack] = known | bit
+            if not self._data.get(place.pack, 0) & bit or marks is self._data:
+                self._count(place)
 
     def _count(self, place: SlotRef) -> None:
         home = self._places.generation.home(place.pack, place.slot)

@@ -1,7 +1,8 @@
 """Getting slots from where they are now: their birth pack, or where a compaction moved them.
 
 A reference says where a slot was born. The generation that was loaded may know a newer home; a home
-that is gone means that a later generation may know better: it is loaded, once, and asked again.
+that is gone means that a later generation may know better: it is loaded and asked again, until there is
+no later one.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ class Places:
         """Return a slot's stored bytes, unchecked. Raises SlotDamaged, StorageError."""
         known = self._generation
         stored = self._from_homes(known, place)
-        if stored is None:
+        while stored is None:
             newer = self._reloaded(known)
-            stored = self._from_homes(newer, place) if newer.number != known.number else None
-        if stored is None:
-            raise SlotDamaged(place, "its pack is missing or cut short")
+            if newer.number == known.number:
+                raise SlotDamaged(place, "its pack is missing or cut short")
+            known, stored = newer, self._from_homes(newer, place)
         return stored
 
     def located(self, place: SlotRef) -> SlotRef:
