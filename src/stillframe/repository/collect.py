@@ -21,7 +21,15 @@ from dataclasses import replace
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import ObjectMissing
 from stillframe.repository.catalog import list_snapshots
-from stillframe.repository.collection import Collected, CollectionPlan, Limits, Looked, PackFate
+from stillframe.repository.collection import (
+    COMPACT_BELOW,
+    MAX_UNUSED,
+    Collected,
+    CollectionPlan,
+    Limits,
+    Looked,
+    PackFate,
+)
 from stillframe.repository.compact import Compactor, Copies
 from stillframe.repository.decide import (
     Decision,
@@ -60,26 +68,30 @@ _BATCH = 100
 Approve = Callable[[CollectionPlan], bool]
 
 
-def plan_collection(repository: Repository, clock: Clock, limits: Limits) -> CollectionPlan:
+def plan_collection(
+    repository: Repository, clock: Clock, *, fence_after_s: float, max_unused: float = MAX_UNUSED,
+    compact_below: float = COMPACT_BELOW,
+) -> CollectionPlan:
     """Return what a collection would do now. Nothing is changed, no session is registered.
 
     Raises RepositoryDamaged if it can't be told what a snapshot needs; StorageError.
     """
-    return _Collector(repository, clock, limits).plan()
+    return _Collector(repository, clock, Limits(fence_after_s, max_unused, compact_below)).plan()
 
 
 def collect(
-    repository: Repository, host: str, clock: Clock, limits: Limits, *, approve: Approve | None = None,
-    rounds: int = 2,
+    repository: Repository, host: str, clock: Clock, *, fence_after_s: float, max_unused: float = MAX_UNUSED,
+    compact_below: float = COMPACT_BELOW, approve: Approve | None = None,
 ) -> Collected:
     """Collect. *approve* is shown the plan before anything but a session is written.
 
+    What the limits mean is said in `Limits`.
     Raises RepositoryDamaged, and has deleted nothing, if it can't be told what a snapshot needs;
     StorageError: what was not done yet is left for the next collection.
     """
-    collector = _Collector(repository, clock, limits)
+    collector = _Collector(repository, clock, Limits(fence_after_s, max_unused, compact_below))
     with open_session(repository.storage, repository.key, clock, host, lambda _: "") as session:
-        return collector.run(session, approve, rounds)
+        return collector.run(session, approve)
 
 
 class _Collector:
@@ -101,7 +113,7 @@ class _Collector:
         generation = latest_generation(self._storage, self._repository.key)
         return self._planned(self._look(generation, self._dead("")))
 
-    def run(self, session: Session, approve: Approve | None, rounds: int) -> Collected:
+    def run(self, session: Session, approve: Approve | None) -> Collected:
         """Do it, as the session that is registered for it."""
         dead = self._dead(session.sid)
         looked = None
@@ -117,11 +129,9 @@ class _Collector:
             looked, self._marker = None, None
             self.done = replace(self.done, fenced=dead)
         won = self._round(looked or self._look(session.generation, (), session.sid), session, compacts=True)
-        for _ in range(rounds - 1):
-            if not won or not (self.done.plans[-1].condemned or self.done.plans[-1].compacted):
-                break
+        if won and (self.done.plans[-1].condemned or self.done.plans[-1].compacted):
             generation = latest_generation(self._storage, self._repository.key)
-            won = self._round(self._look(generation, (), session.sid), session, compacts=False)
+            self._round(self._look(generation, (), session.sid), session, compacts=False)
         return self.done
 
     def _round(self, looked: Looked, session: Session, *, compacts: bool) -> bool:

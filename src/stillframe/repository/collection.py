@@ -9,6 +9,9 @@ from stillframe.repository.generation import Generation
 from stillframe.repository.layout import PackName
 from stillframe.repository.session import SessionRecord
 
+MAX_UNUSED = 0.05
+COMPACT_BELOW = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -19,8 +22,8 @@ class Limits:
     """
 
     fence_after_s: float
-    max_unused: float = 0.05
-    compact_below: float = 0.5
+    max_unused: float = MAX_UNUSED
+    compact_below: float = COMPACT_BELOW
 
 
 @dataclass(frozen=True, slots=True)
