@@ -32,6 +32,14 @@ class Beneath(Enum):
     UNKNOWN = "it checks the node alone"
 
 
+class LostReply(Enum):
+    """What a writer does that does not know whether its manifest was created, or still will be."""
+
+    CLOSE = "it creates a tombstone in the manifest's place: then it knows"
+    LOOK = "it looks; what is absent will never come"
+    AGAIN = "it looks, and creates again what is absent"
+
+
 @dataclass(frozen=True)
 class Rules:
     """The defaults are the protocol."""
@@ -40,7 +48,7 @@ class Rules:
     reuse: Reuse = Reuse.HOME               # W3
     hints_listed: bool = True               # W3: a hint counts only if its pack is in a listing made after W2
     beneath: Beneath = Beneath.CHECKED      # W3
-    commit_once: bool = True                # W5: after a lost reply look; absent means failed, not "again"
+    lost_reply: LostReply = LostReply.CLOSE     # W5
     tombstone: bool = True                  # G0
     reload_often: bool = True               # a reader that misses reloads while there is a newer generation
     order: tuple[Look, ...] = (Look.LATEST, Look.PACKS, Look.SESSIONS, Look.MANIFESTS)

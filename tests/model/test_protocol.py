@@ -14,7 +14,7 @@ import pytest
 
 from tests.model.collector import Collector
 from tests.model.others import Fencer, Forgetter, Reader
-from tests.model.rules import PROTOCOL, Beneath, Look, Reuse, Rules
+from tests.model.rules import PROTOCOL, Beneath, Look, LostReply, Reuse, Rules
 from tests.model.scenes import (
     BENEATH,
     FORGOTTEN,
@@ -32,6 +32,7 @@ from tests.model.state import Storage
 from tests.model.writer import Writer
 
 WRITER = Writer("w")
+UNSURE = Writer("w", loses_reply=True)
 HINTED = Writer("w", hints=HINT)
 REUSER = Writer("w", new_slots=0)
 SECOND_REUSER = Writer("v", new_slots=0)
@@ -61,7 +62,7 @@ MARKED = replace(PROTOCOL, beneath=Beneath.MARKED)
     pytest.param(
         World(FORGOTTEN, (HINTED._replace(beats=True), TWICE, FENCER)), PROTOCOL, id="fenced, beats on"),
     pytest.param(
-        World(FORGOTTEN, (WRITER._replace(loses_reply=True), TWICE, FENCER, FORGETTER)), PROTOCOL,
+        World(FORGOTTEN, (UNSURE, TWICE, FENCER, FORGETTER)), PROTOCOL,
         id="the commit's reply is lost"),
     pytest.param(World(TWO, (WRITER, GETS_EACH._replace(rounds=2), FORGETTER)), PROTOCOL, id="gets each"),
     pytest.param(World(TWO, (REUSER, COMPACTS, OTHER, FORGETTER)), PROTOCOL, id="compaction"),
@@ -118,8 +119,10 @@ def _without(**rules: object) -> Rules:
     pytest.param(_without(hints_listed=False), World(FORGOTTEN, (HINTED, THRICE)), id="W3 hints are listed"),
     pytest.param(_without(beneath=Beneath.UNKNOWN), World(LATE, (REUSER, ONCE, FORGETTER)), id="W3 beneath"),
     pytest.param(
-        _without(commit_once=False),
-        World(FORGOTTEN, (WRITER._replace(loses_reply=True), TWICE, FENCER, FORGETTER)), id="W5 once"),
+        _without(lost_reply=LostReply.AGAIN), World(FORGOTTEN, (UNSURE, TWICE, FENCER, FORGETTER)),
+        id="W5 does not create again"),
+    pytest.param(
+        _without(lost_reply=LostReply.LOOK), World(FORGOTTEN, (UNSURE, TWICE)), id="W5 closes its place"),
     pytest.param(_without(tombstone=False), World(FORGOTTEN, (HINTED, TWICE, FENCER)), id="G0 tombstone"),
     pytest.param(
         _without(order=(Look.LATEST, Look.PACKS, Look.MANIFESTS, Look.SESSIONS)),

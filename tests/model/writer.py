@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import chain, combinations
 from typing import NamedTuple
 
-from tests.model.rules import Beneath, Reuse, Rules
+from tests.model.rules import Beneath, LostReply, Reuse, Rules
 from tests.model.state import NO_GENERATION, NO_REFS, Generation, Manifest, Ref, Refs, Session, Storage
 
 TREE_SLOT = 9
@@ -21,8 +21,9 @@ TREE_SLOT = 9
 class Writer(NamedTuple):
     """Makes one backup: reuses any part of any parent and of its hints, and may write one pack.
 
-    *hints*: what its cache knows of other snapshots, forgotten ones too. *loses_reply*: the commit may
-    take effect without the writer hearing of it. *beats*: its heartbeat brings a deleted session back.
+    *hints*: what its cache knows of other snapshots, forgotten ones too. *beats*: its heartbeat brings a
+    deleted session back. *loses_reply*: it may hear nothing of its commit, which is *in_flight* then and
+    takes effect later, at any time or never.
     """
 
     name: str
@@ -31,12 +32,16 @@ class Writer(NamedTuple):
     new_slots: int = 1
     loses_reply: bool = False
     beats: bool = False
+    in_flight: bool = False
     generation: Generation = NO_GENERATION
     refs: Refs = NO_REFS
 
     def steps(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
         if self.beats and self.at in {"hints", "W4", "W5"} and not storage.has_session(self.name):
             yield storage.put_session(self._session()), self
+        if self.in_flight:
+            landed = self._replace(in_flight=False)
+            yield self._committed(storage, rules), landed if self.at == "W5 lost" else landed._ending(self.at)
         match self.at:
             case "W1" | "session" | "W2" | "replace":
                 yield self._begin(storage, rules)
@@ -48,7 +53,7 @@ class Writer(NamedTuple):
                     yield storage.put_pack(self.name, new), self._replace(at="W5", refs=self.refs | new)
                 if self.refs:
                     yield storage, self._replace(at="W5")
-            case "W5" | "W5 again" | "look":
+            case "W5" | "W5 lost" | "W5 again":
                 yield from self._commit(storage, rules)
             case "W6":
                 yield storage.delete_session(self.name), self._replace(at="done")
@@ -78,15 +83,20 @@ class Writer(NamedTuple):
 
     def _commit(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
         """W5. Whose manifest key is taken has lost: to a fencer, or it had committed already."""
-        if self.at == "look":
-            over = storage.has_key(self.name) or rules.commit_once
-            yield storage, self._ending() if over else self._replace(at="W5 again")
-            return
+        if self.at != "W5 lost":
+            yield self._committed(storage, rules), self._ending()
+            if self.loses_reply and self.at == "W5":
+                yield storage, self._replace(at="W5 lost", in_flight=True)
+        elif rules.lost_reply is LostReply.CLOSE:
+            yield storage.create_manifest(Manifest(self.name, None)), self._ending()
+        elif rules.lost_reply is LostReply.AGAIN and not storage.has_key(self.name):
+            yield storage, self._replace(at="W5 again")
+        else:
+            yield storage, self._ending()
+
+    def _committed(self, storage: Storage, rules: Rules) -> Storage:
         generation = self.generation.n if rules.beneath is Beneath.MARKED else 0
-        committed = storage.create_manifest(Manifest(self.name, self.refs, generation))
-        yield committed, self._ending()
-        if self.loses_reply and self.at == "W5":
-            yield committed, self._replace(at="look")
+        return storage.create_manifest(Manifest(self.name, self.refs, generation))
 
     def _session(self) -> Session:
         return Session(self.name, self.generation.n, commits=True)
@@ -96,8 +106,8 @@ class Writer(NamedTuple):
         known = self.generation if at == "hints" else Generation(self.generation.n)
         return self._replace(at=at, generation=known, refs=refs)
 
-    def _ending(self) -> Writer:
-        return self._replace(at="W6", refs=NO_REFS)
+    def _ending(self, at: str = "W6") -> Writer:
+        return self._replace(at=at, refs=self.refs if self.in_flight or at == "W5 again" else NO_REFS)
 
     def _from_parent(self, storage: Storage, rules: Rules) -> set[Refs]:
         choices = {NO_REFS}
