@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from stillframe.errors import ObjectTruncated, RepositoryDamaged
+from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged
 from stillframe.repository.layout import PackKind, PackName
 from stillframe.repository.nodes import Leaf, decode_inner, decode_leaf
 from stillframe.repository.opened import Repository
@@ -24,7 +24,8 @@ CheckContent = Callable[[SlotRow, memoryview], str]
 class Checked:
     """What was found in a pack. *why* is about the pack as a whole; *bad* are slots, by birth, and why.
 
-    With *unreadable*, the footer can't be read, and nothing is known of the slots.
+    With *unreadable*, the footer can't be read, and nothing is known of the slots; with *is_gone*, the pack
+    was not there at all.
     """
 
     pack: PackName
@@ -32,22 +33,29 @@ class Checked:
     slots: int = 0
     why: str = ""
     unreadable: bool = False
+    is_gone: bool = False
     bad: list[tuple[PackName, int, str]] = field(default_factory=list)
 
 
 def check_pack(
     storage: Storage, pack: PackName, size_bytes: int, check_content: CheckContent | None = None
 ) -> Checked:
-    """Read the whole pack and check it; no key is needed without *check_content*.
-
-    Raises ObjectMissing if the pack is gone; StorageError.
-    """
+    """Read the whole pack and check it; no key is needed without *check_content*. Raises StorageError."""
     found = Checked(pack, size_bytes)
     try:
-        rows = read_footer(storage, pack, size_bytes)
+        _check(storage, found, check_content)
+    except ObjectMissing:
+        found.is_gone = True
+    return found
+
+
+def _check(storage: Storage, found: Checked, check_content: CheckContent | None) -> None:
+    pack = found.pack
+    try:
+        rows = read_footer(storage, pack, found.size_bytes)
     except RepositoryDamaged as error:
         found.why, found.unreadable = error.message, True
-        return found
+        return
     found.slots = len(rows)
     try:
         check_head(pack, storage.get(pack.key, 0, HEAD_BYTES))
@@ -58,7 +66,6 @@ def check_pack(
             found.bad.append((row.birth, row.slot, f"its bytes in {pack.text} are not what was stored"))
         elif check_content is not None and (why := check_content(row, stored)):
             found.bad.append((row.birth, row.slot, why))
-    return found
 
 
 class Expected:

@@ -90,7 +90,7 @@ def latest_generation(storage: Storage, domain_key: DomainKey) -> Generation:
             return Generation(0)
         key = generation_key(number)
         try:
-            return _decode(storage.get(key), key, domain_key)
+            return decode_generation(storage.get(key), key, domain_key)
         except ObjectMissing:
             continue  # a collector went on meanwhile and removed it: it is not the latest any more
     raise RepositoryDamaged("The latest generation vanishes each time it is read.",
@@ -117,7 +117,8 @@ def _encode(generation: Generation, key: str, domain_key: DomainKey) -> bytes:
     return domain_key.seal_object(key, msgspec.json.encode(body, order="sorted"))
 
 
-def _decode(content: bytes, key: str, domain_key: DomainKey) -> Generation:
+def decode_generation(content: bytes, key: str, domain_key: DomainKey) -> Generation:
+    """Return the generation of the object *key*. Raises RepositoryDamaged, RepositoryNewer."""
     try:
         body = msgspec.json.decode(domain_key.open_object(key, content), type=_Body)
         check_version(body.version, f"{key} is a generation")
