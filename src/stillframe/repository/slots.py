@@ -46,8 +46,12 @@ class SlotCodec:
 
     def seal_chunks(self, birth: PackName, slot: int, ids: Sequence[bytes], body: Buffer) -> bytes:
         """Return the sealed slot of chunks with these *ids*; *body* is the chunks back to back."""
+        return self.key.seal_slot(birth, slot, self.chunks_content(ids, body))
+
+    def chunks_content(self, ids: Sequence[bytes], body: Buffer) -> bytes:
+        """Return what `seal_chunks` seals: all of the work but the sealing, and for any slot."""
         codec, stored = packed(body, self._compressor())
-        return self.key.seal_slot(birth, slot, b"".join((bytes((codec, len(ids))), *ids, stored)))
+        return b"".join((bytes((codec, len(ids))), *ids, stored))
 
     def open_chunks(self, birth: PackName, slot: int, sealed: Buffer) -> Chunks:
         """Return the chunks of a sealed slot. Raises ValueError if it is not what was stored."""
@@ -64,8 +68,12 @@ class SlotCodec:
 
     def seal_node(self, birth: PackName, slot: int, node: bytes) -> bytes:
         """Return the sealed slot of a node."""
+        return self.key.seal_slot(birth, slot, self.node_content(node))
+
+    def node_content(self, node: bytes) -> bytes:
+        """Return what `seal_node` seals, for any slot."""
         codec, stored = packed(node, self._compressor())
-        return self.key.seal_slot(birth, slot, bytes((codec,)) + bytes(stored))
+        return bytes((codec,)) + bytes(stored)
 
     def open_node(self, birth: PackName, slot: int, sealed: Buffer) -> bytes:
         """Return the node of a sealed slot. Raises ValueError if it is not what was stored."""

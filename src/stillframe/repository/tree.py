@@ -168,6 +168,13 @@ class TreeBuilder:
         self._last = index
         self._put(1, index, self._leaf_place(index, entries))
 
+    def keep_leaf(self, index: int, place: SlotRef) -> None:
+        """Set the leaf at *index*, higher than any before, to one that is stored and may be referred to."""
+        if index <= self._last:
+            raise ValueError("leaves come in order")
+        self._last = index
+        self._put(1, index, place)
+
     def finish(self) -> SlotRef | None:
         """Store what is still open; return the root, None if the disk is all zero."""
         for level in range(1, self._height + 1):

@@ -1,0 +1,193 @@
+"""A snapshot's disk, read anywhere or from end to end.
+
+A chunk is found through the tree (its leaf says which slot, which position, and its ID), the slot is
+fetched, and the ID must be the one that was sealed with it. Where a slot is damaged, the heals may know
+another place for the same chunk. So what is read is what was backed up, or it is said to be lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+from stillframe.block.reader import Connection
+from stillframe.extent import Extent, Kind, merged
+from stillframe.repository.fetch import Coming, SlotFetcher
+from stillframe.repository.heal import read_heals
+from stillframe.repository.manifest import Content
+from stillframe.repository.nodes import ChunkRef
+from stillframe.repository.pack import SlotRef
+from stillframe.repository.pieces import Piece, Pieces
+from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.slots import Chunks
+from stillframe.repository.tree import Tree
+
+#: Chunks that are read at once within a large request, and slots that are fetched ahead of them.
+_PORTION_CHUNKS = 16
+_AHEAD_SLOTS = 16
+
+
+class DiskView:
+    """A disk of a snapshot; also a DiskReader. For several threads. Close it, or use it as a block."""
+
+    def __init__(self, places: Places, content: Content, threads: int = 2) -> None:
+        self._places = places
+        self._tree = Tree(places, content.size_bytes, content.place)
+        self._chunk_bytes = places.repository.parameters.chunk_bytes
+        self._leaf_chunks = places.repository.parameters.leaf_chunks
+        self.size_bytes = content.size_bytes
+        self._chunks = places.repository.parameters.chunks(content.size_bytes)
+        self._fetcher = SlotFetcher(places, threads)
+        self._leaves = ThreadPoolExecutor(1, "leaves")
+        self._heals: Mapping[bytes, ChunkRef] | None = None
+        self._lock = threading.Lock()
+        self._expected = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._leaves.shutdown(wait=True, cancel_futures=True)
+        self._fetcher.close()
+
+    def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
+        """Fill the whole *buffer* from *offset_bytes*. Raises SlotDamaged, StorageError.
+
+        A read that begins where another ended fetches ahead of itself.
+        """
+        end = offset_bytes + len(buffer)
+        if not 0 <= offset_bytes <= end <= self.size_bytes:
+            raise ValueError(f"{len(buffer)} bytes at {offset_bytes} are not within the disk")
+        first, last = offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes)
+        with self._lock:
+            onward = offset_bytes == self._expected and offset_bytes > 0
+            self._expected = end
+        until = self._chunks if onward else last
+        for chunk in range(first, last, _PORTION_CHUNKS):
+            portion = range(chunk, min(chunk + _PORTION_CHUNKS, last))
+            ahead = range(portion.stop, min(portion.stop + self._leaf_chunks, until))
+            self._read_portion(buffer, offset_bytes, portion, ahead)
+
+    def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
+        """Yield the extents of a stretch (to the end if no length), in order, without gaps.
+
+        Neighbours differ in kind; zero is HOLE. What the tree can't tell (it is damaged) is DATA:
+        reading it says so. Raises StorageError.
+        """
+        end = self.size_bytes if length_bytes is None else min(offset_bytes + length_bytes, self.size_bytes)
+        return merged(self._raw_extents(offset_bytes, end))
+
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """See DiskReader. Its reads raise as `read_into` does."""
+        yield _ViewConnection(self)
+
+    def pieces(self, first_byte: int = 0, end_byte: int | None = None) -> Iterator[Piece]:
+        """Yield what is not zero in the disk, or in a part of it, in order; lost stretches among it.
+
+        Much is fetched ahead. A piece is within one slot; its content may be kept. A part is made
+        larger up to the edges of leaves. Raises StorageError, never SlotDamaged.
+        """
+        leaf_bytes = self._leaf_chunks * self._chunk_bytes
+        end = self._tree.leaf_count if end_byte is None else -(-end_byte // leaf_bytes)
+        return iter(Pieces(
+            self._tree, self._fetcher, self._leaves, self._chunk, first_byte // leaf_bytes, end))
+
+    def _read_portion(self, buffer: memoryview, offset: int, portion: range, ahead: range) -> None:
+        entries = self._entries(portion)
+        needed = dict.fromkeys(entry.place for entry in entries if entry is not None)
+        wanted = dict(needed)
+        with contextlib.suppress(SlotDamaged):  # whoever reads that part will see it
+            for entry in self._entries(ahead):
+                if len(wanted) >= len(needed) + _AHEAD_SLOTS:
+                    break
+                if entry is not None:
+                    wanted[entry.place] = None
+        coming = self._fetcher.want(wanted)
+        end = offset + len(buffer)
+        for number, entry in zip(portion, entries, strict=True):
+            start = number * self._chunk_bytes
+            begin, until = max(start, offset), min(start + self._chunk_bytes, end)
+            into = buffer[begin - offset : until - offset]
+            into[:] = (bytes(len(into)) if entry is None
+                       else self._chunk(entry, coming[entry.place])[begin - start : until - start])
+
+    def _chunk(self, entry: ChunkRef, coming: Coming) -> memoryview:
+        """Return a chunk, from elsewhere if it was healed. Raises SlotDamaged, StorageError."""
+        try:
+            return _checked(entry, coming.result())
+        except SlotDamaged as damage:
+            healed = self._healed(entry.id)
+            if healed is None or healed.id != entry.id:
+                raise
+            try:
+                return _checked(healed, self._places.chunks(healed.place))
+            except SlotDamaged:
+                raise damage from None
+
+    def _healed(self, chunk_id: bytes) -> ChunkRef | None:
+        with self._lock:
+            if self._heals is None:
+                self._heals = read_heals(self._places.repository)
+            return self._heals.get(chunk_id)
+
+    def _entries(self, chunks: range) -> list[ChunkRef | None]:
+        """Return the entries of *chunks*, which the disk has. Raises SlotDamaged."""
+        found: list[ChunkRef | None] = []
+        while len(found) < len(chunks):
+            index, at = divmod(chunks.start + len(found), self._leaf_chunks)
+            count = min(self._leaf_chunks - at, len(chunks) - len(found))
+            leaf = self._tree.leaf_at(index)
+            found += [None] * count if leaf is None else leaf.entries[at : at + count]
+        return found
+
+    def _raw_extents(self, offset: int, end: int) -> Iterator[Extent]:
+        leaf_bytes = self._leaf_chunks * self._chunk_bytes
+        at = offset
+        for index, place, damage in self._tree.stretches(offset // leaf_bytes, -(-end // leaf_bytes)):
+            leaves = damage.leaves if damage is not None else range(index, index + 1)
+            begin, until = max(leaves.start * leaf_bytes, offset), min(leaves.stop * leaf_bytes, end)
+            if begin > at:
+                yield Extent(at, begin - at, Kind.HOLE)
+            yield from self._leaf_extents(place, begin, until)
+            at = until
+        if end > at:
+            yield Extent(at, end - at, Kind.HOLE)
+
+    def _leaf_extents(self, place: SlotRef | None, begin: int, end: int) -> Iterator[Extent]:
+        try:
+            leaf = None if place is None else self._tree.leaf(place)
+        except SlotDamaged:
+            leaf = None
+        if leaf is None:
+            yield Extent(begin, end - begin, Kind.DATA)
+            return
+        at = begin
+        while at < end:
+            chunk = at // self._chunk_bytes
+            until = min((chunk + 1) * self._chunk_bytes, end)
+            is_zero = leaf.entries[chunk % self._leaf_chunks] is None
+            yield Extent(at, until - at, Kind.HOLE if is_zero else Kind.DATA)
+            at = until
+
+
+class _ViewConnection:
+    def __init__(self, view: DiskView) -> None:
+        self._view = view
+
+    def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
+        self._view.read_into(buffer, offset_bytes)
+
+
+def _checked(entry: ChunkRef, chunks: Chunks) -> memoryview:
+    """Return the chunk of an opened slot if it is the one that the leaf names. Raises SlotDamaged."""
+    if entry.position >= len(chunks.ids) or chunks.ids[entry.position] != entry.id:
+        raise SlotDamaged(entry.place, f"the chunk at {entry.position} is not the one that the tree names")
+    return chunks.chunk(entry.position)
