@@ -1,5 +1,8 @@
 """The configuration file: TOML in, typed structs out. With the CLI, the only reader of environment.
 
+repository = "/srv/repository"
+passphrase_file = "/etc/stillframe/passphrase"   # or passphrase_command, or key_file
+
 [defaults]                 # for all guests
 quiesce = "auto"
 overlay_dir = "/var/lib/libvirt/images"
@@ -55,11 +58,34 @@ class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(other, **mine)
 
 
+class RepositorySettings(msgspec.Struct, frozen=True):
+    """Where the repository is, and what opens it; None where nothing was said."""
+
+    repository: str | None = None
+    passphrase_file: str | None = None
+    passphrase_command: str | None = None
+    key_file: str | None = None
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether anything is said about what opens the repository."""
+        return any((self.passphrase_file, self.passphrase_command, self.key_file))
+
+    def over(self, other: RepositorySettings) -> RepositorySettings:
+        """Return these settings, completed by *other*. Whoever names a secret names all of it."""
+        secret = self if self.has_secret else other
+        return msgspec.structs.replace(secret, repository=self.repository or other.repository)
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     connect: str = DEFAULT_URI
     state_dir: str = str(DEFAULT_STATE_FOLDER)
+    repository: str | None = None
+    passphrase_file: str | None = None
+    passphrase_command: str | None = None
+    key_file: str | None = None
     defaults: GuestSettings = GuestSettings()
     guests: Mapping[str, GuestSettings] = {}
 
@@ -87,6 +113,23 @@ def read_settings(path: Path | None) -> Settings:
         raise ConfigInvalid(
             f"{chosen}: exclude can't stand in [defaults], only in [guests.NAME].", f"edit {chosen}")
     return settings
+
+
+def repository_settings(settings: Settings, options: RepositorySettings) -> RepositorySettings:
+    """Return where the repository is: options over the environment over the file.
+
+    Raises ConfigInvalid where several secrets are named in one place.
+    """
+    environment = RepositorySettings(*(
+        os.environ.get(f"STILLFRAME_{name.upper()}") or None for name in RepositorySettings.__struct_fields__
+    ))
+    file = RepositorySettings(*(getattr(settings, name) for name in RepositorySettings.__struct_fields__))
+    found = options.over(environment.over(file))
+    named = [name for name in RepositorySettings.__struct_fields__[1:] if getattr(found, name)]
+    if len(named) > 1:
+        raise ConfigInvalid(f"{' and '.join(named)} are both given; one secret opens a repository.",
+                            "keep one of them in the options, the environment or the configuration file")
+    return found
 
 
 def wishes(settings: GuestSettings) -> Wishes:

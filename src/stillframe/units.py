@@ -18,6 +18,7 @@ TIB = 1024 * GIB
 _FACTORS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*$", re.IGNORECASE)
+_SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(%)?\s*$")
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -41,6 +42,18 @@ def parse_duration_s(text: str) -> float:
     if match is None:
         raise ValueError(f"not a duration: {text!r} (write it like 10s or 5m)")
     return float(match[1]) * _SECONDS[(match[2] or "").lower()]
+
+
+def parse_share(text: str) -> float:
+    """Return the part of a whole, from 0 to 1, that *text* ("50%", "0.5") stands for.
+
+    Raises ValueError when it is none.
+    """
+    match = _SHARE.match(text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"not a share: {text!r} (write it like 50%)")
+    return share
 
 
 def size_text(size_bytes: float) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from stillframe.block.tools import chain_info
 from stillframe.capture.growth import on_network
+from stillframe.capture.journal import DiskRecord
 from stillframe.capture.plan import Plan
-from stillframe.errors import DestinationInsideGuest, OverlayFolderNeeded
+from stillframe.errors import DestinationInsideGuest, OverlayFolderNeeded, ProgramFailed
 
 
 def refuse_inside_images(path: Path, plan: Plan) -> None:
@@ -38,3 +40,12 @@ def refuse_overlays_at(destination: Path, own: Path, plan: Plan, command: str) -
                 "that hangs or goes away, the guest would hang with it.",
                 f"{command} --overlay-dir /var/lib/libvirt/images",
             )
+
+
+def about_bytes(disk: DiskRecord) -> int:
+    """Return about how much a first copy of the disk takes: what its images take now. 0 if that is not known."""
+    try:
+        allocated = sum(info.allocated_bytes for info in chain_info(disk.base))
+    except ProgramFailed:
+        return 0  # only an estimate; the copy itself will find out
+    return min(allocated, disk.size_bytes)

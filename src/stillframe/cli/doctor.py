@@ -40,16 +40,15 @@ def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> in
 
 def _host(session: Session) -> dict[str, object]:
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
-    library = session.connection.look(lambda connect: connect.getLibVersion())
-    qemu = session.connection.look(lambda connect: connect.getVersion())
+    library, qemu = session.connection.versions()
     free = free_bytes(str(session.journal.folder))
     session.screen.result(
-        f"host: libvirt {_version(library)}, QEMU {_version(qemu)}, "
+        f"host: libvirt {library}, QEMU {qemu}, "
         f"journal in {session.journal.folder} ({size_text(free)} free)"
     )
     for program in missing:
         session.screen.result(f"host: {program} is missing: apt-get install qemu-utils util-linux")
-    return {"libvirt": _version(library), "qemu": _version(qemu), "missing_programs": missing}
+    return {"libvirt": library, "qemu": qemu, "missing_programs": missing}
 
 
 def _examine(session: Session, domain: Domain, options: GuestSettings) -> dict[str, object]:
@@ -90,7 +89,3 @@ def _plan_lines(plan: Plan) -> list[str]:
         for mark in plan.watermarks
     ]
     return lines
-
-
-def _version(number: int) -> str:
-    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

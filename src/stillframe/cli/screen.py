@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 from rich.console import Console
@@ -58,6 +58,15 @@ class Screen:
             with contextlib.suppress(OSError, ValueError):
                 self._progress.stop()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Draw no progress bars within the block, where a person types."""
+        self.close()
+        try:
+            yield
+        finally:
+            self.start()
+
     def say(self, text: str) -> None:
         """Tell the person what is being done."""
         if not self._quiet:
@@ -87,24 +96,25 @@ class Screen:
 
     def on_copy(self, guest: str) -> Callable[[CopyProgress], None]:
         """Return who is told how far the copies of *guest* are."""
-        return lambda progress: self._bar(
+        return lambda progress: self.bar(
             f"{guest} {progress.target}: copy", progress.done_bytes, progress.total_bytes
         )
 
-    def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._err.print(text, markup=False)
-
-    def _on_commit(self, progress: CommitProgress) -> None:
-        self._bar("commit", progress.done_bytes, progress.total_bytes)
-
-    def _bar(self, name: str, done_bytes: int, total_bytes: int) -> None:
+    def bar(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        """Draw how far the work called *name* is."""
         if self._progress is None:
             return
         with contextlib.suppress(OSError, ValueError):
             if name not in self._bars:
                 self._bars[name] = self._progress.add_task(name, total=total_bytes)
             self._progress.update(self._bars[name], completed=done_bytes, total=total_bytes)
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._err.print(text, markup=False)
+
+    def _on_commit(self, progress: CommitProgress) -> None:
+        self.bar("commit", progress.done_bytes, progress.total_bytes)
 
 
 def _make_progress(console: Console) -> Progress:

@@ -1,9 +1,10 @@
-"""What every command needs: settings, the journal, libvirt, and signals turned into a stop."""
+"""What every command needs: settings, the journal, libvirt, a repository, and signals turned into a stop."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,15 @@ from types import FrameType
 
 from stillframe.capture.journal import Journal
 from stillframe.capture.run import Tools
+from stillframe.cli.address import open_storage
 from stillframe.cli.screen import Screen
+from stillframe.cli.secret import must_be_asked, read_secret
 from stillframe.clock import SystemClock
-from stillframe.config import Settings, read_settings
-from stillframe.errors import Interrupted, StillframeError
+from stillframe.config import RepositorySettings, Settings, read_settings, repository_settings
+from stillframe.errors import ConfigInvalid, Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection
+from stillframe.repository.opened import Repository, Secret, open_repository
+from stillframe.storage.model import Storage
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,16 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Session:
     """One call of the command."""
 
-    def __init__(self, common: Common) -> None:
+    def __init__(self, common: Common, repository: RepositorySettings | None = None) -> None:
         self._common = common
+        self._repository = repository or RepositorySettings()
         self.screen = Screen(as_json=common.as_json, quiet=common.quiet)
         self.clock = SystemClock()
         self._interrupted: str = ""
         self._announced = False
         self._then = ""
+        #: What a run that is ended leaves as it was.
+        self.kept = "The last good mirror is as it was."
 
     @cached_property
     def settings(self) -> Settings:
@@ -73,13 +81,59 @@ class Session:
         """What runs work with."""
         return Tools(self.journal, self.clock, self.screen.watcher())
 
+    @property
+    def host(self) -> str:
+        """This host's name, which its snapshots are filed under."""
+        return socket.gethostname()
+
+    @property
+    def hints_folder(self) -> Path:
+        """The folder where a backup remembers which chunks are stored already."""
+        return self.state_folder / "hints"
+
+    @cached_property
+    def repository_settings(self) -> RepositorySettings:
+        """Where the repository is and what opens it, whoever said so. Raises ConfigInvalid."""
+        return repository_settings(self.settings, self._repository)
+
+    @property
+    def address(self) -> str:
+        """The repository's address. Raises ConfigInvalid if nobody said it."""
+        address = self.repository_settings.repository
+        if address is None:
+            raise ConfigInvalid(
+                "Which repository is not said.",
+                'add --repo REPO, set STILLFRAME_REPOSITORY, or write repository = "REPO" into the '
+                "configuration file")
+        return address
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The storage of the repository. Raises ConfigInvalid, RepositoryRefused."""
+        return open_storage(self.address)
+
+    @cached_property
+    def secret(self) -> Secret:
+        """What opens the repository; asked for if it must be. Raises KeyNeeded."""
+        return read_secret(self.repository_settings, self.screen)
+
+    @cached_property
+    def repository(self) -> Repository:
+        """The repository, open. Raises RepositoryRefused, RepositoryDamaged, StorageError."""
+        return open_repository(self.storage, self.secret)
+
+    def ask_for_secret(self) -> None:
+        """Ask for the secret now, if a person must type it; else it is read when it is needed."""
+        if must_be_asked(self.repository_settings):
+            _ = self.secret
+
     def stop(self) -> StillframeError | None:
         """Return the error to end runs with once a signal came."""
         if not self._interrupted:
             return None
         self._announce()
         return Interrupted(
-            f"{self._interrupted} ended the run. The last good mirror is as it was.",
+            f"{self._interrupted} ended the run. {self.kept}",
             "run the same command again when you like",
         )
 

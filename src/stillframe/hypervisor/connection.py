@@ -60,6 +60,12 @@ class Connection:
             except ConnectionLost:
                 self._reconnect(deadline)
 
+    def versions(self) -> tuple[str, str]:
+        """Return libvirt's and QEMU's versions, as people write them. Raises HypervisorError."""
+        libvirt_number = self.look(lambda connect: int(connect.getLibVersion()))
+        qemu_number = self.look(lambda connect: int(connect.getVersion()))
+        return _version(libvirt_number), _version(qemu_number)
+
     def act(self, step: Callable[[libvirt.virConnect], T]) -> T:
         """Return what *step* returns; it is made once.
 
@@ -158,3 +164,7 @@ def _run_event_loop() -> None:
 def _turn_event_loop() -> None:
     while True:
         libvirt.virEventRunDefaultImpl()
+
+
+def _version(number: int) -> str:
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.block.reader import open_reader
-from stillframe.block.tools import chain_info
-from stillframe.capture.apart import refuse_inside_images, refuse_overlays_at
+from stillframe.capture.apart import about_bytes, refuse_inside_images, refuse_overlays_at
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Plan, Wishes, make_plan
@@ -19,7 +18,6 @@ from stillframe.capture.run import Capture, Stop, Tools, captured
 from stillframe.errors import (
     DestinationSpace,
     DestinationUnwritable,
-    ProgramFailed,
     StillframeError,
 )
 from stillframe.hypervisor.domain import Domain
@@ -152,15 +150,8 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
 
 def _check_space(path: Path, plan: Plan) -> None:
     """Refuse a first copy that can't fit: what the images take now is about what the copy will take."""
-    needed = 0
-    for disk in plan.disks:
-        if (path / f"{disk.target}.img").exists():
-            continue
-        try:
-            allocated = sum(info.allocated_bytes for info in chain_info(disk.base))
-        except ProgramFailed:
-            continue  # only an estimate; the copy itself will find out
-        needed += min(allocated, disk.size_bytes)
+    needed = sum(
+        about_bytes(disk) for disk in plan.disks if not (path / f"{disk.target}.img").exists())
     free = free_bytes(str(path))
     if needed > free:
         raise DestinationSpace(

@@ -1,0 +1,135 @@
+"""The story of one backup: capture, write a snapshot, commit it, commit the overlays back.
+
+The snapshot is durable once its manifest is created, and only then may anything be written to a base.
+Whatever the storage does before that ends the copy, and the guest is brought back all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.backup.machine import take_machine
+from stillframe.backup.snapshot import DiskResult, Parent, SnapshotRun
+from stillframe.capture.apart import about_bytes, refuse_inside_images, refuse_overlays_at
+from stillframe.capture.growth import free_bytes
+from stillframe.capture.journal import in_repository
+from stillframe.capture.lock import domain_lock
+from stillframe.capture.plan import Plan, Wishes, make_plan
+from stillframe.capture.recover import recover_domain
+from stillframe.capture.run import Stop, Tools, captured
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import ExcludedDisk
+from stillframe.repository.opened import Repository
+from stillframe.repository.snapshots import newest_of
+from stillframe.units import size_text
+
+#: Told of a disk, how many of its bytes are done, and how many there are.
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BackupResult:
+    """What one backup came to. Times in seconds.
+
+    *parent* is the ID of the snapshot that it was built upon, "" if there was none: *parent_note* says why
+    then. *stored_bytes* is all that was added to the repository.
+    """
+
+    guest: str
+    repository: str
+    snapshot: str
+    captured_at: str
+    consistency: str
+    disks: tuple[DiskResult, ...]
+    files: tuple[str, ...]
+    excluded: tuple[ExcludedDisk, ...]
+    warnings: tuple[str, ...]
+    recovered: tuple[str, ...]
+    parent: str
+    parent_note: str
+    stored_bytes: int
+    frozen_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BackupJob:
+    """What is to be backed up, and how.
+
+    *open_repository* is called once, when the guest was recovered and could be captured. *folder* is where
+    the repository is if that is on this host or mounted there. *host* is the name that snapshots are filed
+    under; *hints_folder* is this host's own memory of what is stored.
+    """
+
+    domain: Domain
+    open_repository: Callable[[], Repository]
+    folder: Path | None
+    host: str
+    hints_folder: Path
+    wishes: Wishes
+    stop: Stop
+    report: Report
+
+
+def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
+    """Make a snapshot of what the guest's disks hold now.
+
+    What an earlier run left is recovered first. When this returns or raises anything but
+    NeedsAttention, the guest is on its own images. When it returns, the snapshot is durable.
+    Raises any StillframeError.
+    """
+    began_s = tools.clock.monotonic_s()
+    domain = job.domain
+    with domain_lock(tools.journal.folder, domain.uuid, domain.name, "backup", tools.clock):
+        recovered = recover_domain(domain, tools, job.wishes.limits)
+        plan = make_plan(domain, job.wishes)
+        _refuse_place(job, plan)
+        repository = job.open_repository()
+        parent = _parent(repository, job)
+        warnings = [*parent.problems, *_space_warnings(job, plan, parent)]
+        run = SnapshotRun(repository, plan, parent, job.host, job.hints_folder, tools.clock, job.report)
+        try:
+            with captured(plan, tools, in_repository(repository.address), job.stop) as capture:
+                machine = take_machine(plan.live.text, domain.uuid, tools.clock)
+                run.write(capture, machine, (*warnings, *capture.warnings, *machine.warnings))
+        finally:
+            # The guest first: the repository may hang.
+            run.close()
+        assert run.manifest is not None
+    return BackupResult(
+        guest=domain.name, repository=repository.address, snapshot=run.manifest.sid,
+        captured_at=capture.captured_at, consistency=capture.consistency.value, disks=tuple(run.disks),
+        files=tuple(each.path for each in run.manifest.files), excluded=plan.excluded,
+        warnings=(*run.manifest.warnings, *run.late_warnings),
+        recovered=tuple(word for each in recovered for word in each.told), parent=run.manifest.parent,
+        parent_note=run.parent_note, stored_bytes=run.manifest.stored_bytes, frozen_s=capture.frozen_s,
+        seconds=tools.clock.monotonic_s() - began_s,
+    )
+
+
+def _refuse_place(job: BackupJob, plan: Plan) -> None:
+    """Raise DestinationInsideGuest, OverlayFolderNeeded if the repository and the guest lie too near."""
+    if job.folder is None or not job.folder.is_dir():
+        return  # opening it will tell
+    folder = job.folder.resolve()
+    refuse_inside_images(folder, plan)
+    refuse_overlays_at(folder, folder, plan, f"stillframe backup {plan.domain.name} --repo {folder}")
+
+
+def _parent(repository: Repository, job: BackupJob) -> Parent:
+    found, problems = newest_of(repository, job.host, job.domain.name, job.domain.uuid)
+    warnings = tuple(f"a newer snapshot can't be built upon: {problem}" for problem in problems)
+    return Parent(None, None, warnings) if found is None else Parent(*found, warnings)
+
+
+def _space_warnings(job: BackupJob, plan: Plan, parent: Parent) -> list[str]:
+    """Warn of a first copy that may not fit. How well it compresses, and what is known, nobody can tell."""
+    if parent.name is not None or job.folder is None:
+        return []
+    needed, free = sum(about_bytes(disk) for disk in plan.disks), free_bytes(str(job.folder))
+    if needed <= free:
+        return []
+    room = f"{job.folder} has {size_text(free)} free"
+    return [f"the disks hold about {size_text(needed)}, {room}: it may be too little"]

@@ -1,0 +1,221 @@
+"""Writing one capture into a repository, in a thread that may hang without taking the guest with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from stillframe.backup.machine import Machine, MachineFile, versions_of
+from stillframe.backup.watching import WatchedReader, WatchedStorage
+from stillframe.block.reader import open_reader
+from stillframe.capture.plan import Plan
+from stillframe.capture.run import Capture, StillDisk
+from stillframe.capture.watched import STALL_TIMEOUT_S, Watch, Watched
+from stillframe.clock import Clock, utc_text
+from stillframe.errors import StillframeError
+from stillframe.repository.heal import read_bad, write_heals
+from stillframe.repository.hints import ChunkHints
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.manifest import (
+    Content,
+    DiskEntry,
+    FileEntry,
+    Manifest,
+    Root,
+    encode_manifest,
+)
+from stillframe.repository.opened import Repository
+from stillframe.repository.places import Places
+from stillframe.repository.session import Session, open_session
+from stillframe.repository.snapshots import still_there
+from stillframe.repository.writer import Progress, SnapshotWriter
+
+_METHOD = "overlay"
+#: How long the end of the session is waited for when the guest is back. Left behind, it is fenced one day.
+_CLOSE_TIMEOUT_S = 30.0
+#: Sessions whose storage hangs. Were they let go of, their end would run, and hang, in that very thread.
+_LEFT_OPEN: list[contextlib.ExitStack] = []
+
+
+@dataclass(frozen=True, slots=True)
+class DiskResult:
+    """What became of one disk. All numbers are bytes; see writer.Written."""
+
+    target: str
+    size_bytes: int
+    read_bytes: int
+    data_bytes: int
+    changed_bytes: int
+    stored_bytes: int
+    compared: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The snapshot to build upon, if there is one, and what stood in the way of newer ones."""
+
+    name: SnapshotName | None
+    manifest: Manifest | None
+    problems: tuple[str, ...] = ()
+
+    def disk(self, target: str) -> DiskEntry | None:
+        """Return the parent's disk of that name. It may have another size: trees grow and shrink."""
+        disks = self.manifest.disks if self.manifest is not None else ()
+        return next((disk for disk in disks if disk.target == target), None)
+
+    def file(self, file: MachineFile) -> FileEntry | None:
+        """Return the parent's file at the same path."""
+        files = self.manifest.files if self.manifest is not None else ()
+        return next((each for each in files if each.path == file.path), None)
+
+
+class SnapshotRun:
+    """One snapshot being made. `write` within the capture, `close` when the guest is back.
+
+    *manifest* is set once the snapshot is durable. Nobody but threads of its own touches the
+    storage: where that hangs, `write` raises within ten seconds of a reason to stop, or when nothing
+    moved for `stall_timeout_s`.
+    """
+
+    def __init__(
+        self, repository: Repository, plan: Plan, parent: Parent, host: str, hints_folder: Path, clock: Clock,
+        report: Callable[[str, int, int], None],
+    ) -> None:
+        self.stall_timeout_s = STALL_TIMEOUT_S
+        self.manifest: Manifest | None = None
+        self.disks: list[DiskResult] = []
+        self.late_warnings: list[str] = []
+        self.parent_note = "" if parent.name is not None else "it is the first of this guest on this host"
+        self._repository = repository
+        self._plan = plan
+        self._parent = parent
+        self._host = host
+        self._hints_folder = hints_folder
+        self._clock = clock
+        self._report = report
+        self._open = contextlib.ExitStack()
+        self._hung = False
+        self._progress: tuple[str, int, int] | None = None
+
+    def write(self, capture: Capture, machine: Machine, warnings: tuple[str, ...]) -> None:
+        """Write the snapshot and commit it. Raises CopyFailed, DestinationLost, StorageError, and others."""
+        watched = Watched(lambda watch: self._write(watch, capture, machine, warnings), self._clock, "backup")
+        try:
+            watched.result(capture.stop, each_look=self._look, stall_timeout_s=self.stall_timeout_s)
+        except StillframeError as error:
+            # Committed, it is a snapshot, whatever went wrong behind that.
+            if self.manifest is None:
+                raise
+            self.late_warnings.append(f"the snapshot is durable, but then: {error.message}")
+        finally:
+            self._hung = watched.watch.hung
+            self._look()
+
+    def close(self) -> None:
+        """End the session. Never raises; leaves a storage alone that hangs."""
+        if self._hung:
+            _LEFT_OPEN.append(self._open)
+            return
+        try:
+            Watched(lambda _: self._open.close(), self._clock, "session").result(
+                lambda: None, stall_timeout_s=_CLOSE_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 -- the snapshot is durable or given up, and the guest is back
+            self.late_warnings.append(f"the session was not ended (the next prune does that): {error}")
+
+    def _look(self) -> None:
+        progress = self._progress
+        if progress is not None:
+            self._report(*progress)
+
+    # --- in the thread ------------------------------------------------------------------------
+
+    def _write(self, watch: Watch, capture: Capture, machine: Machine, warnings: tuple[str, ...]) -> None:
+        storage = WatchedStorage(self._repository.storage, watch)
+        repository = replace(self._repository, storage=storage)
+        moment = datetime.fromisoformat(capture.captured_at)
+        name = SnapshotName(self._host, self._plan.domain.name, moment, "")
+        began_at = utc_text(self._clock.now())
+        watch.tick()
+        # Not through the watched storage: a session must end also when its copy is not wanted any more.
+        session = self._open.enter_context(open_session(
+            self._repository.storage, repository.key, self._clock, self._host,
+            lambda sid: replace(name, sid=sid).key))
+        watch.tick()
+        parent = self._confirmed(repository)
+        with self._hints() as hints, SnapshotWriter(
+            repository, session, Places(repository, session.generation), bad=read_bad(storage), hints=hints,
+        ) as writer:
+            disks = tuple(self._disk(writer, watch, disk, parent, capture) for disk in capture.disks)
+            files = tuple(_file(writer, file, parent) for file in machine.files)
+            capture.check_still()
+            stored_bytes = writer.finish()
+            write_heals(repository, session.sid, writer.healed)
+        manifest = Manifest(
+            sid=session.sid, guest=self._plan.domain.name, uuid=self._plan.domain.uuid, host=self._host,
+            captured_at=capture.captured_at, began_at=began_at, ended_at=utc_text(self._clock.now()),
+            consistency=capture.consistency.value, quiesce=self._plan.quiesce.value,
+            parent=parent.name.sid if parent.name is not None else "", live_xml=self._plan.live.text,
+            inactive_xml=self._plan.view.inactive.text if self._plan.view.inactive is not None else "",
+            disks=disks, excluded=tuple(f"{each.target}: {each.reason}" for each in self._plan.excluded),
+            files=files, versions=versions_of(self._plan.domain.connection, self._plan.live.text),
+            warnings=warnings, frozen_s=capture.frozen_s, stored_bytes=stored_bytes,
+        )
+        self._commit(session, manifest, watch)
+
+    def _commit(self, session: Session, manifest: Manifest, watch: Watch) -> None:
+        content = encode_manifest(manifest, session.record.manifest_key, self._repository.key)
+        watch.tick()
+        session.commit(content)
+        self.manifest = manifest
+
+    def _confirmed(self, repository: Repository) -> Parent:
+        """Return the parent if it is still there now that the session is registered; else none.
+
+        Only of a snapshot that was listed after that is it known that nothing it needs is gone.
+        """
+        if self._parent.name is None or still_there(repository, self._parent.name):
+            return self._parent
+        self.parent_note = "its parent was forgotten just now"
+        return Parent(None, None)
+
+    @contextlib.contextmanager
+    def _hints(self) -> Iterator[ChunkHints]:
+        with contextlib.suppress(OSError):
+            self._hints_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.closing(ChunkHints(self._repository.parameters.id, self._hints_folder)) as hints:
+            yield hints
+
+    def _disk(
+        self, writer: SnapshotWriter, watch: Watch, disk: StillDisk, parent: Parent, capture: Capture,
+    ) -> DiskEntry:
+        began_s = self._clock.monotonic_s()
+
+        def report(progress: Progress) -> None:
+            watch.tick()
+            self._progress = (disk.target, progress.done_bytes, progress.size_bytes)
+
+        old = parent.disk(disk.target)
+        with open_reader(disk.base, clock=self._clock) as reader:
+            written = writer.write(WatchedReader(reader, watch), old, stop=capture.stop, report=report)
+        self._progress = (disk.target, written.size_bytes, written.size_bytes)
+        self.disks.append(DiskResult(
+            disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
+            written.stored_bytes, compared=old is not None, seconds=self._clock.monotonic_s() - began_s))
+        planned = next(each for each in self._plan.disks if each.target == disk.target)
+        return DiskEntry(
+            target=disk.target, format=planned.base_format, source=disk.base.text(), method=_METHOD,
+            size_bytes=written.size_bytes, root=Root.of(written.root), read_bytes=written.read_bytes,
+            data_bytes=written.data_bytes, changed_bytes=written.changed_bytes,
+            stored_bytes=written.stored_bytes)
+
+
+def _file(writer: SnapshotWriter, file: MachineFile, parent: Parent) -> FileEntry:
+    old: Content | None = parent.file(file)
+    written = writer.write_bytes(file.content, old)
+    return FileEntry(
+        role=file.role, path=file.path, mode=file.mode, uid=file.uid, gid=file.gid, taken_at=file.taken_at,
+        size_bytes=written.size_bytes, root=Root.of(written.root))

@@ -1,0 +1,176 @@
+"""`stillframe forget` and `stillframe prune`: drop snapshots, then give back what only they needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+
+from stillframe.cli.session import Session
+from stillframe.cli.snapshots import name_body, name_words
+from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotUnknown
+from stillframe.repository.catalog import forget as forget_snapshots
+from stillframe.repository.catalog import list_snapshots, plan_forget, resolve_all
+from stillframe.repository.collect import collect, plan_collection
+from stillframe.repository.collection import Collected, CollectionPlan
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.opened import read_parameters
+from stillframe.retention import Policy, Verdict, judge
+from stillframe.units import parse_duration_s, parse_share, size_text
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which snapshots to keep, as options say it."""
+
+    last: int | None
+    hourly: int | None
+    daily: int | None
+    weekly: int | None
+    monthly: int | None
+    yearly: int | None
+    within: str | None
+    guest: str | None
+
+    @property
+    def any_given(self) -> bool:
+        """Whether there is any rule."""
+        return any(getattr(self, each.name) is not None for each in fields(self) if each.name != "guest")
+
+    def policy(self) -> Policy:
+        """Return the rules. Raises ConfigInvalid."""
+        within = None if self.within is None else timedelta(seconds=_seconds("keep_within", self.within))
+        return Policy(self.last or 0, self.hourly or 0, self.daily or 0, self.weekly or 0, self.monthly or 0,
+                      self.yearly or 0, within)
+
+
+def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: bool) -> int:
+    """Drop the named snapshots, or those that no rule keeps; return the exit code."""
+    read_parameters(session.storage)
+    known = list_snapshots(session.storage)
+    verdicts = _verdicts(session, known, texts, rules)
+    plan = plan_forget(verdict.snapshot for verdict in verdicts if not verdict.keep)
+    for verdict in verdicts:
+        word = "keep" if verdict.keep else ("would drop" if dry_run else "drop")
+        reasons = f"  ({', '.join(verdict.reasons)})" if verdict.keep else ""
+        session.screen.result(f"{word:<10}  {name_words(verdict.snapshot)}{reasons}")
+    dropped = 0 if dry_run else forget_snapshots(session.storage, plan)
+    if dropped:
+        session.screen.say(f"dropped {dropped}; their space comes back with: stillframe prune")
+    session.screen.json({
+        "dry_run": dry_run,
+        "kept": [{**name_body(each.snapshot), "reasons": each.reasons} for each in verdicts if each.keep],
+        "dropped": [name_body(each) for each in plan.snapshots],
+    })
+    return EXIT_OK
+
+
+def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bool) -> int:
+    """Delete what no snapshot needs, or say what would be; return the exit code."""
+    fence_after_s = _seconds("fence_after", fence_after)
+    try:
+        below = parse_share(compact_below)
+    except ValueError as error:
+        raise ConfigInvalid(f"compact_below is {error}.", "correct the option --compact-below") from error
+    if dry_run:
+        plan = plan_collection(
+            session.repository, session.clock, fence_after_s=fence_after_s, compact_below=below)
+        _show_plan(session, plan)
+        session.screen.json({"dry_run": True, "plan": _plan_body(plan)})
+        return _exit_code(plan)
+
+    def shown(plan: CollectionPlan) -> bool:
+        _show_plan(session, plan)
+        return True
+
+    done = collect(
+        session.repository, session.host, session.clock, fence_after_s=fence_after_s, compact_below=below,
+        approve=shown)
+    _show_done(session, done)
+    plan = done.plans[0]
+    session.screen.json({"dry_run": False, "plan": _plan_body(plan), "done": _done_body(done)})
+    return RepositoryDamaged.exit_code if done.damaged else _exit_code(plan)
+
+
+def _verdicts(
+    session: Session, known: list[SnapshotName], texts: Sequence[str], rules: Rules,
+) -> list[Verdict[SnapshotName]]:
+    if texts:
+        return [Verdict(name, keep=False, reasons=("named",)) for name in resolve_all(known, texts)]
+    subject = [name for name in known if rules.guest in (None, name.guest)]
+    if rules.guest is not None and not subject:
+        raise SnapshotUnknown(f"There is no snapshot of {rules.guest}.",
+                              f"stillframe list --repo {session.storage.address}")
+    return judge(subject, rules.policy())
+
+
+def _exit_code(plan: CollectionPlan) -> int:
+    return RepositoryDamaged.exit_code if plan.missing else EXIT_OK
+
+
+def _show_plan(session: Session, plan: CollectionPlan) -> None:
+    say = session.screen.result
+    say(f"{plan.snapshots} snapshots need {size_text(plan.live_bytes)} of the "
+        f"{size_text(plan.repository_bytes)} that are stored")
+    for record in plan.fenced:
+        say(f"dead: the run {record.sid[:12]} of {record.host}, begun at {record.began_at}")
+    if plan.deleted:
+        say(f"to delete: {len(plan.deleted)} packs, {size_text(plan.deleted_bytes)}")
+    if plan.condemned:
+        say(f"to condemn: {len(plan.condemned)} packs that nothing needs, {size_text(plan.condemned_bytes)}")
+    if plan.taken_back:
+        say(f"to take back: {len(plan.taken_back)} condemned packs that are needed after all")
+    if plan.compacted:
+        say(f"to copy together: {len(plan.compacted)} packs, to free {size_text(plan.compaction_gain_bytes)}")
+    if plan.is_empty:
+        say("nothing to do")
+    for pack in plan.missing:
+        session.screen.warn(f"the pack {pack.text} is needed and not there; verify names the snapshots")
+
+
+def _show_done(session: Session, done: Collected) -> None:
+    say = session.screen.result
+    if done.lost_race:
+        say("another prune was first; it goes on, this one stopped")
+    if done.deleted_packs:
+        say(f"deleted {done.deleted_packs} packs, {size_text(done.deleted_bytes)}")
+    if done.copied_bytes:
+        say(f"copied {size_text(done.copied_bytes)} together")
+    for each in done.waiting:
+        say(f"{each.packs} packs ({size_text(each.size_bytes)}) wait for the run {each.sid[:12]} of "
+            f"{each.host}, begun at {each.since}")
+    for pack, slot in done.damaged:
+        session.screen.warn(f"slot {slot} of the pack {pack.text} is damaged and was left where it is")
+
+
+def _plan_body(plan: CollectionPlan) -> dict[str, object]:
+    return {
+        "generation": plan.generation, "snapshots": plan.snapshots,
+        "repository_bytes": plan.repository_bytes, "live_bytes": plan.live_bytes,
+        "unused_bytes": plan.unused_bytes, "deleted_bytes": plan.deleted_bytes,
+        "condemned_bytes": plan.condemned_bytes, "compaction_gain_bytes": plan.compaction_gain_bytes,
+        "fenced": [record.sid for record in plan.fenced],
+        "deleted": [fate.pack.text for fate in plan.deleted],
+        "condemned": [fate.pack.text for fate in plan.condemned],
+        "taken_back": [fate.pack.text for fate in plan.taken_back],
+        "compacted": [each.pack.text for each in plan.compacted],
+        "missing": [pack.text for pack in plan.missing],
+    }
+
+
+def _done_body(done: Collected) -> dict[str, object]:
+    return {
+        "rounds": len(done.plans), "lost_race": done.lost_race, "deleted_packs": done.deleted_packs,
+        "deleted_bytes": done.deleted_bytes, "condemned_packs": done.condemned_packs,
+        "copied_bytes": done.copied_bytes, "fenced": [record.sid for record in done.fenced],
+        "waiting": [asdict(each) for each in done.waiting],
+        "damaged": [{"pack": pack.text, "slot": slot} for pack, slot in done.damaged],
+    }
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        return parse_duration_s(text)
+    except ValueError as error:
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigInvalid(f"{name} is {error}.", f"correct the option {option}") from error

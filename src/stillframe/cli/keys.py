@@ -1,0 +1,139 @@
+"""`stillframe init` and `stillframe key`: what opens a repository."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from stillframe.cli.address import local_folder, open_storage
+from stillframe.cli.secret import make_key_file, read_secret
+from stillframe.cli.session import Session
+from stillframe.clock import utc_text
+from stillframe.config import RepositorySettings
+from stillframe.errors import EXIT_OK, RepositoryExists, RepositoryRefused
+from stillframe.repository.keyslots import KeySlot, SlotKind, new_recovery_key, recovery_secret, wrap
+from stillframe.repository.opened import Secret, init_repository, key_slots, read_parameters
+from stillframe.storage.local import UNFINISHED
+
+_MAY_BE_THERE = (UNFINISHED, "lost+found")
+
+
+def init(session: Session, new_key_file: Path | None, label: str) -> int:
+    """Make a repository that one secret opens; return the exit code."""
+    address = session.address
+    _refuse_full(local_folder(address))
+    secret = _new_secret(session, new_key_file)
+    storage = open_storage(address, make=True)
+    made = init_repository(storage, secret, label, session.clock)
+    slots = [_slot_body(slot) for slot in key_slots(storage)]
+    session.screen.result(f"made the repository {made.address} ({made.parameters.id[:12]})")
+    session.screen.result(
+        f"{_WAYS[secret.kind]} opens it. Without it nothing in there can ever be read again.")
+    session.screen.say(f"make a recovery key, for paper: stillframe key export --repo {made.address}")
+    session.screen.json({"repository": made.address, "id": made.parameters.id, "key_slots": slots})
+    return EXIT_OK
+
+
+def add(session: Session, label: str, passphrase_file: Path | None, new_key_file: Path | None) -> int:
+    """Add a key slot for a new passphrase or a new key file; return the exit code."""
+    repository = session.repository
+    if passphrase_file is not None:
+        named = RepositorySettings(passphrase_file=str(passphrase_file))
+        secret = read_secret(named, session.screen)
+    elif new_key_file is not None:
+        secret = make_key_file(new_key_file)
+    else:
+        secret = read_secret(RepositorySettings(), session.screen, new=True)
+    slot = wrap(repository.key, secret.value, secret.kind, label, utc_text(session.clock.now()))
+    repository.storage.create(slot.key, slot.encode())
+    session.screen.result(f"added the key slot {slot.id} ({slot.kind.value})")
+    if new_key_file is not None:
+        session.screen.result(f"{new_key_file} opens {repository.address} now; keep a copy of it elsewhere")
+    session.screen.json({"key_slot": _slot_body(slot)})
+    return EXIT_OK
+
+
+def list_all(session: Session) -> int:
+    """List the key slots; return the exit code."""
+    read_parameters(session.storage)
+    slots = list(key_slots(session.storage))
+    for slot in slots:
+        label = f"  {slot.label}" if slot.label else ""
+        session.screen.result(f"{slot.id}  {slot.kind.value:<10}  {slot.created_at[:19]}Z{label}")
+    session.screen.json({"key_slots": [_slot_body(slot) for slot in slots]})
+    return EXIT_OK
+
+
+def remove(session: Session, name: str, *, dry_run: bool) -> int:
+    """Remove the one key slot whose ID begins with *name*; return the exit code."""
+    repository = session.repository
+    slots = list(key_slots(repository.storage))
+    slot = _the_slot(slots, name, repository.address)
+    if len(slots) == 1:
+        raise RepositoryRefused(
+            f"{slot.id} is the last key slot of {repository.address}: nobody could open it any more.",
+            f"stillframe key add --repo {repository.address}   # then remove this one")
+    if not dry_run:
+        repository.storage.delete([slot.key])
+    did = "would remove" if dry_run else "removed"
+    session.screen.result(f"{did} the key slot {slot.id} ({slot.kind.value}), {len(slots) - 1} are left")
+    if not dry_run:
+        session.screen.say(
+            "whoever read that slot and knows its secret has the repository's key all the same: for new "
+            "data, make a new repository")
+    session.screen.json({"dry_run": dry_run, "removed": _slot_body(slot), "left": len(slots) - 1})
+    return EXIT_OK
+
+
+def export(session: Session, label: str) -> int:
+    """Make a recovery key, print it once, and add its slot; return the exit code."""
+    repository = session.repository
+    key = new_recovery_key()
+    slot = wrap(
+        repository.key, recovery_secret(key), SlotKind.RECOVERY, label, utc_text(session.clock.now()))
+    repository.storage.create(slot.key, slot.encode())
+    say = session.screen.result
+    say(f"recovery key of {repository.address} (slot {slot.id}), shown this once and stored nowhere:")
+    say("")
+    say(f"    {key}")
+    say("")
+    say("Write it down or print it, and keep it away from this host. It opens the repository when all")
+    say("else is lost: type it where the passphrase is asked for. If others saw it: "
+        f"stillframe key remove {slot.id} --repo {repository.address}")
+    session.screen.json({"recovery_key": key, "key_slot": _slot_body(slot)})
+    return EXIT_OK
+
+
+_WAYS = {
+    SlotKind.PASSPHRASE: "The passphrase", SlotKind.KEY_FILE: "The key file",
+    SlotKind.RECOVERY: "The recovery key",
+}
+
+
+def _new_secret(session: Session, new_key_file: Path | None) -> Secret:
+    if new_key_file is not None:
+        return make_key_file(new_key_file)
+    return read_secret(session.repository_settings, session.screen, new=True)
+
+
+def _refuse_full(folder: Path) -> None:
+    """Raise RepositoryExists before anything is made in a folder that holds something else."""
+    with contextlib.suppress(OSError):
+        found = sorted(name for name in os.listdir(folder) if name not in _MAY_BE_THERE)
+        if found:
+            raise RepositoryExists(
+                f"{folder} is not empty: it has {found[0]}.",
+                f"choose an empty folder, or: stillframe list --repo {folder}")
+
+
+def _the_slot(slots: list[KeySlot], name: str, address: str) -> KeySlot:
+    found = [slot for slot in slots if name and slot.id.startswith(name)]
+    if len(found) != 1:
+        what = "Several key slots begin" if found else "No key slot begins"
+        raise RepositoryRefused(f"{what} with {name!r}.", f"stillframe key list --repo {address}")
+    return found[0]
+
+
+def _slot_body(slot: KeySlot) -> dict[str, object]:
+    return {"id": slot.id, "kind": slot.kind.value, "label": slot.label, "created_at": slot.created_at}

@@ -1,0 +1,214 @@
+"""The commands on a repository: their options."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillframe.cli import diff as diff_command
+from stillframe.cli import forget as forget_command
+from stillframe.cli import keys as keys_command
+from stillframe.cli import restore as restore_command
+from stillframe.cli import snapshots as snapshots_command
+from stillframe.cli import verify as verify_command
+from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
+from stillframe.cli.session import Common
+from stillframe.config import RepositorySettings
+
+Count = int | None
+Snapshot = Annotated[
+    str, typer.Argument(metavar="SNAPSHOT", help="the beginning of an ID, GUEST, GUEST@DAY, or latest")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")]
+Label = Annotated[str, typer.Option("--label", help="a word for people, to know the key slot by")]
+NewKeyFile = Annotated[
+    Path | None, typer.Option("--new-key-file", help="make this key file, and let it open the repository")]
+
+
+class Format(enum.Enum):
+    """What a disk is restored as."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class Level(enum.Enum):
+    """How far a verification goes."""
+
+    STRUCTURE = "structure"
+    STORED = "stored"
+    FULL = "full"
+
+
+_key = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Add, list, remove and export what opens a repository.")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (init, list_, show, diff, restore, verify, forget, prune):
+        app.command(name=command.__name__.rstrip("_"))(command)
+    for command in (key_add, key_list, key_remove, key_export):
+        _key.command(name=command.__name__.removeprefix("key_"))(command)
+    app.add_typer(_key, name="key")
+
+
+@taking(plain_options, repository_options)
+def init(
+    common: Common, repository: RepositorySettings, *,
+    address: Annotated[
+        str | None, typer.Argument(metavar="[REPO]", help="a folder or a file:// address; or --repo")] = None,
+    new_key_file: NewKeyFile = None,
+    label: Label = "first",
+) -> None:
+    """Make a repository. What opens it is asked for, or named by an option."""
+    if address is not None and repository.repository is not None:
+        raise typer.BadParameter("name the repository once: as REPO or with --repo")
+    if new_key_file is not None and repository.has_secret:
+        raise typer.BadParameter("choose one: --new-key-file, or a secret that is there already")
+    chosen = RepositorySettings(address).over(repository)
+    run_command(common, lambda session: keys_command.init(session, new_key_file, label), chosen)
+
+
+@taking(plain_options, repository_options)
+def list_(
+    common: Common, repository: RepositorySettings, *,
+    guest: Annotated[str | None, typer.Option("--guest", help="only this guest's")] = None,
+) -> None:
+    """List the snapshots, the newest last. No key is needed."""
+    run_command(common, lambda session: snapshots_command.list_all(session, guest), repository)
+
+
+@taking(plain_options, repository_options)
+def show(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
+    """Show all that is known of one snapshot."""
+    run_command(common, lambda session: snapshots_command.show(session, snapshot), repository)
+
+
+@taking(plain_options, repository_options)
+def diff(
+    common: Common, repository: RepositorySettings, *,
+    old: Annotated[str, typer.Argument(metavar="A", help="the older snapshot")],
+    new: Annotated[str, typer.Argument(metavar="B", help="the newer snapshot")],
+    extents: Annotated[bool, typer.Option("--extents", help="print each changed stretch")] = False,
+) -> None:
+    """Say what changed on each disk from snapshot A to snapshot B. No data is read."""
+    run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
+
+
+@taking(host_options, repository_options)
+def restore(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Annotated[
+        str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
+    to: Annotated[
+        Path, typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")],
+    format_: Annotated[Format, typer.Option("--format", help="what kind of image to make")] = Format.RAW,
+    delta: Annotated[
+        bool, typer.Option("--delta", help="write only what differs into an image that is there")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="overwrite a file that is there, or a block device")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
+) -> None:
+    """Write a snapshot's disks back to files or to a block device."""
+    wish = restore_command.Wish(snapshot, to, format_.value, delta, force, skip_bad)
+    run_command(common, lambda session: restore_command.restore(session, wish), repository)
+
+
+@taking(plain_options, repository_options)
+def verify(
+    common: Common, repository: RepositorySettings, *,
+    level: Annotated[
+        Level, typer.Option(
+            "--level", help="structure: all is there; stored: as it was stored; full: opened and compared"),
+    ] = Level.STORED,
+    subset: Annotated[
+        str | None, typer.Option("--subset", help="only the longest unverified part: 1/30, 5%, 20G")] = None,
+) -> None:
+    """Check that what is stored is there and whole. Damage is written down, and the next backup heals it."""
+    run_command(common, lambda session: verify_command.verify(session, level.value, subset), repository)
+
+
+@taking(plain_options, repository_options)
+def forget(
+    common: Common, repository: RepositorySettings, *,
+    snapshots: Annotated[
+        list[str] | None, typer.Argument(metavar="[SNAPSHOT]...", help="snapshots to drop; or rules")] = None,
+    keep_last: Annotated[Count, typer.Option(min=1, help="keep the newest so many")] = None,
+    keep_hourly: Annotated[Count, typer.Option(min=1, help="keep one for each of so many hours")] = None,
+    keep_daily: Annotated[Count, typer.Option(min=1, help="keep one for each of so many days")] = None,
+    keep_weekly: Annotated[Count, typer.Option(min=1, help="keep one for each of so many weeks")] = None,
+    keep_monthly: Annotated[Count, typer.Option(min=1, help="keep one for each of so many months")] = None,
+    keep_yearly: Annotated[Count, typer.Option(min=1, help="keep one for each of so many years")] = None,
+    keep_within: Annotated[
+        str | None, typer.Option(help="keep all of so long (30d) before the newest")] = None,
+    guest: Annotated[str | None, typer.Option("--guest", help="rules: only this guest's")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Drop snapshots, by name or by rules (for each guest of each host). Prune gives their space back."""
+    rules = forget_command.Rules(
+        keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, keep_within, guest)
+    if bool(snapshots) == rules.any_given:
+        raise typer.BadParameter("name the snapshots to drop, or rules (--keep-…) for those to keep")
+    if snapshots and guest:
+        raise typer.BadParameter("--guest goes with rules")
+    run_command(
+        common, lambda session: forget_command.forget(session, snapshots or [], rules, dry_run=dry_run),
+        repository)
+
+
+@taking(plain_options, repository_options)
+def prune(
+    common: Common, repository: RepositorySettings, *,
+    dry_run: DryRun = False,
+    fence_after: Annotated[
+        str, typer.Option(help="take a run elsewhere for dead after so long without a sign of life")] = "1h",
+    compact_below: Annotated[
+        str, typer.Option(help="copy packs of which less than this is used, and drop them")] = "50%",
+) -> None:
+    """Delete what no snapshot needs. Safe while backups run."""
+    run_command(
+        common,
+        lambda session: forget_command.prune(session, fence_after, compact_below, dry_run=dry_run),
+        repository)
+
+
+@taking(plain_options, repository_options)
+def key_add(
+    common: Common, repository: RepositorySettings, *,
+    label: Label = "",
+    new_passphrase_file: Annotated[
+        Path | None, typer.Option("--new-passphrase-file", help="file with the new passphrase")] = None,
+    new_key_file: NewKeyFile = None,
+) -> None:
+    """Add a key slot: a passphrase (asked for, or from a file), or a new key file."""
+    if new_key_file is not None and new_passphrase_file is not None:
+        raise typer.BadParameter("choose one: a passphrase or a key file")
+    run_command(
+        common, lambda session: keys_command.add(session, label, new_passphrase_file, new_key_file),
+        repository)
+
+
+@taking(plain_options, repository_options)
+def key_list(common: Common, repository: RepositorySettings) -> None:
+    """List the key slots. No key is needed."""
+    run_command(common, keys_command.list_all, repository)
+
+
+@taking(plain_options, repository_options)
+def key_remove(
+    common: Common, repository: RepositorySettings, *,
+    slot: Annotated[str, typer.Argument(metavar="SLOT", help="the slot's ID, or its beginning")],
+    dry_run: DryRun = False,
+) -> None:
+    """Remove a key slot. The last one stays."""
+    run_command(common, lambda session: keys_command.remove(session, slot, dry_run=dry_run), repository)
+
+
+@taking(plain_options, repository_options)
+def key_export(common: Common, repository: RepositorySettings, *, label: Label = "recovery") -> None:
+    """Make a recovery key and print it once, to be kept on paper."""
+    run_command(common, lambda session: keys_command.export(session, label), repository)

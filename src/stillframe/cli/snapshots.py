@@ -1,0 +1,94 @@
+"""`stillframe list` and `stillframe show`: which snapshots there are, and one in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from stillframe.cli.session import Session
+from stillframe.clock import utc_text
+from stillframe.errors import EXIT_OK
+from stillframe.repository.catalog import display_name, list_snapshots, resolve
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.manifest import Manifest
+from stillframe.repository.opened import read_parameters
+from stillframe.repository.snapshots import read_snapshot
+from stillframe.units import duration_text, size_text
+
+_ID_SHOWN = 12
+
+
+def short_id(sid: str) -> str:
+    """Return as much of a snapshot's ID as people are shown."""
+    return sid[:_ID_SHOWN]
+
+
+def name_body(name: SnapshotName) -> dict[str, object]:
+    """Return a snapshot's name for JSON."""
+    return {"id": name.sid, "name": display_name(name), "host": name.host, "guest": name.guest,
+            "captured_at": utc_text(name.utc)}
+
+
+def name_words(name: SnapshotName) -> str:
+    """Return a line for people that names a snapshot."""
+    return f"{short_id(name.sid)}  {display_name(name)}  on {name.host}"
+
+
+def find(session: Session, text: str) -> SnapshotName:
+    """Return the snapshot that *text* names. Raises SnapshotUnknown, SnapshotAmbiguous, RepositoryUnknown."""
+    read_parameters(session.storage)
+    return resolve(list_snapshots(session.storage), text)
+
+
+def list_all(session: Session, guest: str | None) -> int:
+    """List the snapshots, or those of one guest; return the exit code."""
+    read_parameters(session.storage)
+    names = sorted(
+        (name for name in list_snapshots(session.storage) if guest in (None, name.guest)),
+        key=lambda each: (each.utc, each.sid))
+    for name in names:
+        session.screen.result(name_words(name))
+    if not names:
+        session.screen.say("no snapshot yet: stillframe backup GUEST")
+    bodies = [name_body(name) for name in names]
+    session.screen.json({"repository": session.storage.address, "snapshots": bodies})
+    return EXIT_OK
+
+
+def show(session: Session, text: str) -> int:
+    """Show one snapshot in full; return the exit code."""
+    name = find(session, text)
+    manifest = read_snapshot(session.repository, name)
+    for line in _lines(name, manifest):
+        session.screen.result(line)
+    session.screen.json({"snapshot": {**name_body(name), **msgspec.to_builtins(manifest)}})
+    return EXIT_OK
+
+
+def _lines(name: SnapshotName, manifest: Manifest) -> Sequence[str]:
+    versions = manifest.versions
+    frozen = f", frozen for {duration_text(manifest.frozen_s)}" if manifest.frozen_s else ""
+    lines = [
+        f"snapshot {manifest.sid}  ({display_name(name)})",
+        f"guest {manifest.guest} ({manifest.uuid}) on {manifest.host}",
+        (f"captured at {manifest.captured_at}, {manifest.consistency}-consistent, "
+        f"quiesced by {manifest.quiesce}{frozen}"),
+        f"began {manifest.began_at}, ended {manifest.ended_at}, added {size_text(manifest.stored_bytes)}",
+        f"parent {short_id(manifest.parent)}" if manifest.parent else "no parent: read as if all were new",
+        (f"stillframe {versions.stillframe}, libvirt {versions.libvirt}, QEMU {versions.qemu}, "
+        f"machine {versions.machine}"),
+    ]
+    lines += [
+        f"disk {disk.target}: {size_text(disk.size_bytes)}, {disk.format} {disk.source}; "
+        f"{size_text(disk.data_bytes)} data, {size_text(disk.changed_bytes)} changed, "
+        f"{size_text(disk.stored_bytes)} stored"
+        for disk in manifest.disks
+    ]
+    lines += [f"left out: {each}" for each in manifest.excluded]
+    lines += [
+        f"{entry.role} {entry.path}: {size_text(entry.size_bytes)}, taken at {entry.taken_at}"
+        for entry in manifest.files
+    ]
+    lines += [f"warning: {warning}" for warning in manifest.warnings]
+    return [*lines, f"tags: {', '.join(manifest.tags)}"] if manifest.tags else lines
