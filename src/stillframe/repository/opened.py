@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from stillframe.repository.crypto import DomainKey
 from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind, decode_slot, recovery_secret, unwrap, wrap
 from stillframe.repository.layout import (
     KEY_SLOTS,
+    MANIFESTS,
     REPOSITORY_KEY,
     SID_BYTES,
     Parameters,
@@ -30,6 +32,7 @@ from stillframe.repository.layout import (
 from stillframe.repository.slots import SlotCodec
 from stillframe.storage.model import Storage
 from stillframe.storage.probe import probe_create_if_absent
+from stillframe.storage.wrappers import Retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,15 @@ class Repository:
     def address(self) -> str:
         """Where it is, for people."""
         return self.storage.address
+
+
+def retried(storage: Storage, clock: Clock, **options: Any) -> Retried:
+    """Return *storage* with what failed tried again, but for a commit: that is sent once.
+
+    The commit's outcome is settled by `Session.commit`, which a second request would spoil. *options*
+    are those of Retried.
+    """
+    return Retried(storage, clock, sent_once=lambda key: key.startswith(MANIFESTS), **options)
 
 
 def init_repository(

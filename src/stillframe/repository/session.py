@@ -58,6 +58,8 @@ class Session:
     record: SessionRecord
     generation: Generation
     storage: Storage
+    #: The commit was sent and nobody knows whether it will take effect: the session must stay.
+    in_doubt: bool = False
 
     @property
     def sid(self) -> str:
@@ -65,15 +67,39 @@ class Session:
         return self.record.sid
 
     def commit(self, manifest: bytes) -> None:
-        """Create the manifest: the commit. Raises SessionFenced if a collector closed its place."""
+        """Create the manifest: the commit (W5). When this returns, the snapshot is there.
+
+        Raises SessionFenced if a collector closed its place, StorageError if it is not there for certain.
+        """
+        self.in_doubt = True
         try:
+            # Sent once (see opened.retried): a first request could take effect long after a second one.
             self.storage.create(self.record.manifest_key, manifest)
         except ObjectExists as error:
-            raise SessionFenced(
-                "A prune on another host took this run for dead and closed the place of its snapshot; "
-                "no snapshot was made.",
-                "run the same command again; prune with a longer --fence-after",
-            ) from error
+            self.in_doubt = False
+            raise _fenced() from error
+        except StorageError as error:
+            self._settle(manifest, error)
+        self.in_doubt = False
+
+    def _settle(self, manifest: bytes, error: StorageError) -> None:
+        """Find out what became of a commit whose reply was lost, and see to it that it stays so.
+
+        The request may still be on its way, and take effect when this session is gone and its packs are
+        deleted. So the place is taken by a tombstone, unless the manifest was faster. If not even that can
+        be done, the session stays, and whoever takes it for dead closes the place.
+        """
+        key = self.record.manifest_key
+        try:
+            self.storage.create(key, tombstone(self.sid))
+        except ObjectExists:
+            ours = self.storage.get(key) == manifest
+            self.in_doubt = False
+            if not ours:
+                raise _fenced() from error
+            return
+        self.in_doubt = False
+        raise error
 
 
 @contextlib.contextmanager
@@ -98,17 +124,19 @@ def open_session(
         generation = latest_generation(storage, domain_key)
         record = msgspec.structs.replace(record, generation=generation.number)
         storage.replace(session_key(sid), record.encode())
+    session = Session(record, generation, storage)
     ended = threading.Event()
     beating = threading.Thread(
         target=_beat, args=(storage, clock, record, ended), name="heartbeat", daemon=True)
     beating.start()
     try:
-        yield Session(record, generation, storage)
+        yield session
     finally:
         ended.set()
         beating.join()
-        with contextlib.suppress(StorageError):  # left behind, it is fenced one day
-            storage.delete([session_key(sid)])
+        if not session.in_doubt:
+            with contextlib.suppress(StorageError):  # left behind, it is fenced one day
+                storage.delete([session_key(sid)])
 
 
 def list_sessions(storage: Storage) -> list[SessionRecord]:
@@ -156,6 +184,14 @@ def _beat(storage: Storage, clock: Clock, record: SessionRecord, ended: threadin
             return
         except StorageError:
             continue  # the next beat may come through; the work itself will say what is wrong
+
+
+def _fenced() -> SessionFenced:
+    return SessionFenced(
+        "A prune on another host took this run for dead and closed the place of its snapshot; "
+        "no snapshot was made.",
+        "run the same command again; prune with a longer --fence-after",
+    )
 
 
 class _Version(msgspec.Struct):

@@ -73,16 +73,21 @@ class Retried(Wrapper):
     A create that was lost may have been carried out. If the next attempt finds the key taken by
     exactly the same bytes, it has succeeded. So where creating a key is a vote (manifest,
     tombstone, generation), the content of two writers must differ.
+
+    A create of a key for which *sent_once* says so is not tried again: a first request whose reply was
+    lost could else take effect long after the second one, when the object was deleted again.
     """
 
     def __init__(self, inner: Storage, clock: Clock, *, attempts: int = 6, first_pause_s: float = 0.5,
-                 longest_pause_s: float = 30.0, on_retry: OnRetry | None = None) -> None:
+                 longest_pause_s: float = 30.0, on_retry: OnRetry | None = None,
+                 sent_once: Callable[[str], bool] = lambda _key: False) -> None:
         super().__init__(inner)
         self._clock = clock
         self._attempts = attempts
         self._first_pause_s = first_pause_s
         self._longest_pause_s = longest_pause_s
         self._on_retry = on_retry
+        self._sent_once = sent_once
 
     def get(self, key: str, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
         """See Storage."""
@@ -90,6 +95,9 @@ class Retried(Wrapper):
 
     def create(self, key: str, content: Content) -> None:
         """See Storage."""
+        if self._sent_once(key):
+            self._inner.create(key, content)
+            return
         tried_before = False
 
         def once() -> None:
