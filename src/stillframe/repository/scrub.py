@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from stillframe.clock import Clock
@@ -26,10 +26,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An object that is missing, or not what was stored."""
+    """An object that is missing, or not what was stored. *is_mended*: it hurts no snapshot (any more)."""
 
     key: str
     why: str
+    is_mended: bool = False
 
 
 class Scrub:
@@ -52,7 +53,7 @@ class Scrub:
         self.vanished: list[PackName] = []
         self.unreadable: list[PackName] = []
         self.sound: set[PackName] = set()
-        self.findings: list[Finding] = []
+        self._findings: list[tuple[Finding, frozenset[tuple[PackName, int]]]] = []
 
     def expect(self, size_bytes: int) -> None:
         """Say how much is to be checked, for the progress."""
@@ -79,6 +80,12 @@ class Scrub:
         for pack, slots in self.bad.items():
             record_bad(self._storage, pack, slots, self._why[pack], self._clock.now())
 
+    def findings(self, lost: Collection[tuple[PackName, int]] | None = None) -> Iterator[Finding]:
+        """Yield what was found. *lost* are the slots for want of which a snapshot can't be read, if known."""
+        for finding, slots in self._findings:
+            is_mended = lost is not None and bool(slots) and not any(slot in lost for slot in slots)
+            yield replace(finding, is_mended=is_mended)
+
     def save(self, there: Iterable[PackName]) -> None:
         """Write down when packs were verified; *there* are those that exist. Raises StorageError."""
         if self.packs:
@@ -102,17 +109,18 @@ class Scrub:
 
     def _note(self, found: Checked) -> None:
         if found.why:
-            self.findings.append(Finding(found.pack.key, found.why))
+            self._findings.append((Finding(found.pack.key, found.why), frozenset()))
         if found.unreadable:
             self.unreadable.append(found.pack)
             self._why[found.pack] = found.why
-        reasons: dict[str, list[int]] = {}
+        reasons: dict[str, list[tuple[PackName, int]]] = {}
         for birth, slot, why in found.bad:
             self.bad[birth] = self.bad.get(birth, 0) | 1 << slot
             self._why[birth] = why
-            reasons.setdefault(why, []).append(slot)
+            reasons.setdefault(why, []).append((birth, slot))
         for why, slots in reasons.items():
-            self.findings.append(Finding(found.pack.key, f"{named(slots)}: {why}"))
+            words = f"{named([slot for _, slot in slots])}: {why}"
+            self._findings.append((Finding(found.pack.key, words), frozenset(slots)))
         if not found.why and not found.bad:
             self.sound.add(found.pack)
 

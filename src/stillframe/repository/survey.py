@@ -136,8 +136,10 @@ class HitSearch:
         self._parameters = places.repository.parameters
         self._readable = lru_cache(_HITS_MOST)(self._can_be_read)
         self._hits: list[Hit] = []
-        #: Slots that could not be read, and whether all hits are told.
+        #: Slots that could not be read, and those, by birth, of which not all is healed.
         self.lost: set[SlotRef] = set()
+        self.unhealed: set[tuple[PackName, int]] = set()
+        #: Whether all hits are told.
         self.is_complete = True
 
     def run(self, every: Iterable[Trunk]) -> list[Hit]:
@@ -160,6 +162,8 @@ class HitSearch:
                 continue
             heal = self._heals.get(entry.id)
             healed = heal is not None and self._readable(heal)
+            if not healed:
+                self.unhealed.add((entry.place.pack, entry.place.slot))
             if stretches and stretches[-1][1:] == (number - 1, healed):
                 stretches[-1] = (stretches[-1][0], number, healed)
             else:
@@ -170,6 +174,7 @@ class HitSearch:
     def _node(self, damage: SlotDamaged, at: At) -> None:
         chunks = self._span(at.level) * self._parameters.leaf_chunks
         stretch = (at.index * chunks, (at.index + 1) * chunks - 1, False)
+        self.unhealed.add((damage.place.pack, damage.place.slot))
         self._add(Hit(damage.place, at, (stretch,), damage.message, is_node=True))
 
     def _add(self, hit: Hit) -> None:

@@ -90,8 +90,8 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
-        """Whether every snapshot can be read in full, and nothing else is damaged."""
-        return not (self.findings or self.hurt or self.unreadable)
+        """Whether every snapshot can be read in full, and nothing is damaged that could hurt one."""
+        return not (self.hurt or self.unreadable) and all(finding.is_mended for finding in self.findings)
 
 
 def verify(
@@ -119,7 +119,7 @@ def verify_stored(
     scrub.record()
     scrub.save(packs)
     return Verification(Level.STORED, 0, len(packs), scrub.packs, scrub.slots, scrub.size_bytes,
-                        tuple(scrub.findings))
+                        tuple(scrub.findings()))
 
 
 class _Verifier:
@@ -161,7 +161,7 @@ class _Verifier:
         self._scrub.save(packs)
         return Verification(
             self._level, len(names), len(packs), self._scrub.packs, self._scrub.slots,
-            self._scrub.size_bytes, (*self._findings, *self._scrub.findings),
+            self._scrub.size_bytes, (*self._findings, *self._scrub.findings(search.unhealed)),
             self._ranges(hurt, healed=False), self._ranges(hurt, healed=True), tuple(unreadable),
             search.is_complete)
 
@@ -228,7 +228,8 @@ class _Verifier:
         for pack, slots in sorted(lost.items()):
             if new := slots & ~self._scrub.bad.get(pack, 0):
                 why = f"{named(bits(new))} can't be read"
-                self._findings.append(Finding(pack.key, why))
+                is_mended = not any((pack, slot) in search.unhealed for slot in bits(new))
+                self._findings.append(Finding(pack.key, why, is_mended))
                 if known.within(pack, new) != new:
                     record_bad(self._storage, pack, new, why, self._clock.now())
         if self._level is Level.FULL:
