@@ -1,9 +1,10 @@
 """One run in a process of its own that stops itself (SIGSTOP) at a given step of the journal.
 
-    python tests/fault/driver.py mirror|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE LIMIT
+    python tests/fault/driver.py mirror|backup|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE \
+        STATE PHASE LIMIT
 
-STATE and PHASE ("intent" or "done") say where; "-" runs through. `reached` is printed just
-before stopping. LIMIT is the overlays' limit in bytes, 0 for none. The exit code is
+For a backup, DEST is the repository, which PASSPHRASE opens. STATE and PHASE ("intent" or "done") say
+where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays' limit in bytes, 0 for none. The exit code is
 the error's, 0 for none; the error is printed.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from stillframe.backup.run import BackupJob, backup_guest
 from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.limits import Limits
@@ -27,9 +29,15 @@ from stillframe.capture.states import Quiesce, State
 from stillframe.clock import SystemClock
 from stillframe.errors import StillframeError
 from stillframe.hypervisor.connection import Connection
-from stillframe.hypervisor.domain import find_domain
+from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.mirror.run import MirrorJob, mirror_guest
+from stillframe.repository.keyslots import SlotKind
+from stillframe.repository.opened import Secret, open_repository
+from stillframe.storage.local import LocalStorage
 from stillframe.units import MIB
+
+PASSPHRASE = b"correct horse"
+HOST = "lab"
 
 LIMITS = Limits(freeze_s=10, agent_s=5, shutdown_s=20, commit_s=60, min_free_bytes=64 * MIB)
 
@@ -48,6 +56,16 @@ def stop_at(state: str, phase: str) -> Callable[[State, str], None]:
     return hook
 
 
+def back_up(domain: Domain, repository: Path, wishes: Wishes, tools: Tools) -> None:
+    """Back one guest up, and print the ID of the snapshot."""
+    secret = Secret(SlotKind.PASSPHRASE, PASSPHRASE)
+    job = BackupJob(
+        domain, lambda: open_repository(LocalStorage(repository), secret), repository, HOST,
+        tools.journal.folder / "hints", wishes, lambda: None, lambda *_: None)
+    result = backup_guest(job, tools)
+    print(f"snapshot {result.snapshot}", flush=True)
+
+
 def main() -> int:
     """Do the run."""
     what, guest, destination, state_dir, overlays, quiesce, state, phase, limit = sys.argv[1:]
@@ -61,6 +79,8 @@ def main() -> int:
         if what == "recover":
             with domain_lock(journal.folder, domain.uuid, domain.name, "recover", clock):
                 recover_domain(domain, tools, limits)
+        elif what == "backup":
+            back_up(domain, Path(destination), Wishes(Quiesce(quiesce), Path(overlays), limits=limits), tools)
         else:
             wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits)
             mirror_guest(

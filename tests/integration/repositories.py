@@ -1,0 +1,76 @@
+"""What tests of backups of real guests share: a repository, runs of the command, and comparing every byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.guest import Guest
+from lab.images import assert_equal_images
+from stillframe.clock import SystemClock
+from stillframe.repository.keyslots import Kdf, SlotKind
+from stillframe.repository.opened import Secret, init_repository
+from stillframe.storage.local import LocalStorage
+from tests.fault.driver import PASSPHRASE
+from tests.fault.harness import Place
+
+ROOT = Path(__file__).resolve().parents[2]
+#: A slot that opens fast: what it costs to guess the passphrase is not what these tests are about.
+CHEAP = Kdf("", memory_kib=64, iterations=1, lanes=1)
+_TIMEOUT_S = 200.0
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository in a folder, and how the command reaches it."""
+
+    path: Path
+    place: Place
+
+    def call(self, *words: str | Path, secret: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run stillframe on the repository and return what came of it, whatever that is."""
+        environment = {**os.environ, "STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
+        if secret:
+            environment["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
+        return subprocess.run(
+            [sys.executable, "-m", "stillframe", *map(str, words), "--state-dir", str(self.place.state_dir)],
+            capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd=ROOT, env=environment,
+            stdin=subprocess.DEVNULL)
+
+    def json(self, *words: str | Path) -> dict[str, Any]:
+        """Run stillframe, which must end well, and return its JSON."""
+        done = self.call(*words, "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def backup(self, guest: Guest, *options: str) -> dict[str, Any]:
+        """Back a guest up and return what is said of it."""
+        found: dict[str, Any] = self.json(
+            "backup", guest.name, "--quiesce", "none", "--min-free", "32M", *options)["guests"][0]
+        return found
+
+    def assert_restores(self, snapshot: str, expected: dict[str, Path], to: Path) -> None:
+        """Restore every disk of a snapshot and compare every byte. Raises ImagesDiffer."""
+        for target, moment in expected.items():
+            image = to / f"{snapshot}-{target}.img"
+            done = self.call("restore", f"{snapshot}:{target}", "--to", image)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert_equal_images(image, moment)
+            image.unlink()
+
+
+def make_repo(place: Place, folder: Path) -> Repo:
+    """Make a repository that PASSPHRASE opens."""
+    path = folder / "repository"
+    passphrase = path.with_suffix(".pass")
+    passphrase.write_bytes(PASSPHRASE + b"\n")
+    passphrase.chmod(0o600)
+    init_repository(
+        LocalStorage(path, make=True), Secret(SlotKind.PASSPHRASE, PASSPHRASE), "test", SystemClock(), costs=CHEAP)
+    return Repo(path, place)
