@@ -4,8 +4,8 @@
         STATE PHASE LIMIT
 
 For a backup, DEST is the repository, which PASSPHRASE opens. STATE and PHASE ("intent" or "done") say
-where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays' limit in bytes, 0 for none. The exit code is
-the error's, 0 for none; the error is printed.
+where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays' limit
+in bytes, 0 for none. The exit code is the error's, 0 for none; the error is printed.
 """
 
 from __future__ import annotations

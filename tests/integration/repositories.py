@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class Repo:
 
     def call(self, *words: str | Path, secret: bool = True) -> subprocess.CompletedProcess[str]:
         """Run stillframe on the repository and return what came of it, whatever that is."""
-        environment = {**os.environ, "STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
+        environment = {
+            **os.environ, "STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
         if secret:
             environment["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
         return subprocess.run(
@@ -57,12 +59,12 @@ class Repo:
 
     def assert_restores(self, snapshot: str, expected: dict[str, Path], to: Path) -> None:
         """Restore every disk of a snapshot and compare every byte. Raises ImagesDiffer."""
+        folder = to / f"restored-{snapshot}"
+        done = self.call("restore", snapshot, "--to", f"{folder}/")
+        assert done.returncode == 0, done.stdout + done.stderr
         for target, moment in expected.items():
-            image = to / f"{snapshot}-{target}.img"
-            done = self.call("restore", f"{snapshot}:{target}", "--to", image)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert_equal_images(image, moment)
-            image.unlink()
+            assert_equal_images(folder / f"{target}.img", moment)
+        shutil.rmtree(folder)
 
 
 def make_repo(place: Place, folder: Path) -> Repo:
@@ -71,6 +73,6 @@ def make_repo(place: Place, folder: Path) -> Repo:
     passphrase = path.with_suffix(".pass")
     passphrase.write_bytes(PASSPHRASE + b"\n")
     passphrase.chmod(0o600)
-    init_repository(
-        LocalStorage(path, make=True), Secret(SlotKind.PASSPHRASE, PASSPHRASE), "test", SystemClock(), costs=CHEAP)
+    secret = Secret(SlotKind.PASSPHRASE, PASSPHRASE)
+    init_repository(LocalStorage(path, make=True), secret, "test", SystemClock(), costs=CHEAP)
     return Repo(path, place)

@@ -14,7 +14,7 @@ from stillframe.cli import keys as keys_command
 from stillframe.cli import restore as restore_command
 from stillframe.cli import snapshots as snapshots_command
 from stillframe.cli import verify as verify_command
-from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
+from stillframe.cli.options import plain_options, repository_options, run_command, taking
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
 
@@ -98,14 +98,15 @@ def diff(
     run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
 
 
-@taking(host_options, repository_options)
+@taking(plain_options, repository_options)
 def restore(
     common: Common, repository: RepositorySettings, *,
     snapshot: Annotated[
         str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
     to: Annotated[
         Path, typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")],
-    format_: Annotated[Format, typer.Option("--format", help="what kind of image to make")] = Format.RAW,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="else raw, or qcow2 if PATH ends so")] = None,
     delta: Annotated[
         bool, typer.Option("--delta", help="write only what differs into an image that is there")] = False,
     force: Annotated[
@@ -114,7 +115,7 @@ def restore(
         bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
 ) -> None:
     """Write a snapshot's disks back to files or to a block device."""
-    wish = restore_command.Wish(snapshot, to, format_.value, delta, force, skip_bad)
+    wish = restore_command.Wish(snapshot, to, format_.value if format_ else "", delta, force, skip_bad)
     run_command(common, lambda session: restore_command.restore(session, wish), repository)
 
 

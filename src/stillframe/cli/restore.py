@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillframe.cli.session import Session
-from stillframe.errors import RepositoryRefused
+from stillframe.cli.snapshots import find, name_body
+from stillframe.errors import (
+    EXIT_OK,
+    DestinationUnwritable,
+    GuestState,
+    RepositoryDamaged,
+    SnapshotUnknown,
+    StillframeError,
+    TargetExists,
+)
+from stillframe.repository.catalog import display_name
+from stillframe.repository.manifest import DiskEntry, Manifest
+from stillframe.repository.places import Places
+from stillframe.repository.reader import DiskView
+from stillframe.repository.snapshots import read_snapshot
+from stillframe.restore.run import Restored, RestoreProgress, restore_disk
+from stillframe.restore.target import Wishes
+from stillframe.units import size_text
+
+_DEFINITION = "domain.xml"
 
 
 @dataclass(frozen=True)
@@ -22,5 +43,111 @@ class Wish:
 
 
 def restore(session: Session, wish: Wish) -> int:
-    """Restore; return the exit code."""
-    raise RepositoryRefused(f"{wish.name}: not built yet: {session.address}")
+    """Restore; return the exit code: RepositoryDamaged's if stretches were lost and skipped."""
+    text, target = split_name(wish.name)
+    name = find(session, text)
+    manifest = read_snapshot(session.repository, name)
+    disks = _chosen(manifest, target, display_name(name))
+    into_folder = target == "" and (len(disks) > 1 or wish.to.is_dir() or str(wish.to).endswith("/"))
+    places = Places(session.repository)
+    session.kept = "What it wrote is not whole; the repository is as it was."
+    results = []
+    with session.signals_as_stop("what is not whole is removed"):
+        if into_folder:
+            _make_folder(wish.to)
+        for disk in disks:
+            to = wish.to / _file_name(disk, wish.format) if into_folder else wish.to
+            results.append((disk.target, _one(session, places, disk, to, wish)))
+        files = _machine(places, manifest, wish) if into_folder else []
+    lost = any(result.lost for _, result in results)
+    for path in files:
+        session.screen.result(f"{path}: written")
+    session.screen.json({
+        "snapshot": name_body(name), "whole": not lost, "files": [str(path) for path in files],
+        "disks": [{"target": each, **asdict(result)} for each, result in results],
+    })
+    return RepositoryDamaged.exit_code if lost else EXIT_OK
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Return the snapshot's name and the disk's ("" if none is named) of SNAPSHOT[:DISK]."""
+    snapshot, colon, disk = text.rpartition(":")
+    # A time has colons too; no disk is called by digits alone.
+    return (snapshot, disk) if colon and disk and not disk.rstrip("Z").isdigit() else (text, "")
+
+
+def _chosen(manifest: Manifest, target: str, name: str) -> Sequence[DiskEntry]:
+    chosen = [disk for disk in manifest.disks if target in ("", disk.target)]
+    if not chosen:
+        there = ", ".join(disk.target for disk in manifest.disks)
+        raise SnapshotUnknown(f"{name} has no disk {target}; it has {there}.",
+                              f"stillframe show {manifest.sid[:12]}")
+    return chosen
+
+
+def _one(session: Session, places: Places, disk: DiskEntry, to: Path, wish: Wish) -> Restored:
+    session.screen.say(f"restoring {disk.target} ({size_text(disk.size_bytes)}) to {to}")
+
+    def report(progress: RestoreProgress) -> None:
+        session.screen.bar(f"{disk.target}: restore", progress.done_bytes, progress.size_bytes)
+
+    result = restore_disk(
+        places, disk, Wishes(str(to.absolute()), wish.format, wish.force, wish.delta), clock=session.clock,
+        skip_bad=wish.skip_bad, stop=lambda: _stop(session), report=report)
+    session.screen.result(
+        f"{disk.target}: {result.path}: {size_text(result.data_bytes)} data, "
+        f"{size_text(result.written_bytes)} written")
+    for lost in result.lost:
+        session.screen.result(
+            f"{disk.target}: lost: {lost.length_bytes} bytes at {lost.offset_bytes} ({lost.why})")
+    return result
+
+
+def _stop(session: Session) -> StillframeError | None:
+    error = session.stop()
+    if error is not None:
+        error.guest = GuestState.UNTOUCHED
+    return error
+
+
+def _file_name(disk: DiskEntry, image_format: str) -> str:
+    return f"{disk.target}.{'qcow2' if image_format == 'qcow2' else 'img'}"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except FileExistsError as error:
+        raise TargetExists(f"{folder} is a file; a snapshot with several disks needs a folder.",
+                           "choose a folder, or one disk: SNAPSHOT:DISK") from error
+    except OSError as error:
+        raise DestinationUnwritable(f"The folder {folder} can't be made: {error.strerror}.",
+                                    f"ls -ld {folder.parent}") from error
+
+
+def _machine(places: Places, manifest: Manifest, wish: Wish) -> list[Path]:
+    """Write what belongs to the machine besides its disks; return the paths."""
+    written = [(wish.to / _DEFINITION, (manifest.inactive_xml or manifest.live_xml).encode())]
+    for entry in manifest.files:
+        content = bytearray(entry.size_bytes)
+        with DiskView(places, entry) as view:
+            view.read_into(memoryview(content), 0)
+        written.append((wish.to / f"{entry.role}-{Path(entry.path).name}", bytes(content)))
+    for path, data in written:
+        _write_file(path, data, replace=wish.force or wish.delta)
+    return [path for path, _ in written]
+
+
+def _write_file(path: Path, content: bytes, *, replace: bool) -> None:
+    how = os.O_TRUNC if replace else os.O_EXCL
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+    except FileExistsError as error:
+        raise TargetExists(f"{path} exists.", "choose another folder, or --force") from error
+    except OSError as error:
+        raise DestinationUnwritable(f"{path} can't be written: {error.strerror}.",
+                                    f"ls -ld {path.parent}") from error
