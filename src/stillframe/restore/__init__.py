@@ -1,0 +1,1 @@
+"""Restoring: disks of snapshots into files and block devices."""
