@@ -32,17 +32,24 @@ class Repo:
 
     path: Path
     place: Place
+    root: Path = ROOT
 
     def call(self, *words: str | Path, secret: bool = True) -> subprocess.CompletedProcess[str]:
         """Run stillframe on the repository and return what came of it, whatever that is."""
-        environment = {
-            **os.environ, "STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
-        if secret:
-            environment["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
         return subprocess.run(
-            [sys.executable, "-m", "stillframe", *map(str, words), "--state-dir", str(self.place.state_dir)],
-            capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd=ROOT, env=environment,
-            stdin=subprocess.DEVNULL)
+            self.command(*words), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd=self.root,
+            env=self.environment(secret=secret), stdin=subprocess.DEVNULL)
+
+    def command(self, *words: str | Path) -> list[str]:
+        """Return the command line of a call."""
+        return [sys.executable, "-m", "stillframe", *map(str, words), "--state-dir", str(self.place.state_dir)]
+
+    def environment(self, *, secret: bool = True) -> dict[str, str]:
+        """Return the environment that names the repository, and what opens it."""
+        named = {"STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
+        if secret:
+            named["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
+        return {**os.environ, **named}
 
     def json(self, *words: str | Path) -> dict[str, Any]:
         """Run stillframe, which must end well, and return its JSON."""

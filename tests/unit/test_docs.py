@@ -38,8 +38,9 @@ def commands() -> dict[str, set[str]]:
     group: Any = typer.main.get_command(app)
     found: dict[str, set[str]] = {}
     for name, command in group.commands.items():
-        below = getattr(command, "commands", {})
-        for whole, each in {f"{name} {word}": each for word, each in below.items()}.items() or [(name, command)]:
+        below = getattr(command, "commands", None)
+        named = {name: command} if below is None else {f"{name} {word}": each for word, each in below.items()}
+        for whole, each in named.items():
             found[whole] = {
                 option for parameter in each.params for option in parameter.opts if option.startswith("-")}
     return found
@@ -222,7 +223,8 @@ def test_the_json_of_a_mirror_has_the_fields_that_are_shown() -> None:
 
 @pytest.mark.parametrize(("command", "keys"), [
     ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests"}),
-    ("status", {"open_runs", "guests_on_overlays", "mirrors", "libvirt_error"}),
+    ("status", {
+        "open_runs", "guests_on_overlays", "mirrors", "snapshots", "libvirt_error", "repository_error"}),
 ])
 def test_the_other_examples_are_json(command: str, keys: set[str]) -> None:
     assert set(_example(command)) == keys

@@ -85,7 +85,8 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, "backup", tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
         plan = make_plan(domain, job.wishes)
-        _refuse_place(job, plan)
+        if job.folder is not None:
+            refuse_place(job.folder, plan)
         repository = job.open_repository()
         parent = _parent(repository, job)
         warnings = [*parent.problems, *_space_warnings(job, plan, parent)]
@@ -109,11 +110,11 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
     )
 
 
-def _refuse_place(job: BackupJob, plan: Plan) -> None:
+def refuse_place(repository: Path, plan: Plan) -> None:
     """Raise DestinationInsideGuest, OverlayFolderNeeded if the repository and the guest lie too near."""
-    if job.folder is None or not job.folder.is_dir():
+    if not repository.is_dir():
         return  # opening it will tell
-    folder = job.folder.resolve()
+    folder = repository.resolve()
     refuse_inside_images(folder, plan)
     refuse_overlays_at(folder, folder, plan, f"stillframe backup {plan.domain.name} --repo {folder}")
 

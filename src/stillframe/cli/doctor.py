@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
+from stillframe.backup.run import refuse_place
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan, make_plan
+from stillframe.cli.address import local_folder
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, Refused, RunInProgress, StillframeError
 from stillframe.hypervisor.domain import Domain, all_domains, find_domain
+from stillframe.repository.catalog import list_snapshots
+from stillframe.repository.opened import read_parameters
 from stillframe.units import size_text
 
 _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
@@ -21,12 +26,13 @@ _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
 def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> int:
     """Say of each named guest (or of all) whether it can be captured; return the exit code."""
     host = _host(session)
+    folder = _repository(session, host)
     domains = [find_domain(session.connection, name) for name in names] or all_domains(session.connection)
     bodies: list[dict[str, object]] = []
     errors: list[StillframeError] = []
     for domain in domains:
         try:
-            bodies.append({"guest": domain.name, "ok": True, **_examine(session, domain, options)})
+            bodies.append({"guest": domain.name, "ok": True, **_examine(session, domain, options, folder)})
         except StillframeError as error:
             errors.append(error)
             bodies.append({"guest": domain.name, "ok": False, "error": error_body(error)})
@@ -51,7 +57,21 @@ def _host(session: Session) -> dict[str, object]:
     return {"libvirt": library, "qemu": qemu, "missing_programs": missing}
 
 
-def _examine(session: Session, domain: Domain, options: GuestSettings) -> dict[str, object]:
+def _repository(session: Session, host: dict[str, object]) -> Path | None:
+    """Look at the repository that is configured, if one is; return its folder. Raises what `backup` would."""
+    if session.repository_settings.repository is None:
+        return None
+    parameters = read_parameters(session.storage)
+    snapshots = len(list_snapshots(session.storage))
+    session.screen.result(f"repository: {session.storage.address} ({snapshots} snapshots)")
+    host["repository"] = {
+        "address": session.storage.address, "id": parameters.id, "snapshots": snapshots}
+    return local_folder(session.address)
+
+
+def _examine(
+    session: Session, domain: Domain, options: GuestSettings, repository: Path | None,
+) -> dict[str, object]:
     holder = lock_holder(session.journal.folder, domain.uuid)
     if holder:
         raise RunInProgress(f"stillframe works on {domain.name}: {holder}.", "stillframe status")
@@ -62,6 +82,8 @@ def _examine(session: Session, domain: Domain, options: GuestSettings) -> dict[s
             f"stillframe recover {domain.name}",
         )
     plan = make_plan(domain, for_guest(session.settings, domain.name, options))
+    if repository is not None:
+        refuse_place(repository, plan)
     session.screen.result(f"{domain.name}: can be captured by the overlay method")
     for line in _plan_lines(plan):
         session.screen.result(f"  {line}")

@@ -1,4 +1,4 @@
-"""`stillframe status`: runs, leftovers, guests on overlays, the last good mirror of each guest."""
+"""`stillframe status`: runs, leftovers, guests on overlays, the last mirror and snapshot of each guest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from pathlib import Path
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import OVERLAY_SUFFIX
+from stillframe.capture.watched import Watched
 from stillframe.cli.session import Session
+from stillframe.cli.snapshots import name_body, name_words
 from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import all_domains
 from stillframe.mirror.record import FolderState
 from stillframe.mirror.recover import inspect_folder
+from stillframe.repository.catalog import list_snapshots
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.opened import read_parameters
+from stillframe.repository.snapshots import newest_of_each
+from stillframe.storage.model import Storage
 
+_STORAGE_TIMEOUT_S = 15.0
 _SHOWN_RUNS = 100
 _BAD_MIRRORS = {
     state.value for state in (FolderState.DAMAGED, FolderState.UNREADABLE, FolderState.PENDING)
@@ -31,9 +39,15 @@ def status(session: Session) -> int:
         unreachable, unreachable_code = error.message, error.exit_code
         session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
     mirrors = _mirrors(session)
+    snapshots, repository_error = _snapshots(session)
     session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "mirrors": mirrors,
-                         "libvirt_error": unreachable})
+                         "snapshots": [name_body(name) for name in snapshots],
+                         "libvirt_error": unreachable, "repository_error": repository_error})
     _print(session, runs, overlaid, mirrors)
+    for name in snapshots:
+        session.screen.result(f"last snapshot of {name.guest}: {name_words(name)}")
+    if not (runs or overlaid or mirrors or snapshots):
+        session.screen.result("no run yet: stillframe mirror GUEST DEST, or stillframe backup GUEST")
     left = [run for run in runs if not run["running"]]
     unknown = [each for each in overlaid if each["run"] == ""]
     busy = {run["guest"] for run in runs if run["running"]}
@@ -63,8 +77,25 @@ def _print(
             + (f", as of {mirror['captured_at']}, {mirror['consistency']}-consistent"
                if mirror["captured_at"] else "")
         )
-    if not (runs or overlaid or mirrors):
-        say("no run yet: stillframe mirror GUEST DEST")
+
+
+def _snapshots(session: Session) -> tuple[list[SnapshotName], str]:
+    """Return the newest snapshot of each guest, if a repository is configured, or why that is not known."""
+    if session.repository_settings.repository is None:
+        return [], ""
+    try:
+        storage = session.storage
+        found = Watched(lambda _: _newest(storage), session.clock, "list").result(
+            session.stop, stall_timeout_s=_STORAGE_TIMEOUT_S)
+    except StillframeError as error:
+        session.screen.warn(f"the snapshots in {session.address} are not known: {error.message}")
+        return [], error.message
+    return found, ""
+
+
+def _newest(storage: Storage) -> list[SnapshotName]:
+    read_parameters(storage)
+    return sorted(newest_of_each(list_snapshots(storage)).values())
 
 
 def _run_body(session: Session, run: RunRecord) -> dict[str, object]:
