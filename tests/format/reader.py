@@ -48,11 +48,13 @@ class Repository:
 
     def __init__(self, folder: Path, passphrase: str) -> None:
         self.folder = folder
+        self.last: tuple[Place, list[tuple[bytes, bytes]]] | None = None
         self.sizes = json.loads((folder / "repo.json").read_bytes())
         if self.sizes["format"] != "stillframe-repository" or self.sizes["version"] != 1:
             raise Damaged("not a repository of format 1")
         self.domain_key = self._unwrap(passphrase.encode())
         self.moved = self._moved()
+        self.healed = dict(self._healed())
 
     # --- keys and sealing ---
 
@@ -123,6 +125,17 @@ class Repository:
         except InvalidTag as error:
             raise Damaged(f"slot {place} can't be opened") from error
 
+    def _healed(self) -> Iterator[tuple[bytes, tuple[Place, int]]]:
+        """Yield (chunk ID, (slot, position)) of chunks that were damaged and stored again."""
+        for path in (self.folder / "main/v/heal").glob("*"):
+            body = json.loads(self.opened(f"main/v/heal/{path.name}"))
+            if body["version"] != 1:
+                raise Damaged("a heal of another version")
+            for chunk_id, pack, slot, offset, stored, position in body["heals"]:
+                kind, sid, number = pack.split("/")
+                place = Place(kind, bytes.fromhex(sid), int(number), slot, offset, stored)
+                yield base64.b64decode(chunk_id), (place, position)
+
     # --- trees ---
 
     def _node(self, place: Place) -> bytes:
@@ -144,7 +157,7 @@ class Repository:
         for child in range(count):
             pack, slot, offset, stored = struct.unpack_from("<HIII", node, at + 14 * child)
             if pack != NOTHING:
-                yield from self._leaves(Place(*names[pack], slot, offset, stored), level - 1,
+                yield from self._leaves(Place(*names[int(pack)], slot, offset, stored), level - 1,
                                         index * count + child)
 
     def chunks(self, size: int, root: dict[str, Any] | None) -> Iterator[tuple[int, bytes]]:
@@ -155,12 +168,15 @@ class Repository:
             level, span = level + 1, span * self.sizes["inner_nodes"]
         place = None if root is None else Place("t", bytes.fromhex(root["sid"]), root["number"], root["slot"],
                                                 root["offset"], root["stored"])
-        last: tuple[Place, list[tuple[bytes, bytes]]] | None = None
         for index, leaf in self._leaves(place, level, 0):
             for number, (chunk_id, at, position) in self._entries(leaf):
-                if last is None or last[0] != at:
-                    last = at, self._open_chunks(at)
-                found, content = last[1][position]
+                try:
+                    found, content = self._open_chunks(at)[position]
+                except Damaged:
+                    if chunk_id not in self.healed:
+                        raise
+                    healed, place_there = self.healed[chunk_id]
+                    found, content = self._open_chunks(healed)[place_there]
                 if found != chunk_id:
                     raise Damaged(f"chunk {number} is another one")
                 yield index * width + number, content
@@ -178,12 +194,14 @@ class Repository:
         for number in range(count):
             if which[number] != NOTHING:
                 pack, slot, offset, stored = places[which[number]]
-                place = Place(*names[pack], slot, offset, stored)
+                place = Place(*names[int(pack)], slot, offset, stored)
                 yield number, (leaf[at : at + 32], place, positions[number])
                 at += 32
 
     def _open_chunks(self, place: Place) -> list[tuple[bytes, bytes]]:
         """Return (ID, content) of each chunk of a slot; IDs are computed anew and compared."""
+        if self.last is not None and self.last[0] == place:
+            return self.last[1]
         content = self.slot(place)
         codec, count, size = content[0], content[1], self.sizes["chunk_bytes"]
         body = unpacked(codec, content[2 + 32 * count :])
@@ -195,6 +213,7 @@ class Repository:
             if blake3(chunk, key=key).digest() != chunk_id:
                 raise Damaged("a chunk is not what its ID says")
             found.append((chunk_id, chunk))
+        self.last = place, found
         return found
 
     # --- snapshots ---

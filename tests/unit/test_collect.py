@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from stillframe.clock import SystemClock
@@ -135,9 +136,10 @@ def test_a_dead_session_is_fenced_and_its_packs_go() -> None:
     context = open_session(storage, world.repository.key, world.clock, "alpha",
                            lambda sid: f"main/m/alpha/x/20260101T000000Z-{sid}")
     with context as session:
-        content = storage.get(f"{SESSIONS}{session.sid}")
+        record = session.record
     # As if it had been killed, its process ID taken by another since.
-    storage.create(f"{SESSIONS}{session.sid}", content.replace(session.record.mark.encode(), b"0"))
+    storage.create(f"{SESSIONS}{session.sid}",
+                   msgspec.structs.replace(record, mark="0").encode(world.repository.key))
     storage.create(f"main/p/{session.sid}/00000000", b"x" * 100)
     assert [record.sid for record in plan(world).fenced] == [session.sid]
     approved: list[CollectionPlan] = []
@@ -150,7 +152,7 @@ def test_a_dead_session_is_fenced_and_its_packs_go() -> None:
     assert [record.sid for record in done.fenced] == [session.sid]
     assert len(approved) == 1
     assert done.deleted_packs == 1
-    assert list_sessions(storage) == []
+    assert list_sessions(storage, world.repository.key) == []
     assert len(storage.get(session.record.manifest_key)) == 64
     assert list(world.expected) == [name]
     world.check()

@@ -39,10 +39,10 @@ def _session(storage: Storage) -> Iterator[Session]:
 def test_a_session_is_registered_as_long_as_it_lasts() -> None:
     storage = MemoryStorage()
     with _session(storage) as session:
-        assert [each.sid for each in list_sessions(storage)] == [session.sid]
+        assert [each.sid for each in list_sessions(storage, _KEY)] == [session.sid]
         assert not is_dead(session.record, storage, 0.0), "its process can be seen"
         session.commit(_MANIFEST)
-    assert list_sessions(storage) == []
+    assert list_sessions(storage, _KEY) == []
     assert storage.get(session.record.manifest_key) == _MANIFEST
 
 
@@ -57,14 +57,14 @@ def test_a_session_goes_by_the_generation_that_came_while_it_registered() -> Non
     storage.before = before
     with _session(storage) as session:
         assert session.generation.number == 1
-        assert list_sessions(storage)[0].generation == 1
+        assert list_sessions(storage, _KEY)[0].generation == 1
 
 
 def test_a_fenced_session_can_not_commit() -> None:
     storage = MemoryStorage()
     with _session(storage) as session:
         fence(storage, session.record)
-        assert list_sessions(storage) == []
+        assert list_sessions(storage, _KEY) == []
         with pytest.raises(SessionFenced):
             session.commit(_MANIFEST)
     assert storage.stat(session.record.manifest_key).size_bytes == TOMBSTONE_BYTES
@@ -97,7 +97,7 @@ def test_a_commit_whose_reply_was_lost_is_a_commit() -> None:
     with _session(LostReply(inner, _is_commit)) as session:
         session.commit(_MANIFEST)
     assert inner.get(session.record.manifest_key) == _MANIFEST
-    assert list_sessions(inner) == []
+    assert list_sessions(inner, _KEY) == []
 
 
 def test_a_commit_that_was_lost_closes_its_own_place() -> None:
@@ -105,14 +105,14 @@ def test_a_commit_that_was_lost_closes_its_own_place() -> None:
     with _session(Failing(inner, _is_commit)) as session, pytest.raises(StorageLost):
         session.commit(_MANIFEST)
     assert inner.stat(session.record.manifest_key).size_bytes == TOMBSTONE_BYTES, "it can never come now"
-    assert list_sessions(inner) == []
+    assert list_sessions(inner, _KEY) == []
 
 
 def test_a_commit_in_doubt_leaves_its_session_for_fencing() -> None:
     inner = MemoryStorage()
     with _session(Failing(inner, _is_commit, times=2)) as session, pytest.raises(StorageLost):
         session.commit(_MANIFEST)
-    assert [each.sid for each in list_sessions(inner)] == [session.sid]
+    assert [each.sid for each in list_sessions(inner, _KEY)] == [session.sid]
 
 
 def test_a_commit_is_sent_once_although_all_else_is_retried() -> None:

@@ -154,7 +154,7 @@ class _Collector:
                 self.done = replace(self.done, lost_race=True)
                 return False
             self._delete_packs(decision, looked)
-            self._delete_generations(decision.number)
+        self._delete_generations()
         self._delete_records(looked, decision, copies)
         self.done = replace(
             self.done, waiting=tuple(waiting_for(looked, decision)),
@@ -164,7 +164,7 @@ class _Collector:
     # --- looking (G1 to G3) -------------------------------------------------------------------
 
     def _dead(self, own_sid: str) -> tuple[SessionRecord, ...]:
-        return tuple(record for record in list_sessions(self._storage)
+        return tuple(record for record in list_sessions(self._storage, self._repository.key)
                      if record.sid != own_sid and is_dead(record, self._storage, self._limits.fence_after_s))
 
     def _look(self, latest: Generation, dead: Sequence[SessionRecord], own_sid: str = "") -> Looked:
@@ -172,7 +172,7 @@ class _Collector:
         gone = {record.sid for record in dead}
         packs = list_packs(self._storage)
         self._heals = [listed.key for listed in self._storage.list(HEALED)]
-        sessions = [record for record in list_sessions(self._storage)
+        sessions = [record for record in list_sessions(self._storage, self._repository.key)
                     if record.sid != own_sid and record.sid not in gone]
         names = list_snapshots(self._storage)
         generation = with_known_homes(latest, packs)
@@ -229,12 +229,14 @@ class _Collector:
                 self.done, deleted_packs=self.done.deleted_packs + len(batch),
                 deleted_bytes=self.done.deleted_bytes + sum(looked.packs[pack] for pack in batch))
 
-    def _delete_generations(self, number: int) -> None:
-        """Remove those before the last one. The latest is always left."""
-        old = [listed.key for listed in self._storage.list(GENERATIONS)
-               if generation_number(listed.key) < number - 1]
-        if old:
-            self._storage.delete(old)
+    def _delete_generations(self) -> None:
+        """Remove those before the last two; an earlier collector may have left some. The latest stays."""
+        keys = [listed.key for listed in self._storage.list(GENERATIONS)]
+        if keys:
+            latest = max(generation_number(key) for key in keys)
+            old = [key for key in keys if generation_number(key) < latest - 1]
+            if old:
+                self._storage.delete(old)
 
     def _delete_records(self, looked: Looked, decision: Decision, copies: Copies) -> None:
         """Remove what is written about bad slots that nobody can refer to any more, and then all heals."""

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from urllib.parse import quote, unquote
 
 import msgspec
+from blake3 import blake3
 
 from stillframe.errors import RepositoryDamaged, RepositoryNewer, RepositoryUnknown
 
@@ -43,7 +44,9 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`repo.json`. Sizes are powers of two and never change in the life of a repository.
 
     A slot holds at most *slot_chunks* chunks, a leaf *leaf_chunks* entries, an inner node
-    *inner_nodes* children; a pack is closed at about *pack_bytes*.
+    *inner_nodes* children; a pack is closed at about *pack_bytes*. *digest* is
+    the BLAKE3 in hex of the canonical JSON in which it is empty: no key seals this object, and it
+    must not rot unseen.
     """
 
     id: str
@@ -55,6 +58,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     leaf_chunks: int = 64
     inner_nodes: int = 64
     pack_bytes: int = 32 * 1024 * 1024
+    digest: str = ""
 
     def chunks(self, size_bytes: int) -> int:
         """Return how many chunks a disk of *size_bytes* has; the last one may be partly padding."""
@@ -67,8 +71,16 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             height, span = height + 1, span * self.inner_nodes
         return height
 
+    def encode(self) -> bytes:
+        """Return the content of `repo.json`: canonical JSON, with *digest* set."""
+        bare = msgspec.structs.replace(self, digest="")
+        digest = blake3(msgspec.json.encode(bare, order="sorted")).hexdigest()
+        return msgspec.json.encode(msgspec.structs.replace(self, digest=digest), order="sorted")
+
     def problem(self) -> str:
         """Return what is impossible about these parameters, "" if nothing."""
+        if self.encode() != msgspec.json.encode(self, order="sorted"):
+            return "it is not what was stored"
         bounds = {
             "chunk_bytes": (4096, 4 * 1024 * 1024), "slot_chunks": (1, 128), "leaf_chunks": (4, 1024),
             "inner_nodes": (4, 1024), "pack_bytes": (64 * 1024, 1024 * 1024 * 1024),
@@ -99,7 +111,7 @@ def decode_parameters(content: bytes, address: str) -> Parameters:
     check_version(head.version, f"{address} is a repository")
     try:
         parameters = msgspec.json.decode(content, type=Parameters)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RepositoryDamaged(f"{address}/{REPOSITORY_KEY} is not valid: {error}.",
                                 f"restore {REPOSITORY_KEY} from a copy of the repository") from error
     if problem := parameters.problem():

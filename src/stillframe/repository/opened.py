@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import (
     KeyNeeded,
@@ -95,7 +93,7 @@ def init_repository(
     storage.create(slot.key, slot.encode())
     made = Parameters(id=secrets.token_hex(SID_BYTES), created_at=now) if parameters is None else parameters
     try:
-        storage.create(REPOSITORY_KEY, msgspec.json.encode(made, order="sorted"))
+        storage.create(REPOSITORY_KEY, made.encode())
     except ObjectExists as error:
         raise RepositoryExists(f"Somebody else made a repository at {storage.address} just now.",
                                f"stillframe list --repo {storage.address}") from error

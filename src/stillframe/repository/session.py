@@ -1,6 +1,7 @@
 """Sessions: whoever writes packs has one, so that no collector takes them for rubbish.
 
-    main/s/<sid>   JSON: version, sid, generation, host, manifest_key, pid, mark, space, began_at, beat
+    main/s/<sid>   sealed JSON: version, sid, generation, host, manifest_key, pid, mark, space,
+                   began_at, beat
 
 `generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
 it may commit ("" for a collector: that one commits by creating a generation). `space` says who can see
@@ -46,9 +47,9 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     beat: int = 0
     version: int = FORMAT_VERSION
 
-    def encode(self) -> bytes:
+    def encode(self, domain_key: DomainKey) -> bytes:
         """Return the session as an object."""
-        return msgspec.json.encode(self, order="sorted")
+        return domain_key.seal_object(session_key(self.sid), msgspec.json.encode(self, order="sorted"))
 
 
 @dataclass(slots=True)
@@ -117,17 +118,17 @@ def open_session(
         sid=sid, generation=generation.number, host=host, manifest_key=manifest_key(sid), pid=os.getpid(),
         mark=start_mark(os.getpid()), space=process_space(), began_at=utc_text(clock.now()),
     )
-    storage.create(session_key(sid), record.encode())
+    storage.create(session_key(sid), record.encode(domain_key))
     # A collector that listed the sessions before this one was there does not wait for it: so its
     # generation must be read after that. Until no newer one appears, none was made without seeing this.
     while latest_number(storage) != generation.number:
         generation = latest_generation(storage, domain_key)
         record = msgspec.structs.replace(record, generation=generation.number)
-        storage.replace(session_key(sid), record.encode())
+        storage.replace(session_key(sid), record.encode(domain_key))
     session = Session(record, generation, storage)
     ended = threading.Event()
     beating = threading.Thread(
-        target=_beat, args=(storage, clock, record, ended), name="heartbeat", daemon=True)
+        target=_beat, args=(storage, domain_key, clock, record, ended), name="heartbeat", daemon=True)
     beating.start()
     try:
         yield session
@@ -139,12 +140,12 @@ def open_session(
                 storage.delete([session_key(sid)])
 
 
-def list_sessions(storage: Storage) -> list[SessionRecord]:
+def list_sessions(storage: Storage, domain_key: DomainKey) -> list[SessionRecord]:
     """Return the sessions that are registered. Raises RepositoryDamaged, RepositoryNewer."""
     found = []
     for listed in storage.list(SESSIONS):
         with contextlib.suppress(ObjectMissing):  # it ended meanwhile
-            found.append(_decode(listed.key, storage.get(listed.key)))
+            found.append(_decode(listed.key, storage.get(listed.key), domain_key))
     return found
 
 
@@ -174,12 +175,14 @@ def fence(storage: Storage, record: SessionRecord) -> None:
     storage.delete([session_key(record.sid)])
 
 
-def _beat(storage: Storage, clock: Clock, record: SessionRecord, ended: threading.Event) -> None:
+def _beat(
+    storage: Storage, domain_key: DomainKey, clock: Clock, record: SessionRecord, ended: threading.Event
+) -> None:
     while not clock.wait(ended, _BEAT_S):
         record = msgspec.structs.replace(record, beat=record.beat + 1)
         try:
             storage.stat(session_key(record.sid))  # a fenced session must not come back by its own beat
-            storage.replace(session_key(record.sid), record.encode())
+            storage.replace(session_key(record.sid), record.encode(domain_key))
         except ObjectMissing:
             return
         except StorageError:
@@ -198,10 +201,13 @@ class _Version(msgspec.Struct):
     version: int = 0
 
 
-def _decode(key: str, content: bytes) -> SessionRecord:
+def _decode(key: str, sealed: bytes, domain_key: DomainKey) -> SessionRecord:
     try:
+        content = domain_key.open_object(key, sealed)
         check_version(msgspec.json.decode(content, type=_Version).version, f"{key} is a session")
         return msgspec.json.decode(content, type=SessionRecord)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RepositoryDamaged(f"The session {key} can't be read: {error}.",
-                                "stillframe prune --repo REPO --dry-run") from error
+        raise RepositoryDamaged(
+            f"The session {key} can't be read: {error}. As long as it is there nothing can be pruned.",
+            "see that no backup is running anywhere, then delete that object; its snapshot never came to be",
+        ) from error
