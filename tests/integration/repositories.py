@@ -37,12 +37,13 @@ class Repo:
     def call(self, *words: str | Path, secret: bool = True) -> subprocess.CompletedProcess[str]:
         """Run stillframe on the repository and return what came of it, whatever that is."""
         return subprocess.run(
-            self.command(*words), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd=self.root,
-            env=self.environment(secret=secret), stdin=subprocess.DEVNULL)
+            self.command(*words), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+            cwd=self.root, env=self.environment(secret=secret), stdin=subprocess.DEVNULL)
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the command line of a call."""
-        return [sys.executable, "-m", "stillframe", *map(str, words), "--state-dir", str(self.place.state_dir)]
+        state = ["--state-dir", str(self.place.state_dir)]
+        return [sys.executable, "-m", "stillframe", *map(str, words), *state]
 
     def environment(self, *, secret: bool = True) -> dict[str, str]:
         """Return the environment that names the repository, and what opens it."""
