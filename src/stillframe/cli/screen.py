@@ -121,6 +121,8 @@ def _make_progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
         TransferSpeedColumn(), TimeRemainingColumn(), console=console,
+        # rich would send results to the bars' stream; that is right only where both are one terminal.
+        redirect_stdout=sys.stdout.isatty(),
     )
 
 

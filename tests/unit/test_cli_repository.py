@@ -1,0 +1,490 @@
+"""The commands on a repository as a user or a timer calls them, without libvirt and guests."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stillframe import errors
+from stillframe.block.reader import DiskReader
+from stillframe.cli.main import app
+from stillframe.cli.restore import split_name
+from stillframe.clock import SystemClock, utc_text
+from stillframe.errors import EXIT_OK, EXIT_USAGE
+from stillframe.repository.hints import ChunkHints
+from stillframe.repository.keyslots import Kdf, SlotKind
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.manifest import DiskEntry, Manifest, Root, Versions, encode_manifest
+from stillframe.repository.opened import Repository, Secret, init_repository, open_repository
+from stillframe.repository.places import Places
+from stillframe.repository.scan import BytesSource
+from stillframe.repository.session import open_session
+from stillframe.repository.snapshots import newest_of
+from stillframe.repository.writer import SnapshotWriter
+from stillframe.storage.local import LocalStorage
+
+_ROOT = Path(__file__).parents[2]
+_PASSPHRASE = "four random words"
+_CHEAP = Kdf("", memory_kib=64, iterations=1, lanes=1)
+_DAY = datetime(2026, 11, 20, 12, tzinfo=UTC)
+_DISK_BYTES = 1024 * 1024 + 512
+
+SECRETS = ("STILLFRAME_PASSPHRASE_FILE", "STILLFRAME_PASSPHRASE_COMMAND", "STILLFRAME_KEY_FILE")
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Call:
+    """Call stillframe on the repository, with its passphrase in a file unless *secret* is False."""
+
+    def run(*words: str | Path, secret: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = dict.fromkeys(SECRETS)
+        environment |= {
+            "COLUMNS": "200", "STILLFRAME_CONFIG": "/dev/null",
+            "STILLFRAME_REPOSITORY": str(tmp_path / "repository"), **more}
+        if secret and "STILLFRAME_PASSPHRASE_FILE" not in more:
+            environment["STILLFRAME_PASSPHRASE_FILE"] = str(tmp_path / "pass")
+        # In this process: starting Python a hundred times would be most of these tests.
+        line = [*map(str, words), "--state-dir", str(tmp_path / "state")]
+        done = CliRunner().invoke(app, line, env=environment, catch_exceptions=False)
+        return subprocess.CompletedProcess(line, done.exit_code, done.stdout, done.stderr)
+
+    secret_file(tmp_path / "pass", _PASSPHRASE)
+    return run
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    """Give a repository that the passphrase opens fast."""
+    return init_repository(
+        LocalStorage(tmp_path / "repository", make=True),
+        Secret(SlotKind.PASSPHRASE, _PASSPHRASE.encode()), "first", SystemClock(), costs=_CHEAP)
+
+
+def secret_file(path: Path, text: str) -> Path:
+    path.write_text(f"{text}\n")
+    path.chmod(0o600)
+    return path
+
+
+def add_snapshot(
+    repository: Repository, guest: str, moment: datetime, *disks: bytes, host: str = "lab",
+) -> str:
+    """Store a snapshot of disks vda, vdb, ...; return its ID."""
+    clock = SystemClock()
+    found, _ = newest_of(repository, host, guest, guest)
+    entries = []
+    with open_session(
+        repository.storage, repository.key, clock, host,
+        lambda sid: SnapshotName(host, guest, moment, sid).key,
+    ) as session:
+        hints = ChunkHints(repository.parameters.id)
+        with SnapshotWriter(
+            repository, session, Places(repository, session.generation), bad=(), hints=hints,
+        ) as writer:
+            for number, content in enumerate(disks):
+                target = f"vd{'abc'[number]}"
+                parents = found[1].disks if found is not None else ()
+                parent = next((disk for disk in parents if disk.target == target), None)
+                source: DiskReader = BytesSource(content)
+                written = writer.write(source, parent)
+                entries.append(DiskEntry(
+                    target=target, format="raw", source=f"/images/{target}.img", method="overlay",
+                    size_bytes=written.size_bytes, root=Root.of(written.root), read_bytes=written.read_bytes,
+                    data_bytes=written.data_bytes, changed_bytes=written.changed_bytes,
+                    stored_bytes=written.stored_bytes))
+            stored = writer.finish()
+        hints.close()
+        manifest = Manifest(
+            sid=session.sid, guest=guest, uuid=guest, host=host, captured_at=utc_text(moment),
+            began_at=utc_text(moment), ended_at=utc_text(moment), consistency="crash", quiesce="none",
+            parent=found[1].sid if found is not None else "", live_xml="<domain/>",
+            inactive_xml=f"<domain><name>{guest}</name></domain>", disks=tuple(entries), excluded=(),
+            files=(), versions=Versions("9.0.0", "7.2.22", "pc-q35-7.2", "0"), warnings=(), frozen_s=0.0,
+            stored_bytes=stored)
+        session.commit(encode_manifest(manifest, session.record.manifest_key, repository.key))
+        return session.sid
+
+
+def disk(*changes: tuple[int, bytes], size_bytes: int = _DISK_BYTES) -> bytes:
+    content = bytearray(size_bytes)
+    content[: 256 * 1024] = bytes(range(256)) * 1024
+    for offset, data in changes:
+        content[offset : offset + len(data)] = data
+    return bytes(content)
+
+
+def body(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object that is all there is on standard output."""
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def assert_error(done: subprocess.CompletedProcess[str], error: type[errors.StillframeError]) -> str:
+    assert done.returncode == error.exit_code, done.stdout + done.stderr
+    assert f"(error {error.code}; see docs/ERRORS.md)" in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# --- init and what opens it ---------------------------------------------------------------------
+
+
+def test_a_repository_is_made_and_opened(call: Call, tmp_path: Path) -> None:
+    made = call("init", tmp_path / "repository", "--json", STILLFRAME_REPOSITORY="")
+    assert made.returncode == EXIT_OK, made.stderr
+    assert [slot["kind"] for slot in body(made)["key_slots"]] == ["passphrase"]
+    assert body(call("list", "--json")) == {"repository": str(tmp_path / "repository"), "snapshots": []}
+    named = call("list", "--repo", f"file://{tmp_path}/repository", STILLFRAME_REPOSITORY="")
+    assert named.returncode == EXIT_OK
+    assert_error(call("init"), errors.RepositoryExists)
+
+
+def test_init_leaves_a_folder_alone_that_holds_something_else(call: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "letter.txt").touch()
+    assert_error(call("init"), errors.RepositoryExists)
+    assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+
+
+def test_a_key_file_opens_the_repository(call: Call, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    assert call("init", "--new-key-file", key, secret=False).returncode == EXIT_OK
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert len(key.read_bytes()) == 32
+    assert_error(call("show", "latest", "--key-file", key, secret=False), errors.SnapshotUnknown)
+    assert call("prune", "--dry-run", "--key-file", key, secret=False).returncode == EXIT_OK
+    assert_error(call("prune", "--dry-run"), errors.KeyNeeded)
+    before = key.read_bytes()
+    assert_error(call("key", "add", "--new-key-file", key, "--key-file", key), errors.TargetExists)
+    assert key.read_bytes() == before
+
+
+@pytest.mark.parametrize(("options", "more"), [
+    ((), {}),
+    (("--passphrase-command", "printf 'four random words\\n'"), {"STILLFRAME_PASSPHRASE_FILE": "/none"}),
+    ((), {"STILLFRAME_PASSPHRASE_FILE": "", "STILLFRAME_PASSPHRASE_COMMAND": "echo four random words"}),
+])
+def test_a_secret_comes_from_wherever_it_is_named(
+    call: Call, repository: Repository, options: tuple[str, ...], more: dict[str, str]
+) -> None:
+    done = call("prune", "--dry-run", *options, **more)
+    assert done.returncode == EXIT_OK, done.stderr
+
+
+def test_the_configuration_file_names_repository_and_secret(
+    call: Call, repository: Repository, tmp_path: Path
+) -> None:
+    config = tmp_path / "stillframe.toml"
+    config.write_text(f'repository = "{repository.address}"\npassphrase_file = "{tmp_path / "pass"}"\n')
+    done = call("prune", "--dry-run", "--config", config, secret=False, STILLFRAME_REPOSITORY="")
+    assert done.returncode == EXIT_OK, done.stderr
+    config.write_text(f'passphrase_file = "{tmp_path / "pass"}"\nkey_file = "/x"\n')
+    said = assert_error(call("prune", "--config", config, secret=False), errors.ConfigInvalid)
+    assert "passphrase_file and key_file" in said
+
+
+@pytest.mark.parametrize(("more", "options"), [
+    ({"STILLFRAME_PASSPHRASE_FILE": ""}, ()),
+    ({"STILLFRAME_PASSPHRASE_FILE": "/nonexistent"}, ()),
+    ({"STILLFRAME_PASSPHRASE_FILE": "/dev/null"}, ()),
+    ({}, ("--passphrase-command", "false")),
+    ({}, ("--passphrase-command", "true")),
+    ({}, ("--passphrase-command", "/nonexistent/program")),
+    ({}, ("--passphrase-command", "'")),
+    ({}, ("--key-file", "/dev/null")),
+    ({}, ("--key-file", "/")),
+])
+def test_a_secret_that_can_not_be_had(
+    call: Call, repository: Repository, more: dict[str, str], options: tuple[str, ...]
+) -> None:
+    assert_error(call("prune", "--dry-run", *options, **more), errors.KeyNeeded)
+
+
+def test_a_wrong_secret_is_one_clear_error_and_never_shown(
+    call: Call, repository: Repository, tmp_path: Path
+) -> None:
+    wrong = secret_file(tmp_path / "wrong", "hunter2")
+    said = assert_error(call("prune", "--passphrase-file", wrong, "--json"), errors.KeyWrong)
+    assert "hunter2" not in said
+
+
+def test_a_secret_that_others_may_read_is_warned_of(
+    call: Call, repository: Repository, tmp_path: Path
+) -> None:
+    (tmp_path / "pass").chmod(0o644)
+    assert "chmod 600" in call("prune", "--dry-run").stderr
+
+
+def test_at_a_terminal_the_passphrase_is_asked_for(repository: Repository, tmp_path: Path) -> None:
+    environment = {**os.environ, "STILLFRAME_CONFIG": "/dev/null"}
+    for name in SECRETS:
+        environment.pop(name, None)
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", sys.executable, "-m", "stillframe", "prune", "--dry-run", "--repo",
+         repository.address, "--state-dir", str(tmp_path / "state")],
+        stdin=follower, stdout=subprocess.PIPE, stderr=follower, env=environment, cwd=_ROOT)
+    os.close(follower)
+    said = b""
+    while b"passphrase: " not in said:
+        said += os.read(leader, 1024)
+    os.write(leader, f"{_PASSPHRASE}\n".encode())
+    out, _ = process.communicate(timeout=60)
+    os.close(leader)
+    assert process.returncode == EXIT_OK
+    assert b"nothing to do" in out
+    assert _PASSPHRASE.encode() not in said + out
+
+
+def test_key_slots_are_added_listed_and_removed(call: Call, repository: Repository, tmp_path: Path) -> None:
+    second = secret_file(tmp_path / "second", "another passphrase")
+    added = call("key", "add", "--new-passphrase-file", second, "--label", "admins", "--json")
+    assert added.returncode == EXIT_OK, added.stderr
+    slots = body(call("key", "list", "--json", secret=False))["key_slots"]
+    assert sorted((slot["kind"], slot["label"]) for slot in slots) == [
+        ("passphrase", "admins"), ("passphrase", "first")]
+    first = next(slot["id"] for slot in slots if slot["label"] == "first")
+    assert call("key", "remove", first[:6], "--dry-run").returncode == EXIT_OK
+    assert call("prune", "--dry-run").returncode == EXIT_OK
+    assert call("key", "remove", first[:6]).returncode == EXIT_OK
+    assert_error(call("prune", "--dry-run"), errors.KeyWrong)
+    last = body(added)["key_slot"]["id"]
+    said = assert_error(call("key", "remove", last, "--passphrase-file", second), errors.RepositoryRefused)
+    assert "last key slot" in said
+    assert_error(call("key", "remove", "ffffffffff", "--passphrase-file", second), errors.RepositoryRefused)
+    assert call("prune", "--dry-run", "--passphrase-file", second).returncode == EXIT_OK
+
+
+def test_a_recovery_key_opens_the_repository_as_people_type_it(
+    call: Call, repository: Repository, tmp_path: Path
+) -> None:
+    exported = call("key", "export", "--json")
+    key = body(exported)["recovery_key"]
+    assert len(key.replace("-", "")) == 52
+    typed = secret_file(tmp_path / "typed", key.lower().replace("-", " "))
+    assert call("prune", "--dry-run", "--passphrase-file", typed).returncode == EXIT_OK
+
+
+# --- addresses ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x", "sftp://host/x", "file://other-host/x", "https://x"])
+def test_other_kinds_of_addresses_are_refused(call: Call, address: str) -> None:
+    assert_error(call("list", "--repo", address), errors.RepositoryRefused)
+
+
+def test_a_folder_that_is_no_repository(call: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    assert_error(call("list"), errors.StorageLost)  # absent: perhaps not mounted
+    folder.mkdir()
+    assert_error(call("list"), errors.StorageLost)  # empty: a mount point
+    (folder / "letter.txt").touch()
+    assert_error(call("list"), errors.RepositoryUnknown)
+    (folder / "repo.json").write_text('{"format": "something-else", "version": 1}')
+    assert_error(call("list"), errors.RepositoryUnknown)
+    (folder / "repo.json").write_text('{"format": "stillframe-repository", "version": 99}')
+    assert_error(call("list"), errors.RepositoryNewer)
+    (folder / "repo.json").write_text("{")
+    assert_error(call("list"), errors.RepositoryDamaged)
+
+
+def test_no_repository_is_named(call: Call) -> None:
+    assert_error(call("list", STILLFRAME_REPOSITORY=""), errors.ConfigInvalid)
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+def test_snapshots_are_listed_and_shown(call: Call, repository: Repository) -> None:
+    ids = [add_snapshot(repository, "web", _DAY + timedelta(days=day), disk()) for day in range(3)]
+    other = add_snapshot(repository, "db", _DAY, disk(), disk())
+    listed = body(call("list", "--json", secret=False))["snapshots"]
+    assert {each["id"] for each in listed} == {*ids, other}
+    assert [each["id"] for each in body(call("list", "--guest", "web", "--json"))["snapshots"]] == ids
+    shown = body(call("show", "web@2026-11-21", "--json"))["snapshot"]
+    assert shown["id"] == ids[1]
+    assert shown["parent"] == ids[0]
+    assert [entry["target"] for entry in shown["disks"]] == ["vda"]
+    assert ids[1] in call("show", ids[1][:8]).stdout
+
+
+@pytest.mark.parametrize("name", ["web@2020-01-01", "nobody", "ffff0000ffff", "web@yesterday"])
+def test_a_name_that_fits_nothing(call: Call, repository: Repository, name: str) -> None:
+    add_snapshot(repository, "web", _DAY, disk())
+    assert_error(call("show", name), errors.SnapshotUnknown)
+
+
+def test_a_name_that_fits_two_things(call: Call, repository: Repository) -> None:
+    add_snapshot(repository, "web", _DAY, disk(), host="one")
+    add_snapshot(repository, "web", _DAY, disk(), host="two")
+    assert_error(call("show", "web"), errors.SnapshotAmbiguous)
+    assert call("show", "two/web").returncode == EXIT_OK
+
+
+def test_diff_tells_changes_and_sizes(call: Call, repository: Repository) -> None:
+    chunk = 64 * 1024
+    old = add_snapshot(repository, "web", _DAY, disk(), disk())
+    changed = disk(
+        (chunk + 5, b"x"), (2 * chunk, bytes(chunk)), (7 * chunk, b"new"), size_bytes=2 * _DISK_BYTES)
+    new = add_snapshot(repository, "web", _DAY + timedelta(days=1), changed)
+    vda, vdb = body(call("diff", old, new, "--json"))["disks"]
+    assert vda["extents"] == [
+        {"offset": chunk, "length": chunk, "kind": "data"},
+        {"offset": 2 * chunk, "length": chunk, "kind": "zero"},
+        {"offset": 7 * chunk, "length": chunk, "kind": "data"}]
+    assert (vda["changed_bytes"], vda["cleared_bytes"]) == (3 * chunk, chunk)
+    assert (vda["old_size_bytes"], vda["new_size_bytes"]) == (_DISK_BYTES, 2 * _DISK_BYTES)
+    assert vdb["change"] == "removed"
+    said = call("diff", old, new, "--extents").stdout
+    assert f"{7 * chunk} +{chunk} data" in said
+    back = body(call("diff", new, old, "--json"))["disks"]
+    assert back[0]["changed_bytes"] == 3 * chunk
+    assert back[1]["change"] == "added"
+    assert body(call("diff", old, old, "--json"))["disks"][0]["extents"] == []
+
+
+# --- restore ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("web", ("web", "")), ("web:vda", ("web", "vda")), ("web@2026-11-20T15:14", ("web@2026-11-20T15:14", "")),
+    ("web@2026-11-20T15:14:30:vdb", ("web@2026-11-20T15:14:30", "vdb")), ("3f9a12:sda", ("3f9a12", "sda")),
+    ("web@2026-11-20T15:14Z", ("web@2026-11-20T15:14Z", "")),
+])
+def test_the_disk_is_told_from_the_time(text: str, expected: tuple[str, str]) -> None:
+    assert split_name(text) == expected
+
+
+def test_a_disk_is_restored_to_a_file(call: Call, repository: Repository, tmp_path: Path) -> None:
+    content = disk((300_000, b"hello"))
+    add_snapshot(repository, "web", _DAY, content)
+    image = tmp_path / "vda.img"
+    done = call("restore", "web", "--to", image, "--json")
+    assert done.returncode == EXIT_OK, done.stderr
+    assert body(done)["whole"] is True
+    assert image.read_bytes() == content
+    assert_error(call("restore", "web", "--to", image), errors.TargetExists)
+    image.write_bytes(bytes(_DISK_BYTES))
+    assert call("restore", "web:vda", "--to", image, "--delta").returncode == EXIT_OK
+    assert image.read_bytes() == content
+    image.write_bytes(b"short")
+    assert_error(call("restore", "web", "--to", image, "--delta"), errors.TargetSmall)
+    assert call("restore", "web", "--to", image, "--force").returncode == EXIT_OK
+    assert image.read_bytes() == content
+    assert_error(call("restore", "web:vdz", "--to", tmp_path / "x"), errors.SnapshotUnknown)
+    assert_error(call("restore", "web", "--to", tmp_path / "none" / "x"), errors.DestinationUnwritable)
+
+
+def test_several_disks_are_restored_to_a_folder(call: Call, repository: Repository, tmp_path: Path) -> None:
+    contents = disk(), disk((5, b"second"))
+    add_snapshot(repository, "web", _DAY, *contents)
+    folder = tmp_path / "out"
+    done = call("restore", "web", "--to", folder)
+    assert done.returncode == EXIT_OK, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["domain.xml", "vda.img", "vdb.img"]
+    assert tuple((folder / name).read_bytes() for name in ("vda.img", "vdb.img")) == contents
+    assert "<name>web</name>" in (folder / "domain.xml").read_text()
+    (tmp_path / "file").touch()
+    assert_error(call("restore", "web", "--to", tmp_path / "file"), errors.TargetExists)
+
+
+def test_what_is_lost_is_named_and_never_made_up(
+    call: Call, repository: Repository, tmp_path: Path
+) -> None:
+    content = disk()
+    add_snapshot(repository, "web", _DAY, content)
+    pack = next((tmp_path / "repository" / "main" / "p").glob("*/0*"))
+    stored = bytearray(pack.read_bytes())
+    stored[100] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(stored)
+    image = tmp_path / "vda.img"
+    assert_error(call("restore", "web", "--to", image), errors.RepositoryDamaged)
+    assert not image.exists()
+    done = call("restore", "web", "--to", image, "--skip-bad", "--json")
+    assert done.returncode == errors.RepositoryDamaged.exit_code
+    lost = body(done)["disks"][0]["lost"]
+    assert sum(each["length_bytes"] for each in lost) == 256 * 1024
+    assert image.read_bytes() == bytes(_DISK_BYTES)
+    for level in ("stored", "full"):
+        found = call("verify", "--level", level, "--json")
+        assert found.returncode == errors.RepositoryDamaged.exit_code
+        assert body(found)["hurt"][0]["snapshot"]["guest"] == "web"
+    bare = call("verify", "--level", "stored", "--json", secret=False)
+    assert bare.returncode == errors.RepositoryDamaged.exit_code
+    assert body(bare)["findings"]
+
+
+# --- forget, prune, verify ----------------------------------------------------------------------
+
+
+def test_forget_and_prune_give_space_back(call: Call, repository: Repository) -> None:
+    for day in range(4):
+        add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((500_000, os.urandom(100_000))))
+    add_snapshot(repository, "db", _DAY, disk())
+    planned = body(call("forget", "--keep-last", "1", "--guest", "web", "--dry-run", "--json", secret=False))
+    assert len(planned["dropped"]) == 3
+    assert len(body(call("list", "--json"))["snapshots"]) == 5
+    done = body(call("forget", "--keep-last", "1", "--guest", "web", "--json", secret=False))
+    assert done["dropped"] == planned["dropped"]
+    left = body(call("list", "--json"))["snapshots"]
+    assert sorted(each["guest"] for each in left) == ["db", "web"]
+    plan = body(call("prune", "--dry-run", "--json"))["plan"]
+    assert plan["condemned_bytes"] > 0
+    pruned = body(call("prune", "--json"))["done"]
+    assert pruned["deleted_packs"] >= len(plan["condemned"])
+    assert "nothing to do" in call("prune").stdout
+    assert call("verify", "--level", "full").returncode == EXIT_OK
+    assert call("forget", "web", "db").returncode == EXIT_OK
+    assert body(call("list", "--json"))["snapshots"] == []
+
+
+def test_verify_in_parts(call: Call, repository: Repository) -> None:
+    for day in range(3):
+        add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((0, os.urandom(300_000))))
+    found = body(call("verify", "--level", "stored", "--subset", "1/30", "--json"))
+    assert 0 < found["checked_packs"] < found["packs"]
+    assert body(call("verify", "--level", "structure", "--json"))["checked_packs"] == 0
+
+
+@pytest.mark.parametrize("words", [
+    ("forget",), ("forget", "web", "--keep-last", "1"), ("forget", "web", "--guest", "web"),
+    ("forget", "--keep-last", "0"), ("restore", "web"), ("restore", "--to", "x"), ("diff", "a"),
+    ("key",), ("key", "remove"), ("backup",), ("backup", "web", "--all"), ("verify", "--level", "deep"),
+    ("init", "x", "--repo", "y"), ("init", "--new-key-file", "x", "--key-file", "y"), ("list", "extra"),
+    ("key", "add", "--new-key-file", "x", "--new-passphrase-file", "y"),
+])
+def test_a_call_that_makes_no_sense_shows_its_usage(call: Call, words: tuple[str, ...]) -> None:
+    done = call(*words)
+    assert done.returncode == EXIT_USAGE
+    assert "Usage: " in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ("verify", "--subset", "much"), ("verify", "--subset", "0/3"), ("prune", "--fence-after", "soon"),
+    ("prune", "--compact-below", "300%"), ("forget", "--keep-within", "long"),
+])
+def test_a_value_that_makes_no_sense_is_named(
+    call: Call, repository: Repository, words: tuple[str, ...]
+) -> None:
+    said = assert_error(call(*words), errors.ConfigInvalid)
+    assert words[1] in said
+
+
+def test_the_repository_opens_again_in_this_process(repository: Repository) -> None:
+    secret = Secret(SlotKind.PASSPHRASE, _PASSPHRASE.encode())
+    assert open_repository(repository.storage, secret).key.secret == repository.key.secret
