@@ -1,0 +1,290 @@
+"""The real writer, collector, verifier and forgetting, over a storage where every operation may be the last.
+
+A run is a seed: a repository with some history, a few actors, a schedule. Afterwards every snapshot that
+is there must read back equal, none may be gone that was not forgotten, and two collections must leave nothing
+that nobody needs.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+
+from stillframe.clock import SystemClock
+from stillframe.errors import RepositoryDamaged, SessionFenced, StillframeError, StorageLost
+from stillframe.repository import collect as collect_module
+from stillframe.repository import session
+from stillframe.repository.catalog import forget, list_snapshots, plan_forget
+from stillframe.repository.collect import collect, list_packs
+from stillframe.repository.generation import latest_generation
+from stillframe.repository.hints import ChunkHints
+from stillframe.repository.layout import GENERATIONS, Parameters, SnapshotName, new_sid
+from stillframe.repository.nodes import ChunkRef
+from stillframe.repository.opened import Repository
+from stillframe.repository.session import SessionRecord, list_sessions
+from stillframe.repository.verify import Level, verify
+from stillframe.storage.memory import MemoryStorage
+from tests.model.baton import Actor, Baton, Inline, LossyStorage
+from tests.unit.repository_disks import CHUNK, SourceDisk
+from tests.unit.repository_snapshots import World, make_snapshot, read_snapshot, rubbish
+
+TINY = Parameters(id=new_sid(), created_at="", chunk_bytes=CHUNK, slot_chunks=2, leaf_chunks=4, inner_nodes=4,
+                  pack_bytes=4 * CHUNK)
+HISTORIES = 12
+_CHUNKS = 12
+_CONTENTS = 16
+_CLOCK = SystemClock()
+
+
+class Lost(AssertionError):
+    """A snapshot is gone or does not read back, or something is left."""
+
+
+class Broken(AssertionError):
+    """An actor ended with an error that it must not have."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who takes part; a letter each: (b)acks up, (c)ollects, (f)orgets, (r)eads, (v)erifies. None: drawn."""
+
+    actors: str | None = None
+    wrongly_dead: float | None = None
+    stays: float | None = None
+    crashes: float | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """What lies in the storage before a run, and what its snapshots must read."""
+
+    repository: Repository
+    storage: MemoryStorage
+    expected: dict[tuple[str, str], bytes]
+    hints: dict[bytes, ChunkRef]
+
+
+class SharedHints(ChunkHints):
+    """An index that all hosts share, and that never forgets: the most dangerous one there can be."""
+
+    def __init__(self, known: dict[bytes, ChunkRef]) -> None:
+        self.known = known
+
+    def find(self, ids: Sequence[bytes]) -> dict[bytes, ChunkRef]:
+        return {chunk_id: self.known[chunk_id] for chunk_id in ids if chunk_id in self.known}
+
+    def add(self, refs: Iterable[ChunkRef]) -> None:
+        self.known.update((ref.id, ref) for ref in refs)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@cache
+def chunk(number: int) -> bytes:
+    return bytes(CHUNK) if number == 0 else random.Random(number).randbytes(CHUNK)
+
+
+def some_disk(chance: random.Random, before: Sequence[int] | None = None) -> list[int]:
+    """Draw what a disk holds; from *before*, only some of it is new."""
+    if before is None or chance.random() < 0.2:
+        return [chance.randrange(_CONTENTS) for _ in range(_CHUNKS)]
+    return [chance.randrange(_CONTENTS) if chance.random() < 0.3 else number for number in before]
+
+
+def content(numbers: Sequence[int]) -> bytes:
+    return b"".join(chunk(number) for number in numbers)
+
+
+@cache
+def history(number: int) -> History:
+    """A repository after a few backups, forgettings and collections, undisturbed."""
+    chance = random.Random(number)
+    world = World(TINY)
+    hints: dict[bytes, ChunkRef] = {}
+    disks: dict[str, list[int]] = {}
+    for _ in range(chance.randrange(3, 7)):
+        guest = chance.choice(("web", "db"))
+        disks[guest] = some_disk(chance, disks.get(guest))
+        world.backup(content(disks[guest]), guest, hints=SharedHints(hints))
+        if chance.random() < 0.4 and len(world.expected) > 1:
+            world.forget(chance.choice(sorted(world.expected)))
+        if chance.random() < 0.4:
+            with one_round(chance.random() < 0.7):
+                world.prune(0.0, 0.9)
+    storage = world.repository.storage
+    assert isinstance(storage, MemoryStorage)
+    expected = {(name.guest, name.utc.isoformat()): data for name, data in world.expected.items()}
+    return History(world.repository, storage, expected, hints)
+
+
+@contextmanager
+def one_round(wanted: bool) -> Iterator[None]:
+    """Let collections end after one round, so that condemned packs are left for another."""
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            real = collect_module._Collector._round
+            patch.setattr(collect_module._Collector, "_round",
+                          lambda *args, **options: real(*args, **options) and False)
+        yield
+
+
+class Run:
+    """One seeded run."""
+
+    def __init__(self, seed: int, cast: Cast = Cast()) -> None:
+        self.cast = cast
+        self.chance = random.Random(seed)
+        before = history(self.chance.randrange(HISTORIES))
+        self.storage = before.storage.copy()
+        self.expected = dict(before.expected)
+        self.hints = SharedHints(dict(before.hints))
+        loses = self.chance.choice((0.0, 0.0, 0.02))
+        self.repository = replace(
+            before.repository, storage=LossyStorage(self.storage, self.chance, loses))
+        self.baton = Baton(self.chance, self._drawn(cast.stays, (0.0, 0.5, 0.85, 0.95)),
+                           self._drawn(cast.crashes, (0.0, 0.0, 0.005, 0.03)))
+        self.wrongly_dead = self._drawn(cast.wrongly_dead, (0.0, 0.0, 0.2))
+        self.committed = set(list_snapshots(self.storage))
+        self.forgotten: set[SnapshotName] = set()
+        self.owners: dict[str, Actor] = {}
+        self.collections = 0
+
+    def go(self) -> None:
+        """Run; raises Broken, and Lost if anything is wrong afterwards."""
+        letters = self.cast.actors or "bcf" + self.chance.choice("bc") + self.chance.choice("bfrv")
+        works = {"b": self._backs_up, "c": self._collects, "f": self._forgets, "r": self._reads,
+                 "v": self._verifies}
+        kinds = [works[letter] for letter in letters]
+        actors = [Actor(f"{kind.__name__}{number}", partial_work(kind, number))
+                  for number, kind in enumerate(kinds)]
+        with self._patched():
+            self.storage.before = self.baton.step
+            self.baton.run(actors)
+            self.storage.before = None
+            for actor in actors:
+                if actor.error is not None:
+                    raise Broken(f"{actor.name} ended with {actor.error!r}") from actor.error
+        self.check()
+
+    def check(self) -> None:
+        """Look at what is there now, and after two collections that nobody disturbs."""
+        self.repository = replace(self.repository, storage=self.storage)
+        self._all_reads_back("after the run")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collect_module, "is_dead", lambda *_: True)
+            for _ in range(2):
+                collect(self.repository, "host", _CLOCK, fence_after_s=0.0, max_unused=0.0)
+        self._all_reads_back("after two collections")
+        left = rubbish(self.repository)
+        generation = latest_generation(self.storage, self.repository.key)
+        left |= generation.condemned.keys() & list_packs(self.storage).keys()
+        if left or list_sessions(self.storage, self.repository.key):
+            raise Lost(f"left over: {left} {list_sessions(self.storage, self.repository.key)}")
+        if len([*self.storage.list(GENERATIONS)]) > 2:
+            raise Lost("old generations are left")
+
+    def _all_reads_back(self, when: str) -> None:
+        there = list_snapshots(self.storage)
+        gone = self.committed - self.forgotten - set(there)
+        if gone:
+            raise Lost(f"{gone} is gone {when}")
+        for name in there:
+            try:
+                found = read_snapshot(self.repository, name)
+            except (StillframeError, KeyError) as error:
+                raise Lost(f"{name} can't be read {when}: {error!r}") from error
+            if found != self.expected[name.guest, name.utc.isoformat()]:
+                raise Lost(f"{name} reads back otherwise {when}")
+
+    def _drawn(self, wanted: float | None, among: Sequence[float]) -> float:
+        drawn = self.chance.choice(among)
+        return drawn if wanted is None else wanted
+
+    # --- actors -------------------------------------------------------------------------------
+
+    def _backs_up(self, number: int) -> None:
+        for again in range(self.chance.choice((1, 1, 2))):
+            guest, hour = self.chance.choice(("web", "db")), 1000 + number * 10 + again
+            wanted = SnapshotName("host", guest, World.moment(hour), "")
+            data = content(some_disk(self.chance, self._last_disk(wanted.guest)))
+            self.expected[wanted.guest, wanted.utc.isoformat()] = data
+            try:
+                made = make_snapshot(self.repository, SourceDisk(data), wanted, _CLOCK, hints=self.hints)
+            except (SessionFenced, StorageLost):
+                continue
+            self.committed.add(made)
+
+    def _collects(self, _: int) -> None:
+        for _ in range(self.chance.choice((1, 2))):
+            try:
+                collect(self.repository, "host", _CLOCK, fence_after_s=0.0, max_unused=0.0,
+                        compact_below=self.chance.choice((0.0, 0.7, 0.9)))
+                self.collections += 1
+            except StorageLost:
+                continue
+
+    def _forgets(self, _: int) -> None:
+        for _ in range(self.chance.choice((1, 2))):
+            there = list_snapshots(self.repository.storage)
+            if there:
+                name = self.chance.choice(there)
+                self.forgotten.add(name)
+                forget(self.repository.storage, plan_forget([name]))
+
+    def _reads(self, _: int) -> None:
+        for name in list_snapshots(self.repository.storage)[-2:]:
+            try:
+                found = read_snapshot(self.repository, name)
+            except (AssertionError, KeyError, RepositoryDamaged):
+                if name not in self.forgotten:
+                    raise
+            else:
+                assert found == self.expected[name.guest, name.utc.isoformat()]
+
+    def _verifies(self, _: int) -> None:
+        try:
+            found = verify(self.repository, _CLOCK, Level.FULL)
+        except StorageLost:
+            return
+        assert found.is_sound, found
+
+    # --- what is not real ---------------------------------------------------------------------
+
+    def _last_disk(self, guest: str) -> list[int]:
+        return some_disk(random.Random(f"{guest}{self.chance.randrange(3)}"))
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        """Inline pools, session IDs from the seed, and death by the schedule instead of by process."""
+
+        def sid() -> str:
+            made = self.chance.randbytes(16).hex()
+            assert self.baton.current is not None
+            self.owners[made] = self.baton.current
+            return made
+
+        def is_dead(record: SessionRecord, *_: object) -> bool:
+            owner = self.owners[record.sid]
+            return owner.crashed or owner.ended or self.chance.random() < self.wrongly_dead
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, module in sys.modules.items():
+                if name.startswith("stillframe.repository.") and hasattr(module, "ThreadPoolExecutor"):
+                    patch.setattr(module, "ThreadPoolExecutor", Inline)
+            patch.setattr(session, "new_sid", sid)
+            patch.setattr(session, "process_space", lambda: "model")
+            patch.setattr(session, "start_mark", lambda _: "1")
+            patch.setattr(collect_module, "is_dead", is_dead)
+            yield
+
+
+def partial_work(kind: Callable[[int], None], number: int) -> Callable[[], None]:
+    """Return *kind* as an actor's work."""
+    return lambda: kind(number)

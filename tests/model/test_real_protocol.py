@@ -1,0 +1,193 @@
+"""The real code loses nothing, whatever the order of its operations; without any of its rules it would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from stillframe.repository import catalog, known
+from stillframe.repository import collect as collect_module
+from stillframe.repository import session as session_module
+from stillframe.repository.collection import Looked
+from stillframe.repository.crypto import DomainKey
+from stillframe.repository.decide import Copied, Decision, decide
+from stillframe.repository.generation import Generation, create_generation, latest_generation
+from stillframe.repository.layout import PackName, SnapshotName, session_key
+from stillframe.repository.session import SessionRecord
+from stillframe.storage.model import Storage
+from tests.model.real import HISTORIES, Broken, Cast, Lost, Run, history
+
+_RUNS = 500
+_TRIES = 3000
+
+Rule = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_nothing_is_lost_and_nothing_is_left(batch: int) -> None:
+    for seed in range(batch * _RUNS, (batch + 1) * _RUNS):
+        Run(seed).go()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(20))
+def test_nothing_is_lost_in_many_more(batch: int) -> None:
+    for seed in range((batch + 10) * 1000, (batch + 11) * 1000):
+        Run(seed).go()
+
+
+def test_a_schedule_can_be_run_again() -> None:
+    def steps(seed: int) -> list[tuple[str, str]]:
+        run, seen = Run(seed), list[tuple[str, str]]()
+        real = run.baton.step
+
+        def step(verb: str, key: str) -> None:
+            if run.baton.current is not None:
+                seen.append((run.baton.current.name, verb))
+            real(verb, key)
+
+        run.baton.step = step  # type: ignore[method-assign]
+        run.go()
+        return seen
+
+    assert steps(7) == steps(7) != steps(8)
+
+
+class Anything(int):
+    """A number that is equal to any other."""
+
+    def __eq__(self, _other: object) -> bool:
+        return True
+
+    def __ne__(self, _other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+def without_waiting(patch: pytest.MonkeyPatch) -> None:
+    """G5: what is condemned is deleted whoever may still refer to it."""
+    def hasty(looked: Looked, copied: Copied | None = None) -> Decision:
+        sessions = [msgspec.structs.replace(each, generation=1 << 40) for each in looked.sessions]
+        return decide(replace(looked, sessions=sessions), copied)
+
+    patch.setattr(collect_module, "decide", hasty)
+
+
+def without_tombstones(patch: pytest.MonkeyPatch) -> None:
+    """G0: a session that is taken for dead is just removed."""
+    def remove(storage: Storage, record: SessionRecord) -> None:
+        storage.delete([session_key(record.sid)])
+
+    patch.setattr(collect_module, "fence", remove)
+
+
+def without_looking_at_condemned(patch: pytest.MonkeyPatch) -> None:
+    """W3: a writer refers to whatever it finds."""
+    real = known.KnownChunks.__init__
+
+    def begin(self: known.KnownChunks, session: session_module.Session, *others: Any) -> None:
+        generation = Generation(session.generation.number, None, session.generation.moved)
+        real(self, replace(session, generation=generation), *others)
+
+    patch.setattr(known.KnownChunks, "__init__", begin)
+
+
+def without_looking_again(patch: pytest.MonkeyPatch) -> None:
+    """W2: a session goes by the generation that was the latest before it was registered."""
+    patch.setattr(session_module, "latest_number", lambda _: Anything())
+
+
+def without_keeping_moved(patch: pytest.MonkeyPatch) -> None:
+    """Moved slots are forgotten when no snapshot refers to them."""
+    def forgetful(looked: Looked, copied: Copied | None = None) -> Decision:
+        decision = decide(looked, copied)
+        moved = {birth: homes for birth, homes in decision.moved.items() if birth in looked.needed}
+        kept = {birth: [(home, slots & looked.needed[birth]) for home, slots in homes
+                        if slots & looked.needed[birth]] for birth, homes in moved.items()}
+        return replace(decision, moved=kept)
+
+    patch.setattr(collect_module, "decide", forgetful)
+
+
+def without_a_race(patch: pytest.MonkeyPatch) -> None:
+    """G6: a collector that lost deletes all the same."""
+    def won(storage: Storage, generation: Generation, key: Any) -> bool:
+        create_generation(storage, generation, key)
+        return True
+
+    patch.setattr(collect_module, "create_generation", won)
+    patch.setattr(collect_module, "latest_number", lambda _: Anything())
+
+
+def without_order(patch: pytest.MonkeyPatch) -> None:
+    """G3 before G2: what is referred to is looked at before who may still add to it."""
+    real_sessions, real_names = session_module.list_sessions, catalog.list_snapshots
+    held: list[list[SnapshotName]] = []
+
+    def names_first(storage: Storage, key: DomainKey) -> list[SessionRecord]:
+        held.append(real_names(storage))
+        return real_sessions(storage, key)
+
+    patch.setattr(collect_module, "list_sessions", names_first)
+    patch.setattr(collect_module, "list_snapshots", lambda _: held[-1])
+
+
+def with_a_late_generation(patch: pytest.MonkeyPatch) -> None:
+    """G0b: the latest generation is read after the sessions."""
+    def look(self: Any, _latest: Generation, *args: Any) -> Looked:
+        looked = real(self, _latest, *args)
+        return replace(looked, generation=latest_generation(self._storage, self._repository.key))
+
+    real = collect_module._Collector._look
+    patch.setattr(collect_module._Collector, "_look", look)
+
+
+def without_moving(patch: pytest.MonkeyPatch) -> None:
+    """Compaction: the generation does not say where slots went."""
+    def silent(looked: Looked, copied: Copied | None = None) -> Decision:
+        decision = decide(looked, copied)
+        gone: set[PackName] = set(copied or ())
+        return replace(decision, moved={birth: homes for birth, homes in decision.moved.items()
+                                        if birth not in gone})
+
+    patch.setattr(collect_module, "decide", silent)
+
+
+def with_commits_over_tombstones(patch: pytest.MonkeyPatch) -> None:
+    """W5: the manifest replaces what is at its key."""
+    def commit(self: session_module.Session, manifest: bytes) -> None:
+        self.storage.replace(self.record.manifest_key, manifest)
+
+    patch.setattr(session_module.Session, "commit", commit)
+
+
+@pytest.mark.parametrize(("rule", "cast"), [
+    (without_waiting, Cast("bcf")),
+    (without_tombstones, Cast("bcfc", 0.5)),
+    (without_looking_at_condemned, Cast("bcfb")),
+    (without_looking_again, Cast("bccf", 0.0, 0.5)),
+    (without_keeping_moved, Cast("bccf")),
+    (without_a_race, Cast("bccf")),
+    (without_order, Cast("bcf")),
+    (with_a_late_generation, Cast("bccf")),
+    (without_moving, Cast("cf")),
+    (with_commits_over_tombstones, Cast("bcf", 0.5)),
+], ids=lambda each: each.__name__ if callable(each) else each.actors)
+def test_each_rule_is_needed(rule: Rule, cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(HISTORIES):
+        history(number)  # made by the rules
+    rule(monkeypatch)
+    for seed in range(_TRIES):
+        try:
+            Run(seed, cast).go()
+        except Lost as lost:
+            print(f"run {seed}: {lost}")
+            return
+        except Broken:
+            continue
+    pytest.fail(f"nothing is lost without it in {_TRIES} runs")
