@@ -1,5 +1,7 @@
 """From nothing to seeing it: a live guest is mirrored, a run is killed in its commit, nothing is lost.
 
+Then three snapshots of it are made in a repository, and the middle one is restored.
+
     make demo          (or: python -m lab.enter -- python -m lab.demo)
 
 Everything happens in the lab's own namespaces with a libvirtd of its own; guests and files are
@@ -23,6 +25,7 @@ import libvirt
 
 from lab.daemons import LibvirtDaemons, OutsideLab
 from lab.dbguest import CheckResult, DbGuest, check_image
+from lab.demo_snapshots import DemoFailed, show_snapshots
 from lab.disks import DiskSpec
 from lab.enter import IMAGES_DIR
 from lab.images import MIB, run
@@ -51,10 +54,6 @@ _INTERRUPTED = 130
 _BEFORE_CAPTURE = (State.PLANNED, State.OVERLAYS, State.FREEZING)
 
 
-class DemoFailed(RuntimeError):
-    """The demo can't go on."""
-
-
 def main() -> int:
     """Show it; return the exit code."""
     try:
@@ -67,7 +66,7 @@ def main() -> int:
     show = Show({"STILLFRAME_CONFIG": str(settings), "LC_ALL": "C.UTF-8"})
     try:
         with _guest(show, daemons) as guest:
-            return _story(show, guest)
+            return _story(show, guest, settings)
     except (RuntimeError, ValueError, TooLate, StillframeError, libvirt.libvirtError,
             subprocess.SubprocessError) as error:
         show.promise(False, f"the demo could not go on: {error}")
@@ -78,7 +77,7 @@ def main() -> int:
         daemons.terminate()
 
 
-def _story(show: Show, guest: DbGuest) -> int:
+def _story(show: Show, guest: DbGuest, settings: Path) -> int:
     _BACKUPS.mkdir()
     first = _mirror(show, guest, "Mirror it while it runs")
     found = _IMAGE.stat()
@@ -91,11 +90,13 @@ def _story(show: Show, guest: DbGuest) -> int:
     _show_left(show, guest)
     _recover(show, guest)
     check = _boot_mirror(show, guest, acknowledged)
+    snapshots = show_snapshots(show, guest, _PLACE, settings)
     return show.verdict([
         f"The first mirror moved {size_text(first)}, the second {size_text(second)}.",
         "A third run was killed in its commit, and left the guest on an overlay.",
         "`stillframe recover` brought it back onto its own image; the guest ran on throughout.",
         f"The mirror boots, and its database is whole: {check.rows} rows, not one is missing.",
+        *snapshots,
     ])
 
 
