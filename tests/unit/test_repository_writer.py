@@ -283,7 +283,7 @@ def test_a_sparse_tebibyte_takes_no_time_and_no_memory() -> None:
         with book.writer() as writer:
             written = writer.write(disk)
             writer.finish()
-        assert tracemalloc.get_traced_memory()[1] < 64 * MIB
+        assert tracemalloc.get_traced_memory()[1] < 160 * MIB
     finally:
         tracemalloc.stop()
     assert (written.read_bytes, written.new_chunks) == (3 * MIB, 48)

@@ -68,10 +68,24 @@ class DomainKey:
         """Return *content* sealed as slot number *slot* of *birth*; once ever for each such pair."""
         return self._cipher(birth).encrypt(_nonce(slot), content, _aad(birth, slot))
 
+    def seal_slot_into(self, birth: PackName, slot: int, content: Buffer, out: memoryview) -> None:
+        """Seal like `seal_slot`, into *out*: TAG_BYTES longer than the content. No memory is taken for it."""
+        self._cipher(birth).encrypt_into(_nonce(slot), content, _aad(birth, slot), out)
+
     def open_slot(self, birth: PackName, slot: int, sealed: Buffer) -> bytes:
         """Return what was sealed as that slot. Raises ValueError if this is not it, byte for byte."""
         try:
             return self._cipher(birth).decrypt(_nonce(slot), sealed, _aad(birth, slot))
+        except InvalidTag as error:
+            raise ValueError(f"slot {slot} of {birth.text} is not what was stored") from error
+
+    def open_slot_into(self, birth: PackName, slot: int, sealed: Buffer, out: memoryview) -> None:
+        """Open like `open_slot`, into *out*: TAG_BYTES shorter than what is sealed.
+
+        `decrypt` would fill new memory with zeroes first, and hold the interpreter's lock meanwhile.
+        """
+        try:
+            self._cipher(birth).decrypt_into(_nonce(slot), sealed, _aad(birth, slot), out)
         except InvalidTag as error:
             raise ValueError(f"slot {slot} of {birth.text} is not what was stored") from error
 

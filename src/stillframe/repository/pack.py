@@ -106,12 +106,22 @@ class PackBuilder:
 
     def finished(self) -> bytearray:
         """Return the whole object; nothing can be added any more."""
-        footer = b"".join(
-            _ROW.pack(row.birth.sid, row.birth.number, row.slot, row.offset_bytes, row.stored_bytes,
-                      row.plain_bytes, row.digest) for row in self._rows)
-        count = _COUNT.pack(len(self._rows))
-        self._body += footer + count + blake3(_head(self.name) + footer + count).digest() + _END
+        self._body += end_of_pack(self.name, self._rows)
         return self._body
+
+
+def head_of_pack(name: PackName) -> bytes:
+    """Return the bytes that a pack begins with."""
+    return _head(name)
+
+
+def end_of_pack(name: PackName, rows: Sequence[SlotRow]) -> bytes:
+    """Return footer and trailer: what comes behind the slots of *rows*."""
+    footer = b"".join(
+        _ROW.pack(row.birth.sid, row.birth.number, row.slot, row.offset_bytes, row.stored_bytes,
+                  row.plain_bytes, row.digest) for row in rows)
+    count = _COUNT.pack(len(rows))
+    return footer + count + blake3(_head(name) + footer + count).digest() + _END
 
 
 def read_footer(storage: Storage, name: PackName, size_bytes: int) -> tuple[SlotRow, ...]:

@@ -12,10 +12,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 
+from stillframe.repository.crypto import TAG_BYTES, DomainKey
 from stillframe.repository.jobs import InOrder
 from stillframe.repository.layout import PackKind, PackName
 from stillframe.repository.opened import Repository
-from stillframe.repository.pack import ROW_BYTES, PackBuilder, SlotRef
+from stillframe.repository.pack import ROW_BYTES, SlotRef, SlotRow, end_of_pack, head_of_pack, stored_digest
 
 #: Packs on their way to the storage, besides the one that grows: memory for three in all.
 UPLOADS = 2
@@ -31,36 +32,89 @@ class NewSlot:
     place: SlotRef | None = None
 
 
+class GrowingPack:
+    """A pack that is sealed in place, in a buffer that is used again for later ones. For one thread."""
+
+    def __init__(self, name: PackName, key: DomainKey, buffer: bytearray) -> None:
+        self.name = name
+        self._key = key
+        self.buffer = buffer
+        self._rows: list[SlotRow] = []
+        self.size_bytes = 0
+        self._put(head_of_pack(name))
+
+    def add(self, content: bytes, plain_bytes: int) -> SlotRef:
+        """Seal *content* as the next slot."""
+        offset, slot, stored = self.size_bytes, len(self._rows), len(content) + TAG_BYTES
+        self._reserve(stored)
+        with memoryview(self.buffer) as whole, whole[offset : offset + stored] as view:
+            self._key.seal_slot_into(self.name, slot, content, view)
+            self._rows.append(SlotRow(self.name, slot, offset, stored, plain_bytes, stored_digest(view)))
+        self.size_bytes += stored
+        return SlotRef(self.name, slot, offset, stored)
+
+    def finish(self) -> None:
+        """Write the end; the object is the first *size_bytes* of the buffer then."""
+        self._put(end_of_pack(self.name, self._rows))
+
+    def _put(self, content: bytes) -> None:
+        self._reserve(len(content))
+        self.buffer[self.size_bytes : self.size_bytes + len(content)] = content
+        self.size_bytes += len(content)
+
+    def _reserve(self, length: int) -> None:
+        missing = self.size_bytes + length - len(self.buffer)
+        if missing > 0:
+            self.buffer += bytes(missing)
+
+
 class Uploads:
-    """Puts whole packs into the storage. For one thread."""
+    """Puts whole packs into the storage, and lends the buffers that they grow in. For one thread."""
 
     def __init__(self, repository: Repository, pool: Executor) -> None:
         self._storage = repository.storage
-        self._running: InOrder[None, None] = InOrder(pool, UPLOADS)
+        self._running: InOrder[bytearray, None] = InOrder(pool, UPLOADS)
+        self._free: list[bytearray] = []
+        # With its end and the slot that fills it, a pack is somewhat larger.
+        parameters = repository.parameters
+        self._buffer_bytes = parameters.pack_bytes + 2 * parameters.slot_chunks * parameters.chunk_bytes
         self.stored_bytes = 0
 
-    def put(self, pack: PackBuilder) -> None:
+    def buffer(self) -> bytearray:
+        """Return a buffer for the next pack."""
+        return self._free.pop() if self._free else bytearray(self._buffer_bytes)
+
+    def put(self, pack: GrowingPack) -> None:
         """Begin to upload a pack; waits while too many are on their way. Raises what an earlier one did."""
         self.check()
         if self._running.full:
-            self._running.take()
-        content = pack.finished()
-        self.stored_bytes += len(content)
-        self._running.put(None, partial(self._storage.create, pack.name.key, content))
+            self._take()
+        pack.finish()
+        self.stored_bytes += pack.size_bytes
+        self._running.put(pack.buffer, partial(self._upload, pack))
 
     def check(self) -> None:
         """Raise what an upload raised, if one has ended."""
         while self._running.ready:
-            self._running.take()
+            self._take()
 
     def finish(self) -> None:
         """Wait until all packs are durable in the storage. Raises StorageError."""
         while self._running:
-            self._running.take()
+            self._take()
 
     def drop(self) -> None:
         """Give up: wait for what can't be called back, and forget it."""
         self._running.drop()
+        self._free.clear()
+
+    def _take(self) -> None:
+        buffer, _ = self._running.take()
+        self._free.append(buffer)
+
+    def _upload(self, pack: GrowingPack) -> None:
+        with memoryview(pack.buffer) as whole, whole[: pack.size_bytes] as content:
+            self._storage.create(pack.name.key, content)
 
 
 class PackSeries:
@@ -72,7 +126,7 @@ class PackSeries:
         self._sid = bytes.fromhex(sid)
         self._kind = kind
         self._uploads = uploads
-        self._pack: PackBuilder | None = None
+        self._pack: GrowingPack | None = None
         self._packs = 0
         #: What all slots so far take, with their rows in the footer.
         self.stored_bytes = 0
@@ -80,12 +134,12 @@ class PackSeries:
     def add(self, content: bytes, plain_bytes: int) -> SlotRef:
         """Seal *content* as the next slot and return its place. May wait for an upload."""
         if self._pack is None:
-            self._pack = PackBuilder(PackName(self._kind.value, self._sid, self._packs))
+            name = PackName(self._kind.value, self._sid, self._packs)
+            self._pack = GrowingPack(name, self._key, self._uploads.buffer())
             self._packs += 1
-        pack = self._pack
-        place = pack.add(self._key.seal_slot(pack.name, pack.slots, content), plain_bytes)
+        place = self._pack.add(content, plain_bytes)
         self.stored_bytes += place.stored_bytes + ROW_BYTES
-        if pack.size_bytes >= self._pack_bytes:
+        if self._pack.size_bytes >= self._pack_bytes:
             self.close()
         return place
 

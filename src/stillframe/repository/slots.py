@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import zstandard
 
-from stillframe.repository.crypto import ID_BYTES, Buffer, DomainKey, packed, unpacked
+from stillframe.repository.crypto import ID_BYTES, TAG_BYTES, Buffer, DomainKey, packed, unpacked
 from stillframe.repository.layout import PackName, Parameters
 
 _NODE_LIMIT_BYTES = 4 * 1024 * 1024
@@ -55,12 +55,17 @@ class SlotCodec:
 
     def open_chunks(self, birth: PackName, slot: int, sealed: Buffer) -> Chunks:
         """Return the chunks of a sealed slot. Raises ValueError if it is not what was stored."""
-        content = memoryview(self.key.open_slot(birth, slot, sealed))
+        size = len(sealed) - TAG_BYTES
+        scratch = self._scratch()
+        if not 2 <= size <= len(scratch):
+            raise ValueError(f"slot {slot} of {birth.text} does not hold what it says: no slot has that size")
+        content = memoryview(scratch)[:size]
+        self.key.open_slot_into(birth, slot, sealed, content)
         codec, count = content[0], content[1]
         begin = 2 + count * ID_BYTES
-        body = content[begin:]
-        if codec:
-            body = memoryview(unpacked(codec, body, self._most * self._chunk_bytes, self._decompressor()))
+        # Either way it is a copy: the next slot that this thread opens comes into the same memory.
+        body = memoryview(unpacked(codec, content[begin:], self._most * self._chunk_bytes,
+                                   self._decompressor()))
         if not 1 <= count <= self._most or len(body) != count * self._chunk_bytes:
             raise ValueError(f"slot {slot} of {birth.text} does not hold what it says")
         ids = tuple(bytes(content[at : at + ID_BYTES]) for at in range(2, begin, ID_BYTES))
@@ -79,6 +84,12 @@ class SlotCodec:
         """Return the node of a sealed slot. Raises ValueError if it is not what was stored."""
         content = self.key.open_slot(birth, slot, sealed)
         return unpacked(content[0], memoryview(content)[1:], _NODE_LIMIT_BYTES, self._decompressor())
+
+    def _scratch(self) -> bytearray:
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = bytearray(2 + self._most * (ID_BYTES + self._chunk_bytes))
+        scratch: bytearray = self._own.scratch
+        return scratch
 
     def _compressor(self) -> zstandard.ZstdCompressor:
         if not hasattr(self._own, "compressor"):
