@@ -166,17 +166,20 @@ def with_commits_over_tombstones(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(session_module.Session, "commit", commit)
 
 
+_LONG = Cast("bccff", stays=0.85, crashes=0.0)
+
+
 @pytest.mark.parametrize(("rule", "cast"), [
     (without_waiting, Cast("bcf")),
-    (without_tombstones, Cast("bcfc", 0.5)),
+    (without_tombstones, Cast("bcfc", wrongly_dead=0.5)),
     (without_looking_at_condemned, Cast("bcfb")),
-    (without_looking_again, Cast("bccf", 0.0, 0.5)),
     (without_keeping_moved, Cast("bccf")),
-    (without_a_race, Cast("bccf")),
-    (without_order, Cast("bcf")),
-    (with_a_late_generation, Cast("bccf")),
+    (with_a_late_generation, _LONG),
     (without_moving, Cast("cf")),
-    (with_commits_over_tombstones, Cast("bcf", 0.5)),
+    pytest.param(without_looking_again, _LONG, marks=pytest.mark.slow),
+    pytest.param(without_a_race, _LONG, marks=pytest.mark.slow),
+    pytest.param(without_order, _LONG, marks=pytest.mark.slow),
+    pytest.param(with_commits_over_tombstones, Cast("bcf", wrongly_dead=0.5), marks=pytest.mark.slow),
 ], ids=lambda each: each.__name__ if callable(each) else each.actors)
 def test_each_rule_is_needed(rule: Rule, cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(HISTORIES):

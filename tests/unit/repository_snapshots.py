@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from stillframe.clock import Clock, SystemClock
+from stillframe.repository import collect as collect_module
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs
 from stillframe.repository.collection import COMPACT_BELOW, MAX_UNUSED, Collected
@@ -37,6 +40,8 @@ class World:
         self.clock: Clock = SystemClock()
         self.hours = 0
         self.expected: dict[SnapshotName, bytes] = {}
+        #: Sessions that are still registered are those of killed processes.
+        self.all_are_dead = False
 
     def backup(self, content: bytes, guest: str = "web", host: str = "alpha", *,
                parent: SnapshotName | None = None, hints: ChunkHints | None = None) -> SnapshotName:
@@ -58,8 +63,11 @@ class World:
         forget(self.repository.storage, plan_forget(names))
 
     def prune(self, max_unused: float = MAX_UNUSED, compact_below: float = COMPACT_BELOW) -> Collected:
-        return collect(self.repository, "alpha", self.clock, fence_after_s=DAY_S, max_unused=max_unused,
-                       compact_below=compact_below)
+        with pytest.MonkeyPatch.context() as patch:
+            if self.all_are_dead:
+                patch.setattr(collect_module, "is_dead", lambda *_: True)
+            return collect(self.repository, "alpha", self.clock, fence_after_s=DAY_S, max_unused=max_unused,
+                           compact_below=compact_below)
 
     def check(self) -> None:
         """Every kept snapshot is listed and reads back equal."""
