@@ -15,6 +15,8 @@ import pytest
 import typer
 
 from stillframe import errors
+from stillframe.backup.run import BackupResult
+from stillframe.backup.snapshot import DiskResult as BackedUpDisk
 from stillframe.capture.journal import DiskRecord as JournalDisk
 from stillframe.capture.journal import RunRecord
 from stillframe.cli.main import app
@@ -221,7 +223,20 @@ def test_the_json_of_a_mirror_has_the_fields_that_are_shown() -> None:
     assert set(failed) == {"guest", "ok", "error"}
 
 
+def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
+    guest, failed = _example("backup")["guests"]
+    assert set(guest) == {field.name for field in fields(BackupResult)} | {"ok"}
+    assert set(guest["disks"][0]) == {field.name for field in fields(BackedUpDisk)}
+    assert set(failed) == {"guest", "ok", "error"}
+
+
 @pytest.mark.parametrize(("command", "keys"), [
+    ("list", {"repository", "snapshots"}), ("diff", {"old", "new", "disks"}),
+    ("restore", {"snapshot", "whole", "files", "disks"}),
+    ("forget", {"dry_run", "kept", "dropped"}), ("prune", {"dry_run", "plan", "done"}),
+    ("verify", {
+        "level", "sound", "complete", "snapshots", "packs", "checked_packs", "checked_slots", "checked_bytes",
+        "findings", "hurt", "healed", "unreadable"}),
     ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests"}),
     ("status", {
         "open_runs", "guests_on_overlays", "mirrors", "snapshots", "libvirt_error", "repository_error"}),

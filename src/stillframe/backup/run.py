@@ -116,7 +116,7 @@ def refuse_place(repository: Path, plan: Plan) -> None:
         return  # opening it will tell
     folder = repository.resolve()
     refuse_inside_images(folder, plan)
-    refuse_overlays_at(folder, folder, plan, f"stillframe backup {plan.domain.name} --repo {folder}")
+    refuse_overlays_at(folder, folder, plan)
 
 
 def _parent(repository: Repository, job: BackupJob) -> Parent:

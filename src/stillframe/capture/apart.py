@@ -25,11 +25,10 @@ def refuse_inside_images(path: Path, plan: Plan) -> None:
                 )
 
 
-def refuse_overlays_at(destination: Path, own: Path, plan: Plan, command: str) -> None:
+def refuse_overlays_at(destination: Path, own: Path, plan: Plan) -> None:
     """Keep QEMU's writes off the backup storage: when that hangs, the guest would hang with it.
 
-    *own* is the folder under *destination* that stillframe alone writes to, *command* what the user
-    could run with another folder. Raises OverlayFolderNeeded.
+    *own* is the folder under *destination* that stillframe alone writes to. Raises OverlayFolderNeeded.
     """
     for disk in plan.disks:
         folder = Path(disk.overlay_path).parent.resolve()
@@ -38,12 +37,12 @@ def refuse_overlays_at(destination: Path, own: Path, plan: Plan, command: str) -
             raise OverlayFolderNeeded(
                 f"The overlay of {disk.target} would lie in {folder}, on the backup storage itself: if "
                 "that hangs or goes away, the guest would hang with it.",
-                f"{command} --overlay-dir /var/lib/libvirt/images",
+                plan.wishes.again(plan.domain.name, "--overlay-dir /var/lib/libvirt/images"),
             )
 
 
 def about_bytes(disk: DiskRecord) -> int:
-    """Return about how much a first copy of the disk takes: what its images take now. 0 if that is not known."""
+    """Return about how much a first copy of the disk takes, by what its images take now; 0 if not known."""
     try:
         allocated = sum(info.allocated_bytes for info in chain_info(disk.base))
     except ProgramFailed:

@@ -7,7 +7,6 @@ with the plan in hand, a run begins. `doctor` shows the same plan without runnin
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,12 +47,20 @@ _RBD_PORT = 6789
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the user asked for, for one guest. *exclude* are targets not to capture."""
+    """What the user asked for, for one guest. *exclude* are targets not to capture.
+
+    *command* is what they could call again, with other options; ``{guest}`` stands for the guest.
+    """
 
     quiesce: Quiesce = Quiesce.AUTO
     overlay_folder: Path | None = None
     exclude: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    command: str = "stillframe mirror {guest} DEST"
+
+    def again(self, guest: str, option: str) -> str:
+        """Return the command with one more option, to be typed."""
+        return f"{self.command.replace('{guest}', guest)} {option}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,12 @@ class Plan:
     quiesce: Quiesce
     warnings: tuple[str, ...]
     watermarks: tuple[Watermark, ...]
-    limits: Limits
+    wishes: Wishes
+
+    @property
+    def limits(self) -> Limits:
+        """How long things may take, and how large overlays may grow."""
+        return self.wishes.limits
 
 
 def make_plan(domain: Domain, wishes: Wishes) -> Plan:
@@ -81,8 +93,8 @@ def make_plan(domain: Domain, wishes: Wishes) -> Plan:
     live = _running(view)
     _refuse_jobs(view, live)
     _refuse_snapshots(domain)
-    chosen, excluded = _choose_disks(live, wishes.exclude, view.name)
-    disks = tuple(_plan_disk(domain, view, disk, wishes.overlay_folder) for disk in chosen)
+    chosen, excluded = _choose_disks(live, wishes, view.name)
+    disks = tuple(_plan_disk(domain, view, disk, wishes) for disk in chosen)
     for disk, planned in zip(chosen, disks, strict=True):
         _refuse_other_chain(view, disk, planned)
     _refuse_shared(domain, live, chosen)
@@ -94,7 +106,7 @@ def make_plan(domain: Domain, wishes: Wishes) -> Plan:
         if target not in targets
     )
     return Plan(
-        domain, view, live, disks, others, excluded, quiesce, warnings, watermarks, wishes.limits
+        domain, view, live, disks, others, excluded, quiesce, warnings, watermarks, wishes
     )
 
 
@@ -103,7 +115,7 @@ def _running(view: DomainView) -> DomainXml:
         raise GuestUnknown(f"There is no guest called {view.name} any more.", "virsh list --all")
     if view.power is Power.OFF:
         raise GuestShutOff(
-            f"{view.name} is shut off; a guest is mirrored while it runs.", f"virsh start {view.name}"
+            f"{view.name} is shut off; a guest is captured while it runs.", f"virsh start {view.name}"
         )
     if view.power is Power.HIDDEN:
         raise NeedsAttention(
@@ -149,14 +161,15 @@ def _refuse_snapshots(domain: Domain) -> None:
 
 
 def _choose_disks(
-    live: DomainXml, exclude: Sequence[str], name: str
+    live: DomainXml, wishes: Wishes, name: str
 ) -> tuple[list[Disk], tuple[ExcludedDisk, ...]]:
+    exclude = wishes.exclude
     unsupported = {each.target: each.reason for each in live.excluded if each.unsupported}
     for target, reason in unsupported.items():
         if target not in exclude:
             raise GuestUnfit(
                 f"{target} of {name} can't be captured: {reason}.",
-                f"stillframe mirror {name} DEST --exclude {target}   # to mirror the others all the same",
+                wishes.again(name, f"--exclude {target}   # to capture the others all the same"),
             )
     unknown = [target for target in exclude if target not in (*live.disks, *unsupported)]
     if unknown:
@@ -172,17 +185,17 @@ def _choose_disks(
     return chosen, (*live.excluded, *asked)
 
 
-def _plan_disk(domain: Domain, view: DomainView, disk: Disk, folder: Path | None) -> DiskRecord:
+def _plan_disk(domain: Domain, view: DomainView, disk: Disk, wishes: Wishes) -> DiskRecord:
     top = disk.top
     if top.format not in _FORMATS:
         raise GuestUnfit(
             f"{disk.target} of {view.name} is {top.format}; stillframe captures raw and qcow2.",
-            f"stillframe mirror {view.name} DEST --exclude {disk.target}",
+            wishes.again(view.name, f"--exclude {disk.target}"),
         )
     if "<encryption" in top.xml:
         raise GuestUnfit(
             f"{disk.target} of {view.name} is encrypted by QEMU, which is not supported.",
-            f"stillframe mirror {view.name} DEST --exclude {disk.target}",
+            wishes.again(view.name, f"--exclude {disk.target}"),
         )
     if top.place.endswith(OVERLAY_SUFFIX):
         raise OverlayTaken(
@@ -207,7 +220,7 @@ def _plan_disk(domain: Domain, view: DomainView, disk: Disk, folder: Path | None
         base_key=top.key,
         base_qemu_file=known.files[0],
         size_bytes=domain.capacity_bytes(disk.target),
-        overlay_path=_overlay_path(view.name, disk, folder),
+        overlay_path=_overlay_path(view.name, disk, wishes),
     )
 
 
@@ -292,11 +305,12 @@ def place_of(source: Source) -> ImagePlace:
     )
 
 
-def _overlay_path(name: str, disk: Disk, folder: Path | None) -> str:
+def _overlay_path(name: str, disk: Disk, wishes: Wishes) -> str:
+    folder = wishes.overlay_folder
     if folder is None and disk.top.kind != "file":
         raise OverlayFolderNeeded(
             f"{disk.target} of {name} is {disk.top.place}, which has no folder for an overlay.",
-            f"stillframe mirror {name} DEST --overlay-dir /var/lib/libvirt/images",
+            wishes.again(name, "--overlay-dir /var/lib/libvirt/images"),
         )
     place = folder if folder is not None else Path(disk.top.place).parent
     if not place.is_dir():
@@ -334,7 +348,7 @@ def _choose_quiesce(
     if wanted is Quiesce.SHUTDOWN and not view.persistent:
         raise ShutdownImpossible(
             f"{view.name} is transient: it would be gone after a shutdown.",
-            f"stillframe mirror {view.name} DEST --quiesce agent",
+            wishes.again(view.name, "--quiesce agent"),
         )
     if wanted in (Quiesce.SHUTDOWN, Quiesce.NONE):
         return wanted, ()

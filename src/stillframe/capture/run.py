@@ -240,8 +240,8 @@ class _Run:
                 raise FreezeFailed(
                     f"The guest agent of {self.record.name} did not freeze in time: {error.message} "
                     "The guest is thawed.",
-                    f"look at the agent inside the guest; or stillframe mirror {self.record.name} DEST "
-                    "--quiesce none",
+                    "look at the agent inside the guest; or "
+                    + self._plan.wishes.again(self.record.name, "--quiesce none"),
                 ) from error
             raise FreezeFailed(
                 f"The guest agent of {self.record.name} did not freeze in time and does not answer: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stillframe.backup.run import BackupJob, BackupResult, backup_guest
@@ -15,6 +16,9 @@ from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_OK
 from stillframe.hypervisor.domain import find_domain
 from stillframe.units import duration_text, size_text
+
+#: What a message tells people to type again, with another option.
+_COMMAND = "stillframe backup {guest} --repo REPO"
 
 
 def backup(session: Session, names: Sequence[str], options: GuestSettings) -> int:
@@ -36,7 +40,7 @@ def _one(session: Session, name: str, folder: Path, options: GuestSettings) -> B
     return backup_guest(
         BackupJob(
             domain, lambda: session.repository, folder, session.host, session.hints_folder,
-            for_guest(session.settings, domain.name, options), session.stop,
+            replace(for_guest(session.settings, domain.name, options), command=_COMMAND), session.stop,
             lambda target, done, total: session.screen.bar(f"{domain.name} {target}: copy", done, total),
         ),
         session.tools,

@@ -144,7 +144,7 @@ def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
         )
     path = destination / plan.domain.name
     refuse_inside_images(path, plan)
-    refuse_overlays_at(destination, path, plan, f"stillframe mirror {plan.domain.name} {destination}")
+    refuse_overlays_at(destination, path, plan)
     return path
 
 
