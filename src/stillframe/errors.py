@@ -419,7 +419,7 @@ class ApplyFailed(RunFailed):
 
 
 class SessionFenced(RunFailed):
-    """A collector took this run for dead and closed the place of its manifest; nothing counts as a snapshot."""
+    """A collector took this run for dead and closed the place of its manifest: no snapshot was made."""
 
     code = "session-fenced"
     exit_code = 50
