@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 
 from lab.guest import Guest
 from lab.images import assert_equal_images
-from stillframe.clock import SystemClock
+from stillframe.clock import SystemClock, utc_text
 from stillframe.repository.keyslots import Kdf, SlotKind
+from stillframe.repository.layout import Parameters
 from stillframe.repository.opened import Secret, init_repository
 from stillframe.storage.local import LocalStorage
 from tests.fault.driver import PASSPHRASE
@@ -75,12 +77,15 @@ class Repo:
         shutil.rmtree(folder)
 
 
-def make_repo(place: Place, folder: Path) -> Repo:
-    """Make a repository that PASSPHRASE opens."""
+def make_repo(place: Place, folder: Path, **sizes: int) -> Repo:
+    """Make a repository that PASSPHRASE opens, with other *sizes* than the usual ones (`Parameters`)."""
+    folder.mkdir(exist_ok=True)
     path = folder / "repository"
     passphrase = path.with_suffix(".pass")
     passphrase.write_bytes(PASSPHRASE + b"\n")
     passphrase.chmod(0o600)
     secret = Secret(SlotKind.PASSPHRASE, PASSPHRASE)
-    init_repository(LocalStorage(path, make=True), secret, "test", SystemClock(), costs=CHEAP)
+    parameters = Parameters(secrets.token_hex(16), utc_text(SystemClock().now()), **sizes)  # type: ignore[arg-type]
+    init_repository(
+        LocalStorage(path, make=True), secret, "test", SystemClock(), costs=CHEAP, parameters=parameters)
     return Repo(path, place)

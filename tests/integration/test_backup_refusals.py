@@ -163,11 +163,14 @@ def _tools(repo: Repo) -> Tools:
     return Tools(Journal(repo.place.state_dir, clock), clock, Watcher(lambda _: None, lambda _: None))
 
 
-@pytest.mark.parametrize("by_signal", [True, False])
+@pytest.mark.parametrize(("by_signal", "kind"), [(True, Kind.RAW), (False, Kind.QCOW2)])
 def test_a_storage_that_hangs_does_not_hold_the_guest(
-    disk_guest: MakeGuest, repo: Repo, monkeypatch: pytest.MonkeyPatch, by_signal: bool
+    disk_guest: MakeGuest, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_signal: bool,
+    kind: Kind,
 ) -> None:
-    guest = disk_guest(DiskSpec("vda", Kind.RAW, _SIZE_BYTES))
+    guest = disk_guest(DiskSpec("vda", kind, _SIZE_BYTES))
+    # Small packs: the storage hangs while the disk is still being read, and its server holds a lock on it.
+    repo = make_repo(repo.place, tmp_path / "small-packs", pack_bytes=256 * 1024)
     storage = _Hanging(LocalStorage(repo.path))
     monkeypatch.setattr(snapshot_module, "STALL_TIMEOUT_S", 600.0 if by_signal else 3.0)
     expected = errors.Interrupted if by_signal else errors.DestinationLost

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from stillframe.backup.machine import Machine, MachineFile, versions_of
 from stillframe.backup.watching import WatchedReader, WatchedStorage
-from stillframe.block.reader import open_reader
+from stillframe.block.reader import DiskReader, open_reader
 from stillframe.capture.plan import Plan
-from stillframe.capture.run import Capture, StillDisk
+from stillframe.capture.run import Capture, StillDisk, Stop
 from stillframe.capture.watched import STALL_TIMEOUT_S, Watch, Watched
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import StillframeError
@@ -103,17 +103,24 @@ class SnapshotRun:
 
     def write(self, capture: Capture, machine: Machine, warnings: tuple[str, ...]) -> None:
         """Write the snapshot and commit it. Raises CopyFailed, DestinationLost, StorageError, and others."""
-        watched = Watched(lambda watch: self._write(watch, capture, machine, warnings), self._clock, "backup")
-        try:
-            watched.result(capture.stop, each_look=self._look, stall_timeout_s=self.stall_timeout_s)
-        except StillframeError as error:
-            # Committed, it is a snapshot, whatever went wrong behind that.
-            if self.manifest is None:
-                raise
-            self.late_warnings.append(f"the snapshot is durable, but then: {error.message}")
-        finally:
-            self._hung = watched.watch.hung
-            self._look()
+        with contextlib.ExitStack() as opened:
+            # Opened here and not in the thread: were that to hang, its servers would hold the bases' locks,
+            # and nothing could be committed back into them.
+            readers = {
+                disk.target: opened.enter_context(open_reader(disk.base, clock=self._clock))
+                for disk in capture.disks}
+            watched = Watched(
+                lambda watch: self._write(watch, capture, readers, machine, warnings), self._clock, "backup")
+            try:
+                watched.result(capture.stop, each_look=self._look, stall_timeout_s=self.stall_timeout_s)
+            except StillframeError as error:
+                # Committed, it is a snapshot, whatever went wrong behind that.
+                if self.manifest is None:
+                    raise
+                self.late_warnings.append(f"the snapshot is durable, but then: {error.message}")
+            finally:
+                self._hung = watched.watch.hung
+                self._look()
 
     def close(self) -> None:
         """End the session. Never raises; leaves a storage alone that hangs."""
@@ -133,7 +140,10 @@ class SnapshotRun:
 
     # --- in the thread ------------------------------------------------------------------------
 
-    def _write(self, watch: Watch, capture: Capture, machine: Machine, warnings: tuple[str, ...]) -> None:
+    def _write(
+        self, watch: Watch, capture: Capture, readers: Mapping[str, DiskReader], machine: Machine,
+        warnings: tuple[str, ...],
+    ) -> None:
         storage = WatchedStorage(self._repository.storage, watch)
         repository = replace(self._repository, storage=storage)
         moment = datetime.fromisoformat(capture.captured_at)
@@ -149,7 +159,9 @@ class SnapshotRun:
         with self._hints() as hints, SnapshotWriter(
             repository, session, Places(repository, session.generation), bad=read_bad(storage), hints=hints,
         ) as writer:
-            disks = tuple(self._disk(writer, watch, disk, parent, capture) for disk in capture.disks)
+            disks = tuple(
+                self._disk(writer, watch, disk, readers[disk.target], parent, capture.stop)
+                for disk in capture.disks)
             files = tuple(_file(writer, file, parent) for file in machine.files)
             capture.check_still()
             stored_bytes = writer.finish()
@@ -190,7 +202,8 @@ class SnapshotRun:
             yield hints
 
     def _disk(
-        self, writer: SnapshotWriter, watch: Watch, disk: StillDisk, parent: Parent, capture: Capture,
+        self, writer: SnapshotWriter, watch: Watch, disk: StillDisk, reader: DiskReader, parent: Parent,
+        stop: Stop,
     ) -> DiskEntry:
         began_s = self._clock.monotonic_s()
 
@@ -199,8 +212,7 @@ class SnapshotRun:
             self._progress = (disk.target, progress.done_bytes, progress.size_bytes)
 
         old = parent.disk(disk.target)
-        with open_reader(disk.base, clock=self._clock) as reader:
-            written = writer.write(WatchedReader(reader, watch), old, stop=capture.stop, report=report)
+        written = writer.write(WatchedReader(reader, watch), old, stop=stop, report=report)
         self._progress = (disk.target, written.size_bytes, written.size_bytes)
         self.disks.append(DiskResult(
             disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
