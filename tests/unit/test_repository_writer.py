@@ -200,6 +200,46 @@ def test_stop_ends_the_run() -> None:
     assert book.objects("main/s/") == []
 
 
+def test_stop_is_asked_while_an_upload_hangs() -> None:
+    storage = MemoryStorage()
+    book, let_go, stop_now = Book(storage), threading.Event(), threading.Event()
+
+    def hang(verb: str, key: str) -> None:
+        if verb == "create" and key.startswith("main/p/"):
+            stop_now.set()
+            assert let_go.wait(20)
+
+    def stop() -> StillframeError | None:
+        if not stop_now.is_set():
+            return None
+        let_go.set()
+        return Interrupted("stopped")
+
+    storage.before = hang
+    with pytest.raises(Interrupted):
+        book.backup(SourceDisk(noise(400 * CHUNK)), stop=stop)
+
+
+def test_finishing_can_be_stopped() -> None:
+    storage = MemoryStorage()
+    book, let_go = Book(storage), threading.Event()
+
+    def hang(verb: str, key: str) -> None:
+        if verb == "create" and key.startswith("main/p/"):
+            assert let_go.wait(20)
+
+    storage.before = hang
+
+    def stop() -> StillframeError | None:
+        let_go.set()
+        return Interrupted("stopped")
+
+    with book.writer() as writer:
+        writer.write(SourceDisk(noise(4 * CHUNK)))
+        with pytest.raises(Interrupted):
+            writer.finish(stop)
+
+
 def test_a_read_that_fails_ends_the_run() -> None:
     book = Book()
     disk = SourceDisk(noise(400 * CHUNK))

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from stillframe.block.reader import DiskReader
-from stillframe.errors import StillframeError
+from stillframe.errors import SlotDamaged, StillframeError
 from stillframe.repository.jobs import InOrder
 from stillframe.repository.known import Pending
 from stillframe.repository.nodes import ChunkRef, Leaf
 from stillframe.repository.pack import SlotRef
 from stillframe.repository.pipeline import NewSlot
-from stillframe.repository.places import SlotDamaged
 from stillframe.repository.scan import Scanned, Scanner, Unit, data_runs, unit_chunks, units
 from stillframe.repository.stages import UNITS, Stages
 from stillframe.repository.tree import Tree, TreeBuilder
@@ -99,7 +98,7 @@ class DiskWrite:
         self._source = source
         self._parameters = stages.parameters
         self._parent = parent
-        self._stop = stop
+        stages.stop = stop
         self._report = report
         self._size_bytes = source.size_bytes
         self._known = stages.known
@@ -117,7 +116,7 @@ class DiskWrite:
         """Read the disk, and hand all that is new to the stages. Raises CopyFailed, StorageError."""
         chunk_bytes, unit = self._parameters.chunk_bytes, unit_chunks(self._parameters)
         runs = data_runs(self._source.extents(), self._size_bytes, chunk_bytes)
-        reads: InOrder[Unit, _Read] = InOrder(self._stages.readers, UNITS)
+        reads: InOrder[Unit, _Read] = InOrder(self._stages.readers, UNITS, self._stages.ask_stop)
         with self._stages.scanner(self._source) as scanner:
             try:
                 for each in units(runs, self._parameters.chunks(self._size_bytes), unit):
@@ -145,9 +144,7 @@ class DiskWrite:
             return None, None  # what can't be read there is stored anew, or found by its ID
 
     def _take(self, reads: InOrder[Unit, _Read]) -> None:
-        reason = self._stop()
-        if reason is not None:
-            raise reason
+        self._stages.ask_stop()
         unit, read = reads.take()
         self._stages.check()
         index = unit.first // self._parameters.leaf_chunks

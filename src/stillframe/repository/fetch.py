@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from stillframe.errors import ObjectMissing, ObjectTruncated, StorageError
+from stillframe.errors import ObjectMissing, ObjectTruncated, SlotDamaged, StillframeError
 from stillframe.repository.jobs import keep_freed_memory
 from stillframe.repository.layout import PackName
 from stillframe.repository.pack import SlotRef
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.slots import Chunks
 from stillframe.units import KIB, MIB
 
@@ -74,7 +74,7 @@ class SlotFetcher:
                 now = self._places.located(place)
             except (SlotDamaged, ObjectMissing):
                 now = place  # it can't be read in one go: `stored` looks everywhere
-            except StorageError as error:
+            except StillframeError as error:
                 self._failed(place, coming, error)
                 continue
             yield place, now, coming

@@ -14,6 +14,8 @@ from stillframe.units import GIB, MIB
 T = TypeVar("T")
 R = TypeVar("R")
 
+_IDLE_S = 0.2
+
 # <malloc.h>; glibc's numbers, which musl does not know (mallopt is missing there, and not needed).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -22,12 +24,14 @@ class InOrder(Generic[T, R]):
     """Up to *most* jobs at a time on a pool. For one thread, which puts jobs in and takes results out.
 
     So all memory that jobs hold is bounded by their number, and nothing ever waits for a
-    free buffer: who puts in more than *most* takes out first.
+    free buffer: who puts in more than *most* takes out first. *idle* is called now and then while
+    `take` waits; what it raises comes out of `take`.
     """
 
-    def __init__(self, pool: Executor, most: int) -> None:
+    def __init__(self, pool: Executor, most: int, idle: Callable[[], None] = lambda: None) -> None:
         self._pool = pool
         self._most = most
+        self._idle = idle
         self._running: deque[tuple[T, Future[R]]] = deque()
 
     def __len__(self) -> int:
@@ -49,15 +53,23 @@ class InOrder(Generic[T, R]):
 
     def take(self) -> tuple[T, R]:
         """Return the oldest job's tag and result; raises what the job raised."""
-        tag, future = self._running.popleft()
+        tag, future = self._running[0]
+        while not future.done():
+            wait([future], _IDLE_S)
+            self._idle()
+        self._running.popleft()
         return tag, future.result()
 
-    def drop(self) -> None:
-        """Forget all jobs: when it returns, none runs and none will. Their errors are lost."""
+    def drop(self, timeout_s: float | None = None) -> bool:
+        """Forget all jobs; their errors are lost. Return whether none runs any more.
+
+        Those that run are waited for, no longer than *timeout_s*; no other begins.
+        """
         for _, future in self._running:
             future.cancel()
-        wait([future for _, future in self._running])
+        left = wait([future for _, future in self._running], timeout_s).not_done
         self._running.clear()
+        return not left
 
 
 @cache

@@ -20,6 +20,8 @@ from stillframe.repository.pack import ROW_BYTES, SlotRef, SlotRow, end_of_pack,
 
 #: Packs on their way to the storage, besides the one that grows: memory for three in all.
 UPLOADS = 2
+#: A run that is given up waits so long for uploads, and no longer: a guest may stand on an overlay meanwhile.
+_GIVE_UP_S = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -71,9 +73,9 @@ class GrowingPack:
 class Uploads:
     """Puts whole packs into the storage, and lends the buffers that they grow in. For one thread."""
 
-    def __init__(self, repository: Repository, pool: Executor) -> None:
+    def __init__(self, repository: Repository, pool: Executor, idle: Callable[[], None]) -> None:
         self._storage = repository.storage
-        self._running: InOrder[bytearray, None] = InOrder(pool, UPLOADS)
+        self._running: InOrder[bytearray, None] = InOrder(pool, UPLOADS, idle)
         self._free: list[bytearray] = []
         # With its end and the slot that fills it, a pack is somewhat larger.
         parameters = repository.parameters
@@ -103,10 +105,10 @@ class Uploads:
         while self._running:
             self._take()
 
-    def drop(self) -> None:
-        """Give up: wait for what can't be called back, and forget it."""
-        self._running.drop()
+    def drop(self) -> bool:
+        """Give up what is on its way. Return whether no upload is left that the storage doesn't end."""
         self._free.clear()
+        return self._running.drop(_GIVE_UP_S)
 
     def _take(self) -> None:
         buffer, _ = self._running.take()

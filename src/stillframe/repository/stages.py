@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from stillframe.block.reader import DiskReader
+from stillframe.errors import StillframeError
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.jobs import keep_freed_memory
 from stillframe.repository.known import Bad, KnownChunks
@@ -34,7 +36,9 @@ class Stages:
         self.readers = ThreadPoolExecutor(_READERS, "read")
         self._packers = ThreadPoolExecutor(threads, "pack")
         self._uploaders = ThreadPoolExecutor(UPLOADS, "upload")
-        self._uploads = Uploads(repository, self._uploaders)
+        self._uploads = Uploads(repository, self._uploaders, self.ask_stop)
+        #: Asked while the run goes on and while it waits; what it returns ends the run.
+        self.stop: Callable[[], StillframeError | None] = lambda: None
         self._data = PackSeries(repository, session.sid, PackKind.DATA, self._uploads)
         self._trees = PackSeries(repository, session.sid, PackKind.TREE, self._uploads)
         self.slots = SlotPipeline(repository, self._data, self._packers, _SLOTS, self._placed)
@@ -60,10 +64,17 @@ class Stages:
         """End all threads. What is not finished is given up."""
         self.closed = True
         self.slots.drop()
-        self._uploads.drop()
-        for pool in (self.readers, self._packers, self._uploaders):
+        ended = self._uploads.drop()
+        for pool in (self.readers, self._packers):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._uploaders.shutdown(wait=ended, cancel_futures=True)
         self._free.clear()
+
+    def ask_stop(self) -> None:
+        """Raise the reason to stop, if there is one."""
+        reason = self.stop()
+        if reason is not None:
+            raise reason
 
     def check(self) -> None:
         """Take what is ready, and raise what went wrong elsewhere meanwhile."""

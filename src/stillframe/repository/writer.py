@@ -67,8 +67,8 @@ class SnapshotWriter:
         """Write a disk as it stands in *source*; unchanged chunks and nodes are referred to in *parent*.
 
         *parent* is of a manifest that was listed after the session was opened. *stop* and *report* are
-        called about once for each mebibyte that is read; an error that *stop* returns ends the run
-        and is raised. Raises CopyFailed, StorageError.
+        called about once for each mebibyte that is read, *stop* also while a read or an upload takes
+        long; an error that *stop* returns ends the run and is raised. Raises CopyFailed, StorageError.
         """
         self._check_open()
         tree = None if parent is None else Tree(self._places, parent.size_bytes, parent.place)
@@ -82,19 +82,23 @@ class SnapshotWriter:
         """Write a small file. Raises StorageError."""
         return self.write(BytesSource(content), parent)
 
-    def finish(self) -> int:
+    def finish(self, stop: Callable[[], StillframeError | None] = lambda: None) -> int:
         """Make all packs durable in the storage; return what they take there. Nothing may be written after.
 
-        Raises StorageError.
+        Raises StorageError, and what *stop* returns meanwhile.
         """
         self._check_open()
+        self._stages.stop = stop
         try:
             return self._stages.finish()
         finally:
             self.close()
 
     def close(self) -> None:
-        """End all threads. What is not finished is given up."""
+        """End all threads, and give up what is not finished.
+
+        An upload that the storage does not end is left alone after ten seconds.
+        """
         self._stages.close()
 
     def _check_open(self) -> None:
