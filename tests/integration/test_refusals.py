@@ -135,7 +135,7 @@ def test_disks_that_are_left_out_are_named(caller: Caller, disk_guest: MakeGuest
     assert code == 0
     excluded = {each["target"]: each["reason"] for each in body["excluded"]}
     assert excluded == {"vdb": "it is readonly", "sda": "it is a cdrom", "vdc": "you excluded it"}
-    assert "vdb is not mirrored" in said
+    assert "vdb is left out" in said
     assert [path.name for path in (caller.destination / guest.name).glob("*.img")] == ["vda.img"]
 
 
