@@ -24,6 +24,7 @@
     │   ├── ApplyFailed              the new mirror is durable as image + redo file
     │   └── SessionFenced            a collector took this run for dead
     ├── RepositoryDamaged            something kept is missing or not what was stored
+    │   └── SlotDamaged              one slot of a pack
     ├── StorageError                 the storage below a repository said no
     │   ├── ObjectMissing, ObjectExists, ObjectTruncated
     │   └── StorageFull, StorageLost
@@ -40,6 +41,7 @@ command may simply be run again. `next_command` is filled in by who raises it.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 
 class GuestState(enum.Enum):
@@ -431,6 +433,21 @@ class RepositoryDamaged(StillframeError):
     code = "repository-damaged"
     exit_code = 92
     guest = GuestState.UNTOUCHED
+
+
+class SlotDamaged(RepositoryDamaged):
+    """A slot of a pack that is missing or is not what was stored; *place* (a SlotRef) refers to it."""
+
+    code = "slot-damaged"
+    exit_code = 99
+
+    def __init__(self, place: Any, why: str) -> None:
+        super().__init__(f"Slot {place.slot} of the pack {place.pack.text} can't be read: {why}.",
+                         "stillframe verify --repo REPO   # names the snapshots that are hurt")
+        self.place = place
+        self.why = why
+        #: The leaves that are lost with it, if it is an inner node.
+        self.leaves = range(0)
 
 
 class StorageError(StillframeError):

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from stillframe.clock import Clock, SystemClock
+from stillframe.errors import SlotDamaged
 from stillframe.repository import collect as collect_module
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs
@@ -22,7 +23,7 @@ from stillframe.repository.manifest import DiskEntry, Manifest, Root, Versions, 
 from stillframe.repository.mark import Marker
 from stillframe.repository.nodes import ChunkRef
 from stillframe.repository.opened import Repository
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.session import open_session
 from stillframe.repository.tree import Tree
 from stillframe.repository.writer import SnapshotWriter

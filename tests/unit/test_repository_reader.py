@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 
 from stillframe.clock import SystemClock
-from stillframe.errors import StorageLost
+from stillframe.errors import SlotDamaged, StorageLost
 from stillframe.extent import Kind
 from stillframe.repository.heal import record_bad, write_heals
 from stillframe.repository.layout import new_sid
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
 from stillframe.storage.memory import MemoryStorage
 from tests.storage_faults import BitFlip

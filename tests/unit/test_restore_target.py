@@ -15,6 +15,7 @@ from stillframe.errors import (
     DestinationFull,
     DestinationUnwritable,
     Interrupted,
+    SlotDamaged,
     StillframeError,
     TargetExists,
     TargetInUse,
@@ -22,7 +23,7 @@ from stillframe.errors import (
 )
 from stillframe.extent import Kind
 from stillframe.repository.manifest import DiskEntry, Root
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.restore.files import lock_as_qemu
 from stillframe.restore.run import Restored, RestoreProgress, restore_disk
 from stillframe.restore.target import Wishes

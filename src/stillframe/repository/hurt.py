@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from stillframe.errors import ObjectMissing
+from stillframe.errors import ObjectMissing, SlotDamaged
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, DiskEntry, FileEntry, Manifest, decode_manifest
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRef
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.tree import Tree
 from stillframe.repository.walk import At
 

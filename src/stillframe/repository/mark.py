@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from stillframe.errors import ObjectMissing, RepositoryDamaged
+from stillframe.errors import ObjectMissing, RepositoryDamaged, SlotDamaged
 from stillframe.repository.catalog import display_name
 from stillframe.repository.heal import read_heals
 from stillframe.repository.hurt import Trunk, read_manifest, trunks, with_node
 from stillframe.repository.layout import PackName, SnapshotName
 from stillframe.repository.nodes import leaf_slots
 from stillframe.repository.pack import ROW_BYTES, SlotRef
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.walk import At, TreeWalk
 
 _NAMED_MOST = 5

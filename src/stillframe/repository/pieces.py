@@ -12,10 +12,10 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 
+from stillframe.errors import SlotDamaged
 from stillframe.repository.fetch import Coming, SlotFetcher
 from stillframe.repository.nodes import ChunkRef, Leaf
 from stillframe.repository.pack import SlotRef
-from stillframe.repository.places import SlotDamaged
 from stillframe.repository.tree import Tree
 
 _AHEAD_LEAVES = 8

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
 
-from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged
+from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged, SlotDamaged
 from stillframe.repository.generation import Generation, latest_generation
 from stillframe.repository.layout import PackName
 from stillframe.repository.opened import Repository
@@ -25,18 +25,6 @@ T = TypeVar("T")
 
 _KEPT_FOOTERS = 64
 _KEPT_CHUNKS_BYTES = 48 * MIB
-
-
-class SlotDamaged(RepositoryDamaged):
-    """A slot that is missing or is not what was stored."""
-
-    def __init__(self, place: SlotRef, why: str) -> None:
-        super().__init__(f"Slot {place.slot} of the pack {place.pack.text} can't be read: {why}.",
-                         "stillframe verify --repo REPO   # names the snapshots that are hurt")
-        self.place = place
-        self.why = why
-        #: The leaves that are lost with it, if it is an inner node.
-        self.leaves = range(0)
 
 
 class Places:

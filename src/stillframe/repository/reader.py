@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from stillframe.block.reader import Connection
+from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent, Kind, merged
 from stillframe.repository.fetch import Coming, SlotFetcher
 from stillframe.repository.heal import read_heals
@@ -21,7 +22,7 @@ from stillframe.repository.manifest import Content
 from stillframe.repository.nodes import ChunkRef
 from stillframe.repository.pack import SlotRef
 from stillframe.repository.pieces import Piece, Pieces
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.slots import Chunks
 from stillframe.repository.tree import Tree
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from stillframe.errors import ObjectMissing, RepositoryDamaged, RepositoryNewer
+from stillframe.errors import ObjectMissing, RepositoryDamaged, RepositoryNewer, SlotDamaged
 from stillframe.repository.check import Expected
 from stillframe.repository.heal import BadSlots
 from stillframe.repository.hurt import Trunk, read_manifest, trunks
@@ -14,7 +14,7 @@ from stillframe.repository.layout import PackName, SnapshotName
 from stillframe.repository.nodes import ChunkRef, decode_leaf, leaf_slots
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRef, read_footer
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.repository.tree import Tree
 from stillframe.repository.walk import At, TreeWalk
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from stillframe.errors import SlotDamaged
 from stillframe.repository.layout import Parameters
 from stillframe.repository.nodes import (
     ChunkRef,
@@ -21,7 +22,7 @@ from stillframe.repository.nodes import (
     encode_leaf,
 )
 from stillframe.repository.pack import SlotRef
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 
 _KEPT_INNER = 128
 _KEPT_LEAVES = 16

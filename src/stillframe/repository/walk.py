@@ -11,11 +11,11 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from stillframe.errors import ObjectMissing, ObjectTruncated
+from stillframe.errors import ObjectMissing, ObjectTruncated, SlotDamaged
 from stillframe.repository.layout import PackName
 from stillframe.repository.nodes import decode_inner
 from stillframe.repository.pack import SlotRef
-from stillframe.repository.places import Places, SlotDamaged
+from stillframe.repository.places import Places
 from stillframe.units import KIB, MIB
 
 _WAITING_MOST = 1 << 18
