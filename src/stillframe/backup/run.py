@@ -19,6 +19,7 @@ from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Plan, Wishes, make_plan
 from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Stop, Tools, captured
+from stillframe.capture.states import Consistency
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import ExcludedDisk
 from stillframe.repository.opened import Repository
@@ -34,7 +35,8 @@ class BackupResult:
     """What one backup came to. Times in seconds.
 
     *parent* is the ID of the snapshot that it was built upon, "" if there was none: *parent_note* says why
-    then. *stored_bytes* is all that was added to the repository.
+    then. *stored_bytes* is all that was added to the repository. *fell_short*: it is crash-consistent, and
+    nobody had asked for no more than that.
     """
 
     guest: str
@@ -42,6 +44,7 @@ class BackupResult:
     snapshot: str
     captured_at: str
     consistency: str
+    fell_short: bool
     disks: tuple[DiskResult, ...]
     files: tuple[str, ...]
     excluded: tuple[ExcludedDisk, ...]
@@ -101,7 +104,9 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
         assert run.manifest is not None
     return BackupResult(
         guest=domain.name, repository=repository.address, snapshot=run.manifest.sid,
-        captured_at=capture.captured_at, consistency=capture.consistency.value, disks=tuple(run.disks),
+        captured_at=capture.captured_at, consistency=capture.consistency.value,
+        fell_short=capture.consistency is Consistency.CRASH and bool(capture.warnings),
+        disks=tuple(run.disks),
         files=tuple(each.path for each in run.manifest.files), excluded=plan.excluded,
         warnings=(*run.manifest.warnings, *run.late_warnings),
         recovered=tuple(word for each in recovered for word in each.told), parent=run.manifest.parent,

@@ -48,8 +48,7 @@ def _one(session: Session, name: str, folder: Path, options: GuestSettings) -> B
 
 
 def _code(result: BackupResult) -> int:
-    # Crash-consistent although nobody asked for it with --quiesce none.
-    return EXIT_CRASH_CONSISTENT if result.consistency == "crash" and result.warnings else EXIT_OK
+    return EXIT_CRASH_CONSISTENT if result.fell_short else EXIT_OK
 
 
 def _show(session: Session, name: str, result: BackupResult) -> None:
