@@ -26,7 +26,7 @@ _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
 def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> int:
     """Say of each named guest (or of all) whether it can be captured; return the exit code."""
     host = _host(session)
-    folder = _repository(session, host)
+    folder, unusable = _repository(session, host)
     domains = [find_domain(session.connection, name) for name in names] or all_domains(session.connection)
     bodies: list[dict[str, object]] = []
     errors: list[StillframeError] = []
@@ -40,8 +40,8 @@ def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> in
             session.screen.result("  " + error.text().replace("\n", "\n  "))
     session.screen.json({"host": host, "guests": bodies})
     if not errors:
-        return EXIT_OK
-    return errors[0].exit_code if len(bodies) == 1 else EXIT_PARTIAL
+        return EXIT_OK if unusable is None else unusable.exit_code
+    return errors[0].exit_code if len(bodies) == 1 and unusable is None else EXIT_PARTIAL
 
 
 def _host(session: Session) -> dict[str, object]:
@@ -57,16 +57,24 @@ def _host(session: Session) -> dict[str, object]:
     return {"libvirt": library, "qemu": qemu, "missing_programs": missing}
 
 
-def _repository(session: Session, host: dict[str, object]) -> Path | None:
-    """Look at the repository that is configured, if one is; return its folder. Raises what `backup` would."""
+def _repository(
+    session: Session, host: dict[str, object]
+) -> tuple[Path | None, StillframeError | None]:
+    """Look at the repository that is configured, if one is; return its folder, or why it can't be used."""
     if session.repository_settings.repository is None:
-        return None
-    parameters = read_parameters(session.storage)
-    snapshots = len(list_snapshots(session.storage))
+        return None, None
+    try:
+        parameters = read_parameters(session.storage)
+        snapshots = len(list_snapshots(session.storage))
+    except StillframeError as error:
+        session.screen.result(f"repository: {session.address} can't be used now.")
+        session.screen.result("  " + error.text().replace("\n", "\n  "))
+        host["repository"] = {"address": session.address, "error": error_body(error)}
+        return None, error
     session.screen.result(f"repository: {session.storage.address} ({snapshots} snapshots)")
     host["repository"] = {
         "address": session.storage.address, "id": parameters.id, "snapshots": snapshots}
-    return local_folder(session.address)
+    return local_folder(session.address), None
 
 
 def _examine(
