@@ -7,9 +7,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from stillframe.errors import RepositoryDamaged
 from stillframe.repository.heal import read_bad
 from stillframe.repository.layout import PackName, SnapshotName
 from stillframe.repository.pack import read_footer
+from stillframe.repository.session import open_session
 from stillframe.repository.verified import Subset, Verified, read_verified
 from stillframe.repository.verify import Level, Verification, verify, verify_stored
 from stillframe.storage.memory import MemoryStorage
@@ -150,6 +152,36 @@ def test_damage_of_small_objects_is_found(level: Level, prefix: str) -> None:
         assert [name.key for name in found.unreadable] == ([listed.key] if prefix == "main/m/" else [])
         world.flip(listed.key, at)
     assert looked(world, level).is_sound
+
+
+def test_a_damaged_session_is_found() -> None:
+    world = World()
+    with open_session(world.repository.storage, world.repository.key, world.clock, "beta",
+                      lambda sid: f"main/m/beta/x/20260101T000000Z-{sid}") as session:
+        world.flip(f"main/s/{session.sid}", 40)
+        assert [finding.key for finding in looked(world).findings] == [f"main/s/{session.sid}"]
+    assert looked(world).is_sound
+
+
+def test_snapshots_are_read_by_the_generation_before_a_damaged_one() -> None:
+    world = World()
+    content = disk(64, 1)
+    first = world.backup(content)
+    world.forget(world.backup(disk(8, 9), "db"))
+    world.prune()
+    world.backup(changed(content, *(chunk for chunk in range(64) if chunk % 16 < 12)))
+    world.forget(first)
+    assert world.prune(0.0, 1.0).copied_bytes
+    generations = [listed.key for listed in world.repository.storage.list("main/g/")]
+    world.flip(generations[-1], 30)
+    assert [finding.key for finding in looked(world).findings] == generations[-1:]
+    assert not read_bad(world.repository.storage)
+    world.check()
+    with pytest.raises(RepositoryDamaged):
+        world.prune()
+    world.flip(generations[-2], 30)
+    with pytest.raises(RepositoryDamaged):
+        world.check()
 
 
 @pytest.mark.parametrize("level", list(Level))

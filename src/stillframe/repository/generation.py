@@ -18,7 +18,7 @@ from functools import cached_property
 
 import msgspec
 
-from stillframe.errors import ObjectExists, ObjectMissing, RepositoryDamaged
+from stillframe.errors import ObjectExists, ObjectMissing, ObjectTruncated, RepositoryDamaged
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import (
     FORMAT_VERSION,
@@ -95,6 +95,27 @@ def latest_generation(storage: Storage, domain_key: DomainKey) -> Generation:
             continue  # a collector went on meanwhile and removed it: it is not the latest any more
     raise RepositoryDamaged("The latest generation vanishes each time it is read.",
                             "stillframe prune --repo REPO --dry-run   # is another prune running?")
+
+
+def readable_generation(storage: Storage, domain_key: DomainKey) -> Generation:
+    """Return the latest generation, or the one before if that is damaged. For reading snapshots alone.
+
+    By the one before, slots are where they were before the last compaction: those packs are only condemned
+    by the latest, so they are still there, but for a few that had been condemned earlier. Who writes
+    or deletes must know what the latest condemns. Raises RepositoryDamaged, RepositoryNewer.
+    """
+    try:
+        return latest_generation(storage, domain_key)
+    except (RepositoryDamaged, ObjectTruncated):
+        number = latest_number(storage) - 1
+        if number < 1:
+            raise
+        key = generation_key(number)
+        try:
+            return decode_generation(storage.get(key), key, domain_key)
+        except (ObjectMissing, ObjectTruncated, RepositoryDamaged):
+            pass
+        raise
 
 
 def create_generation(storage: Storage, generation: Generation, domain_key: DomainKey) -> bool:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged, SlotDamaged
-from stillframe.repository.generation import Generation, latest_generation
+from stillframe.repository.generation import Generation, readable_generation
 from stillframe.repository.layout import PackName
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRef, SlotRow, read_footer
@@ -32,7 +32,7 @@ class Places:
 
     def __init__(self, repository: Repository, generation: Generation | None = None) -> None:
         self.repository = repository
-        self._generation = generation or latest_generation(repository.storage, repository.key)
+        self._generation = generation or readable_generation(repository.storage, repository.key)
         self._lock = threading.Lock()
         self._footers = lru_cache(_KEPT_FOOTERS)(self._read_rows)
         self._opened: OrderedDict[tuple[PackName, int], Chunks] = OrderedDict()
@@ -121,5 +121,5 @@ class Places:
     def _reloaded(self, known: Generation) -> Generation:
         with self._lock:
             if self._generation is known:
-                self._generation = latest_generation(self.repository.storage, self.repository.key)
+                self._generation = readable_generation(self.repository.storage, self.repository.key)
             return self._generation

@@ -21,11 +21,19 @@ from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.check import content_checker
 from stillframe.repository.collect import list_packs
 from stillframe.repository.decide import held_by
-from stillframe.repository.generation import decode_generation
+from stillframe.repository.generation import decode_generation, latest_generation
 from stillframe.repository.heal import BadSlots, bits, clear_bad, read_bad, read_heals, record_bad
 from stillframe.repository.hurt import Trunk
 from stillframe.repository.keyslots import decode_slot
-from stillframe.repository.layout import GENERATIONS, HEALED, KEY_SLOTS, PackKind, PackName, SnapshotName
+from stillframe.repository.layout import (
+    GENERATIONS,
+    HEALED,
+    KEY_SLOTS,
+    SESSIONS,
+    PackKind,
+    PackName,
+    SnapshotName,
+)
 from stillframe.repository.manifest import is_tombstone
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
@@ -144,8 +152,8 @@ class _Verifier:
         every, unreadable = read_snapshots(self._repository, names)
         self._findings.extend(Finding(name.key, why) for name, why in unreadable.items())
         try:
-            places = Places(self._repository)
-        except (RepositoryDamaged, RepositoryNewer):
+            places = Places(self._repository, latest_generation(self._storage, self._repository.key))
+        except (RepositoryDamaged, RepositoryNewer, ObjectTruncated):
             # Named above. What was moved can't be found: nothing more can be told, and nothing recorded.
             return Verification(self._level, len(names), findings=tuple(self._findings),
                                 unreadable=tuple(unreadable), is_complete=False)
@@ -250,10 +258,11 @@ class _Verifier:
 
 
 def _small_objects(repository: Repository) -> Iterator[Finding]:
-    """Yield what is wrong with key slots, generations and heals."""
+    """Yield what is wrong with key slots, sessions, generations and heals."""
     storage, key = repository.storage, repository.key
     readers: tuple[tuple[str, Callable[[str, bytes], object]], ...] = (
         (KEY_SLOTS, decode_slot),
+        (SESSIONS, key.open_object),
         (GENERATIONS, lambda name, content: decode_generation(content, name, key)),
         (HEALED, lambda name, content: is_tombstone(len(content)) or key.open_object(name, content)),
     )
