@@ -22,7 +22,7 @@ from tests.integration.repositories import Repo, make_repo
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
-_RANDOM_KILLS = 4
+_RANDOM_KILLS = 6
 _SLOW_KILLS = 60
 #: About as long as a backup of the small guest takes, start of Python included.
 _LONGEST_S = 3.0
