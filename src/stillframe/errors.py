@@ -443,7 +443,8 @@ class SlotDamaged(RepositoryDamaged):
 
     def __init__(self, place: Any, why: str) -> None:
         super().__init__(f"Slot {place.slot} of the pack {place.pack.text} can't be read: {why}.",
-                         "stillframe verify --repo REPO   # names the snapshots that are hurt")
+                         "stillframe verify --repo REPO   # names what is hurt; "
+                         "restore --skip-bad gives what is left")
         self.place = place
         self.why = why
         #: The leaves that are lost with it, if it is an inner node.

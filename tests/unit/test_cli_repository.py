@@ -401,6 +401,26 @@ def test_several_disks_are_restored_to_a_folder(call: Call, repository: Reposito
     assert_error(call("restore", "web", "--to", tmp_path / "file"), errors.TargetExists)
 
 
+@pytest.mark.parametrize(("name", "files"), [("web", ["domain.xml", "vda.img"]), ("web:vda", ["vda.img"])])
+def test_a_slash_at_the_end_means_a_folder(
+    call: Call, repository: Repository, tmp_path: Path, name: str, files: list[str],
+) -> None:
+    add_snapshot(repository, "web", _DAY, disk())
+    done = call("restore", name, "--to", f"{tmp_path}/out/")
+    assert done.returncode == EXIT_OK, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    (tmp_path / "file").touch()
+    assert_error(call("restore", name, "--to", f"{tmp_path}/file/"), errors.TargetExists)
+
+
+def test_what_to_do_next_names_this_repository(call: Call, repository: Repository) -> None:
+    add_snapshot(repository, "web", _DAY, disk())
+    for words in (("show", "nobody"), ("restore", "web:vdz", "--to", "x")):
+        said = call(*words).stderr
+        assert f"--repo {repository.address}\n" in said
+        assert "REPO" not in said
+
+
 def test_what_is_lost_is_named_and_never_made_up(
     call: Call, repository: Repository, tmp_path: Path
 ) -> None:
@@ -412,7 +432,7 @@ def test_what_is_lost_is_named_and_never_made_up(
     pack.chmod(0o600)
     pack.write_bytes(stored)
     image = tmp_path / "vda.img"
-    assert_error(call("restore", "web", "--to", image), errors.RepositoryDamaged)
+    assert "--skip-bad" in assert_error(call("restore", "web", "--to", image), errors.SlotDamaged)
     assert not image.exists()
     done = call("restore", "web", "--to", image, "--skip-bad", "--json")
     assert done.returncode == errors.RepositoryDamaged.exit_code

@@ -23,7 +23,7 @@ def diff(session: Session, old: str, new: str, *, extents: bool) -> int:
     if not before.keys() & after.keys():
         raise RepositoryRefused(
             f"{display_name(names[0])} and {display_name(names[1])} have no disk in common.",
-            f"stillframe show {names[0].sid[:12]}")
+            f"stillframe show {names[0].sid[:12]} --repo REPO")
     places = Places(session.repository)
     bodies = []
     for target in sorted(before.keys() | after.keys()):

@@ -56,7 +56,8 @@ def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: boo
         session.screen.result(f"{word:<10}  {name_words(verdict.snapshot)}{reasons}")
     dropped = 0 if dry_run else forget_snapshots(session.storage, plan)
     if dropped:
-        session.screen.say(f"dropped {dropped}; their space comes back with: stillframe prune")
+        session.screen.say(f"dropped {dropped}; their space comes back with: "
+                           f"stillframe prune --repo {session.storage.address}")
     session.screen.json({
         "dry_run": dry_run,
         "kept": [{**name_body(each.snapshot), "reasons": each.reasons} for each in verdicts if each.keep],

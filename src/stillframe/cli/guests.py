@@ -61,6 +61,7 @@ def for_each(
                     raise stopped
                 result = do(name)
             except StillframeError as error:
+                session.complete(error)
                 outcomes.append((name, error))
                 session.screen.error(error, name)
                 continue

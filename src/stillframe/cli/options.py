@@ -138,6 +138,7 @@ def run_command(
         code = command(session)
     except StillframeError as error:
         session.screen.close()
+        session.complete(error)
         session.screen.json({"error": error_body(error)})
         session.screen.error(error)
         code = error.exit_code

@@ -104,7 +104,7 @@ def restore(
     snapshot: Annotated[
         str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
     to: Annotated[
-        Path, typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")],
+        str, typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")],
     format_: Annotated[
         Format | None, typer.Option("--format", help="else raw, or qcow2 if PATH ends so")] = None,
     delta: Annotated[
@@ -115,7 +115,10 @@ def restore(
         bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
 ) -> None:
     """Write a snapshot's disks back to files or to a block device."""
-    wish = restore_command.Wish(snapshot, to, format_.value if format_ else "", delta, force, skip_bad)
+    # Path would drop the slash by which a folder is told from a file.
+    wish = restore_command.Wish(
+        snapshot, Path(to).absolute(), to.endswith("/"), format_.value if format_ else "",
+        delta, force, skip_bad)
     run_command(common, lambda session: restore_command.restore(session, wish), repository)
 
 

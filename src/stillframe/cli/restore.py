@@ -32,10 +32,14 @@ _DEFINITION = "domain.xml"
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be restored, where to, and how. *name* is SNAPSHOT or SNAPSHOT:DISK."""
+    """What is to be restored, where to, and how. *name* is SNAPSHOT or SNAPSHOT:DISK.
+
+    *into_folder*: *to* was written as a folder.
+    """
 
     name: str
     to: Path
+    into_folder: bool
     format: str
     delta: bool
     force: bool
@@ -48,17 +52,17 @@ def restore(session: Session, wish: Wish) -> int:
     name = find(session, text)
     manifest = read_snapshot(session.repository, name)
     disks = _chosen(manifest, target, display_name(name))
-    into_folder = target == "" and (len(disks) > 1 or wish.to.is_dir() or str(wish.to).endswith("/"))
+    into_folder = len(disks) > 1 or wish.into_folder or wish.to.is_dir()
     places = Places(session.repository)
-    session.kept = "What it wrote is not whole; the repository is as it was."
+    session.kept = "The repository is as it was."
     results = []
-    with session.signals_as_stop("what is not whole is removed"):
+    with session.signals_as_stop("a new file that is not whole is removed"):
         if into_folder:
             _make_folder(wish.to)
         for disk in disks:
             to = wish.to / _file_name(disk, wish.format) if into_folder else wish.to
             results.append((disk.target, _one(session, places, disk, to, wish)))
-        files = _machine(places, manifest, wish) if into_folder else []
+        files = _machine(places, manifest, wish) if into_folder and not target else []
     lost = any(result.lost for _, result in results)
     for path in files:
         session.screen.result(f"{path}: written")
@@ -81,7 +85,7 @@ def _chosen(manifest: Manifest, target: str, name: str) -> Sequence[DiskEntry]:
     if not chosen:
         there = ", ".join(disk.target for disk in manifest.disks)
         raise SnapshotUnknown(f"{name} has no disk {target}; it has {there}.",
-                              f"stillframe show {manifest.sid[:12]}")
+                              f"stillframe show {manifest.sid[:12]} --repo REPO")
     return chosen
 
 
@@ -118,7 +122,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except FileExistsError as error:
-        raise TargetExists(f"{folder} is a file; a snapshot with several disks needs a folder.",
+        raise TargetExists(f"{folder} is a file, and a folder is needed.",
                            "choose a folder, or one disk: SNAPSHOT:DISK") from error
     except OSError as error:
         raise DestinationUnwritable(f"The folder {folder} can't be made: {error.strerror}.",

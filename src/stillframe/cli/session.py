@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Session:
         self._interrupted: str = ""
         self._announced = False
         self._then = ""
+        self._address = ""
         #: What a run that is ended leaves as it was.
         self.kept = "The last good mirror is as it was."
 
@@ -105,7 +107,14 @@ class Session:
                 "Which repository is not said.",
                 'add --repo REPO, set STILLFRAME_REPOSITORY, or write repository = "REPO" into the '
                 "configuration file")
+        self._address = address
         return address
+
+    def complete(self, error: StillframeError) -> None:
+        """Write this repository's address into the command that *error* gives: it is pasted, not edited."""
+        if self._address:
+            error.next_command = error.next_command.replace(
+                "--repo REPO", f"--repo {shlex.quote(self._address)}")
 
     @cached_property
     def storage(self) -> Storage:

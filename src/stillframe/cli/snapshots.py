@@ -50,7 +50,10 @@ def list_all(session: Session, guest: str | None) -> int:
     for name in names:
         session.screen.result(name_words(name))
     if not names:
-        session.screen.say("no snapshot yet: stillframe backup GUEST")
+        of_guest = f" of {guest}" if guest else ""
+        session.screen.say(
+            f"no snapshot{of_guest} yet: "
+            f"stillframe backup {guest or 'GUEST'} --repo {session.storage.address}")
     bodies = [name_body(name) for name in names]
     session.screen.json({"repository": session.storage.address, "snapshots": bodies})
     return EXIT_OK

@@ -107,7 +107,8 @@ def decode_parameters(content: bytes, address: str) -> Parameters:
             f"restore {REPOSITORY_KEY} from a copy of the repository",
         ) from error
     if head.format != FORMAT_NAME:
-        raise RepositoryUnknown(f"{address} is not a repository of stillframe.", f"stillframe init {address}")
+        raise RepositoryUnknown(f"{address} is not a repository of stillframe.",
+                                f"ls -la {address}   # is it the right folder?")
     check_version(head.version, f"{address} is a repository")
     try:
         parameters = msgspec.json.decode(content, type=Parameters)

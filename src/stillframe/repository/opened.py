@@ -116,7 +116,7 @@ def read_parameters(storage: Storage) -> Parameters:
         content = storage.get(REPOSITORY_KEY)
     except ObjectMissing as error:
         raise RepositoryUnknown(f"There is no repository at {storage.address}.",
-                                f"stillframe init {storage.address}") from error
+                                f"ls -la {storage.address}   # is it the right folder?") from error
     return decode_parameters(content, storage.address)
 
 
