@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,6 +190,35 @@ def test_a_mounted_device_is_refused(shelf: Shelf, device: Path, tmp_path: Path)
     run("mount", device, folder)
     with pytest.raises(TargetInUse, match=str(folder)):
         shelf.restore(Wishes(str(device), force=True))
+
+
+def test_a_device_never_becomes_a_qcow2_file(shelf: Shelf, device: Path, tmp_path: Path) -> None:
+    node = tmp_path / "volume.qcow2"
+    os.mknod(node, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
+    for wishes in (Wishes(str(node), force=True), Wishes(str(device), "qcow2", delta=True)):
+        with pytest.raises(TargetExists, match="raw"):
+            shelf.restore(wishes)
+    assert node.is_block_device()
+    assert device.read_bytes() == noise(2048 * CHUNK, 5)
+
+
+def test_a_device_that_is_open_through_another_node_is_refused(
+    shelf: Shelf, device: Path, tmp_path: Path
+) -> None:
+    # As under libvirt: QEMU has a /dev of its own, and its locks lie on the nodes there.
+    script = ('mount -t tmpfs -o dev tmpfs "$1" && mknod "$1/volume" b "$2" "$3" && mount --move "$1" /dev '
+              '&& exec 3<>/dev/volume && echo open && read -r _')
+    number = device.stat().st_rdev
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path),
+               str(os.major(number)), str(os.minor(number))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"open\n"
+        with pytest.raises(TargetInUse, match=str(holder.pid)):
+            shelf.restore(Wishes(str(device), force=True))
+        holder.stdin.close()
+    shelf.restore(Wishes(str(device), force=True))
 
 
 def test_a_device_that_a_reader_of_ours_has_open_is_refused(shelf: Shelf, tmp_path: Path) -> None:

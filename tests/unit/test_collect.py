@@ -78,6 +78,16 @@ def test_one_prune_gives_back_what_a_forgotten_snapshot_had() -> None:
     world.check()
 
 
+def test_a_stray_file_among_the_generations_is_in_nobodys_way() -> None:
+    world = World()
+    world.repository.storage.create("main/g/000000000009.bak", b"somebody's copy")
+    world.forget(world.backup(disk(40, 1)))
+    assert world.prune().deleted_packs > 0
+    world.backup(disk(40, 2))
+    world.check()
+    assert "main/g/000000000009.bak" in contents(world)
+
+
 def test_a_plan_changes_nothing() -> None:
     world = World()
     world.forget(world.backup(disk(40, 1)))

@@ -248,3 +248,12 @@ def test_a_full_disk_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DestinationFull):
         Shelf().restore(Wishes(str(path)))
     assert os.listdir(path.parent) == []
+
+
+def test_a_link_is_restored_to_in_the_format_of_its_own_name(path: Path) -> None:
+    path.write_bytes(b"")
+    link = path.with_name("disk.qcow2")
+    link.symlink_to(path)
+    with pytest.raises(TargetExists, match="no qcow2"):
+        Shelf().restore(Wishes(str(link), delta=True))
+    assert path.read_bytes() == b""

@@ -38,14 +38,19 @@ from stillframe.repository.decide import (
     with_known_homes,
     worth_compacting,
 )
-from stillframe.repository.generation import Generation, create_generation, latest_generation, latest_number
+from stillframe.repository.generation import (
+    Generation,
+    create_generation,
+    generation_numbers,
+    latest_generation,
+    latest_number,
+)
 from stillframe.repository.heal import clear_bad, read_bad
 from stillframe.repository.layout import (
-    GENERATIONS,
     HEALED,
     PackKind,
     PackName,
-    generation_number,
+    generation_key,
     pack_name,
     packs_prefix,
 )
@@ -231,12 +236,10 @@ class _Collector:
 
     def _delete_generations(self) -> None:
         """Remove those before the last two; an earlier collector may have left some. The latest stays."""
-        keys = [listed.key for listed in self._storage.list(GENERATIONS)]
-        if keys:
-            latest = max(generation_number(key) for key in keys)
-            old = [key for key in keys if generation_number(key) < latest - 1]
-            if old:
-                self._storage.delete(old)
+        numbers = list(generation_numbers(self._storage))
+        old = [generation_key(number) for number in numbers if number < max(numbers) - 1]
+        if old:
+            self._storage.delete(old)
 
     def _delete_records(self, looked: Looked, decision: Decision, copies: Copies) -> None:
         """Remove what is written about bad slots that nobody can refer to any more, and then all heals."""

@@ -13,6 +13,7 @@ reference to the slot at any time, and then only this entry knows where it is.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
@@ -79,7 +80,14 @@ class Generation:
 
 def latest_number(storage: Storage) -> int:
     """Return the number of the latest generation, 0 if there is none. One listing."""
-    return max((generation_number(listed.key) for listed in storage.list(GENERATIONS)), default=0)
+    return max(generation_numbers(storage), default=0)
+
+
+def generation_numbers(storage: Storage) -> Iterator[int]:
+    """Yield the numbers of the generations that there are. What has another name is not ours."""
+    for listed in storage.list(GENERATIONS):
+        with contextlib.suppress(ValueError):
+            yield generation_number(listed.key)
 
 
 def latest_generation(storage: Storage, domain_key: DomainKey) -> Generation:

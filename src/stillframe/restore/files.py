@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,13 +109,16 @@ def sync_folder(path: str) -> None:
 
 
 def device_users(path: str) -> list[str]:
-    """Return who uses a block device or a partition of it: mounts, swap, and devices built upon it."""
+    """Return who uses a block device or a partition of it.
+
+    That is mounts, swap, devices built upon it, and programs that have it open for writing.
+    """
     number = os.stat(path).st_rdev
     own = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     parts = [own]
     with contextlib.suppress(OSError):
         parts += [entry for entry in own.iterdir() if (entry / "partition").exists()]
-    users: list[str] = []
+    users: list[str] = _writers({number, *_numbers_around(own, parts)})
     for part in parts:
         with contextlib.suppress(OSError):
             users += [f"{part.name} is part of {holder.name}" for holder in (part / "holders").iterdir()]
@@ -123,6 +127,45 @@ def device_users(path: str) -> list[str]:
             users += [f"{part.name} is mounted on {folder}" for folder in _mounts(device)]
             users += [f"{part.name} is used for swapping" for used in _swaps() if used == device]
     return users
+
+
+def _numbers_around(own: Path, parts: list[Path]) -> Iterator[int]:
+    """Yield the device numbers of *parts*, and of the whole disk if the device is a partition of it."""
+    for part in (*parts, *([own.parent] if (own / "partition").exists() else [])):
+        with contextlib.suppress(OSError, ValueError):
+            major, minor = (part / "dev").read_text(encoding="ascii").strip().split(":")
+            yield os.makedev(int(major), int(minor))
+
+
+def _writers(numbers: set[int]) -> list[str]:
+    """Return which other programs have one of these block devices open for writing.
+
+    libvirt gives each QEMU a /dev with nodes of its own. A lock lies on the node, not on the device, so
+    QEMU's locks are not seen through another node: only this tells of a running guest.
+    """
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if any(_writes_to(process, fd, numbers) for fd in os.listdir(process / "fd")):
+                name = (process / "comm").read_text(errors="replace").strip()
+                found.append(f"{name} (process {process.name}) has it open for writing")
+    return found
+
+
+def _writes_to(process: Path, fd: str, numbers: set[int]) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile
+        # No other file is looked at: one on a dead share would hang.
+        if not os.readlink(process / "fd" / fd).startswith("/dev/"):
+            return False
+        facts = os.stat(process / "fd" / fd)
+        if not stat.S_ISBLK(facts.st_mode) or facts.st_rdev not in numbers:
+            return False
+        for line in (process / "fdinfo" / fd).read_text(encoding="ascii").splitlines():
+            if line.startswith("flags:"):
+                return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
 
 
 def _mounts(device: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -67,6 +68,9 @@ def open_qcow2_target(wishes: Wishes, size_bytes: int, data_bytes: int, clock: C
     Raises TargetExists, TargetSmall, TargetInUse, NotPermitted, DestinationUnwritable, ProgramMissing.
     """
     facts = look(wishes)
+    if facts is not None and stat.S_ISBLK(facts.st_mode):
+        # A new image would take the place of the device's node, on the file system of /dev.
+        raise _unfit(wishes.path, "a block device holds a raw disk", "--format raw")
     if facts is not None and wishes.delta:
         _check_existing(wishes.path, size_bytes)
         with _served(wishes.path, wishes.path, "writeback", clock) as server:
@@ -289,6 +293,6 @@ def _check_existing(path: str, size_bytes: int) -> None:
         raise _unfit(path, f"it is larger ({size_text(size)}) than the disk")
 
 
-def _unfit(path: str, why: str) -> TargetExists:
+def _unfit(path: str, why: str, option: str = "--force to replace it") -> TargetExists:
     return TargetExists(f"{path} exists, and can't be brought up to date: {why}.",
-                        "run the command again with --force to replace it")
+                        f"run the command again with {option}")

@@ -68,7 +68,9 @@ def restore_disk(
     Raises TargetExists, TargetSmall, TargetInUse, NotPermitted, DestinationUnwritable (nothing was
     touched), DestinationLost, DestinationFull, RepositoryDamaged, StorageError.
     """
-    wishes = replace(wishes, path=os.path.realpath(wishes.path))
+    # The name that was typed says the format, not the one that a link leads to.
+    wishes = replace(wishes, path=os.path.realpath(wishes.path),
+                     format="qcow2" if wishes.is_qcow2 else "raw")
     with (
         DiskView(places, disk) as view,
         _target(wishes, disk, clock) as target,
