@@ -222,3 +222,21 @@ def test_a_bug_shows_no_traceback_but_what_to_do(
     assert "RuntimeError: a bug" in shown
     assert "stillframe recover" in shown
     assert "Traceback" not in shown
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    program = tmp_path / "hangs.py"
+    program.write_text(
+        "import sys, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from stillframe.cli import main\n"
+        "main._LAST_WAIT_S = 0.1\n"
+        "def app():\n"
+        "    ThreadPoolExecutor(1).submit(threading.Event().wait)\n"
+        "    print('a result')\n"
+        "    sys.exit(42)\n"
+        "main.app = app\n"
+        "main.main()\n")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(_ROOT / "src")})
+    assert (done.returncode, done.stdout) == (42, "a result\n"), done.stderr

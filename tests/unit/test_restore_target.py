@@ -257,3 +257,14 @@ def test_a_link_is_restored_to_in_the_format_of_its_own_name(path: Path) -> None
     with pytest.raises(TargetExists, match="no qcow2"):
         Shelf().restore(Wishes(str(link), delta=True))
     assert path.read_bytes() == b""
+
+
+def test_a_qcow2_image_with_a_plain_name_is_not_overwritten_as_raw(path: Path) -> None:
+    shelf = Shelf()
+    path.write_bytes(b"QFI\xfb" + bytes(len(shelf.disk.content)))
+    before = path.read_bytes()
+    with pytest.raises(TargetExists, match="is a qcow2 image"):
+        shelf.restore(Wishes(str(path), delta=True))
+    assert path.read_bytes() == before
+    shelf.restore(Wishes(str(path), format="raw", delta=True))
+    assert path.read_bytes() == bytes(shelf.disk.content)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from stillframe.backup.machine import take_machine
@@ -20,10 +21,13 @@ from stillframe.capture.plan import Plan, Wishes, make_plan
 from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Stop, Tools, captured
 from stillframe.capture.states import Consistency
+from stillframe.errors import GuestUnfit
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import ExcludedDisk
+from stillframe.repository.layout import SID_BYTES, SnapshotName
 from stillframe.repository.opened import Repository
 from stillframe.repository.snapshots import newest_of
+from stillframe.storage.model import check_key
 from stillframe.units import size_text
 
 #: Told of a disk, how many of its bytes are done, and how many there are.
@@ -88,6 +92,7 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, "backup", tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
         plan = make_plan(domain, job.wishes)
+        _refuse_name(job)
         if job.folder is not None:
             refuse_place(job.folder, plan)
         repository = job.open_repository()
@@ -113,6 +118,18 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
         parent_note=run.parent_note, stored_bytes=run.manifest.stored_bytes, frozen_s=capture.frozen_s,
         seconds=tools.clock.monotonic_s() - began_s,
     )
+
+
+def _refuse_name(job: BackupJob) -> None:
+    """Raise GuestUnfit if no snapshot can be filed under the guest's name: now, not when it is committed."""
+    name = SnapshotName(job.host, job.domain.name, datetime.fromtimestamp(0, UTC), "0" * 2 * SID_BYTES)
+    try:
+        check_key(name.key)
+    except ValueError as error:
+        raise GuestUnfit(
+            f"{job.domain.name} on {job.host} has too long a name for a repository: {error}.",
+            f"virsh domrename {job.domain.name} NEW-NAME   # while it is shut off",
+        ) from error
 
 
 def refuse_place(repository: Path, plan: Plan) -> None:

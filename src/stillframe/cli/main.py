@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +31,15 @@ from stillframe.cli.options import (
 )
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
-from stillframe.errors import EXIT_USAGE
+from stillframe.errors import EXIT_OK, EXIT_USAGE
 
 app = typer.Typer(
     name="stillframe", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     help="Back up running libvirt/QEMU guests, live and safely.",
 )
+
+# How long the process waits in the end for a thread that may only be slow.
+_LAST_WAIT_S = 5.0
 
 AllGuests = Annotated[bool, typer.Option("--all", help="all running guests")]
 
@@ -133,15 +139,30 @@ def version() -> None:
 
 
 def main() -> Any:
-    """Run the command. No traceback reaches a user."""
+    """Run the command and end with its exit code. No traceback reaches a user."""
+    code = _run()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(_LAST_WAIT_S)
+            if thread.is_alive():
+                # It hangs in a share that is dead, where nothing reaches it, and Python would wait for it for
+                # ever. The command is over, the guest is back, and what is to be known is written down.
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         app()
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_OK if end.code is None else EXIT_USAGE
     except BrokenPipeError:
-        sys.exit(EXIT_USAGE)
+        return EXIT_USAGE
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except Exception as error:  # noqa: BLE001 -- the last resort: a bug still tells the user what to do
         print(
             f"stillframe failed unexpectedly: {type(error).__name__}: {error}\n"
@@ -149,4 +170,5 @@ def main() -> Any:
             "Next: stillframe recover, then report this (error internal; see docs/ERRORS.md)",
             file=sys.stderr,
         )
-        sys.exit(1)
+        return 1
+    return EXIT_OK

@@ -17,7 +17,7 @@ from stillframe.repository.manifest import DiskEntry
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
 from stillframe.restore.qcow2 import open_qcow2_target
-from stillframe.restore.target import Target, Wishes, open_file_target
+from stillframe.restore.target import Target, Wishes, open_file_target, refuse_hidden_qcow2
 from stillframe.units import KIB, MIB
 
 #: What is compared with --delta, and written where it differs.
@@ -68,6 +68,7 @@ def restore_disk(
     Raises TargetExists, TargetSmall, TargetInUse, NotPermitted, DestinationUnwritable (nothing was
     touched), DestinationLost, DestinationFull, RepositoryDamaged, StorageError.
     """
+    refuse_hidden_qcow2(wishes)
     # The name that was typed says the format, not the one that a link leads to.
     wishes = replace(wishes, path=os.path.realpath(wishes.path),
                      format="qcow2" if wishes.is_qcow2 else "raw")

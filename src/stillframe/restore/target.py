@@ -39,6 +39,7 @@ from stillframe.restore.files import (
 from stillframe.units import MIB, size_text
 
 _ZERO_STEP_BYTES = 64 * MIB
+_QCOW2_MAGIC = b"QFI\xfb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,21 @@ def open_file_target(wishes: Wishes, size_bytes: int, data_bytes: int) -> Iterat
             yield FileTarget(fd, wishes.path, size_bytes, naming)
         finally:
             os.close(fd)
+
+
+def refuse_hidden_qcow2(wishes: Wishes) -> None:
+    """Raise TargetExists if raw data would be written over a qcow2 image that only its name hides."""
+    if not wishes.delta or wishes.format or wishes.is_qcow2:
+        return
+    try:
+        with open(wishes.path, "rb") as file:
+            magic = file.read(len(_QCOW2_MAGIC))
+    except OSError:
+        return  # not there, or opening it for the restore will tell
+    if magic == _QCOW2_MAGIC:
+        raise TargetExists(
+            f"{wishes.path} is a qcow2 image, although its name does not say so.",
+            "name what it is: --format qcow2 (or --format raw, if a guest's raw disk just looks like one)")
 
 
 def look(wishes: Wishes) -> os.stat_result | None:
