@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install develop apt apt-dev boot test test-slow lint demo bench lock clean
+.PHONY: help install develop apt apt-dev apt-bench boot test test-slow lint demo bench lock clean
 
 # The distribution's own interpreter: its libvirt and nbd modules are for no other.
 PYTHON := /usr/bin/python3
@@ -14,14 +14,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 LAB := $(RUN) -m lab.enter --
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-# What `make test` runs in a lab of its own beside the rest: about half of the time.
-SECOND_LAB := tests/fault
+# So many labs `make test` has side by side. A test waits more than it works: more labs than cores.
+LABS ?= 3
 # For pytest, as in: make test ARGS="-k units -x"
 ARGS ?=
 
 APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
        qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2
 APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod
+# What `make bench` compares with, and nothing else needs.
+APT_BENCH := restic borgbackup virtnbdbackup
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,13 +34,7 @@ develop: apt-dev $(VENV)/.developed ## install, and what tests, demo and benchma
 
 test: develop boot ## every test but the slow ones (root: the lab has its own namespaces)
 ifeq ($(strip $(ARGS)),)
-	@mkdir -p build; \
-	echo "Two labs side by side; the output of the second follows when both are done."; \
-	$(LAB) $(RUN) -m pytest $(SECOND_LAB) > build/second-lab.log 2>&1 & second=$$!; \
-	trap 'kill $$second 2>/dev/null || true' INT TERM; \
-	code=0; $(LAB) $(RUN) -m pytest $(addprefix --ignore=,$(SECOND_LAB)) || code=$$?; \
-	wait $$second || code=$$?; \
-	cat build/second-lab.log; exit $$code
+	@$(RUN) -m lab.share $(LABS) build
 else
 	$(LAB) $(RUN) -m pytest $(ARGS)
 endif
@@ -54,9 +50,11 @@ lint: develop ## ruff, mypy, import-linter (they are part of make test too)
 demo: develop boot ## mirror a live guest, kill a run in its commit, recover, boot the mirror
 	$(LAB) $(RUN) -m lab.demo
 
-bench: develop boot ## measure, side by side with other tools in the same run
+bench: develop apt-bench boot ## measure, side by side with other tools in the same run
 	$(LAB) $(RUN) -m bench.mirror $(ARGS)
 	$(LAB) $(RUN) -m bench.freeze
+	$(LAB) $(RUN) -m bench.repository $(ARGS)
+	$(LAB) $(RUN) -m bench.prune --folder /var/tmp
 
 # Here, not inside: the lab has no network. Quick, and offline, once .cache/lab holds what guests boot.
 boot: develop
@@ -78,6 +76,9 @@ apt:
 
 apt-dev:
 	$(call apt_install,$(APT) $(APT_DEV))
+
+apt-bench: apt-dev
+	$(call apt_install,$(APT_BENCH))
 
 # The environment is a function of the lock files: when one changed it is made anew, so that nothing old
 # stays in it. Distribution packages show through (libvirt, nbd); what is locked is installed over them.

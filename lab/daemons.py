@@ -12,7 +12,7 @@ from pathlib import Path
 import libvirt
 
 from lab.enter import inside_lab
-from lab.waiting import wait_for
+from lab.waiting import PATIENCE_S, wait_for
 
 URI = "qemu:///system"
 #: Flags for undefineFlags that leave nothing of a domain behind.
@@ -33,8 +33,7 @@ _DOMAIN_STATE = ("etc/libvirt/qemu/*.xml", "run/libvirt/qemu/*.xml", "run/libvir
                  "var/lib/libvirt/qemu/save/*")
 _QEMU_RUN_DIR = Path("/run/libvirt/qemu")
 # The first start probes what QEMU can do; that alone takes seconds.
-_START_TIMEOUT_S = 60.0
-_END_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 180.0
 
 
 class OutsideLab(RuntimeError):
@@ -175,4 +174,4 @@ def _end(pid: int, number: signal.Signals) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    wait_for(f"process {pid} is gone", lambda: not _alive(pid), _END_TIMEOUT_S)
+    wait_for(f"process {pid} is gone", lambda: not _alive(pid), PATIENCE_S)

@@ -29,16 +29,15 @@ from lab.enter import SOCKETS_DIR
 from lab.guest import Guest
 from lab.images import MIB, run
 from lab.initramfs import boot_files
-from lab.waiting import TooLate, wait_for
+from lab.waiting import PATIENCE_S, TooLate, wait_for
 
 _BOOT_DIR = Path("/var/lib/libvirt/boot")
 _CMDLINE = "console=ttyS0 panic=1 quiet"
 _MEMORY_MIB = 256
-_BOOT_TIMEOUT_S = 120.0
-_COMMAND_TIMEOUT_S = 30.0
+_BOOT_TIMEOUT_S = 180.0
 _TAIL_BYTES = 4096
 _ACK = re.compile(rb"ACK (\d+)\r?\n")
-_CHECK = re.compile(r"CHECK integrity=(\S+) rows=(\d+) min=(\d+) max=(\d+)")
+_CHECK = re.compile(r"CHECK \S+ integrity=(\S+) rows=(\d+) min=(\d+) max=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +60,22 @@ class DbGuest(Guest):
     """A guest that writes rows (or counters) and acknowledges them; see the module's text.
 
     `disks` are one disk for the database, or two for *counter*; their content is made by the lab.
+    Rows are written as fast as the machine can, or with *pause_s* between them: while a test waits for
+    something else, a guest that takes a whole core only keeps it, and all other labs, waiting longer.
     """
 
     def __init__(
         self, daemons: LibvirtDaemons, folder: Path, name: str, disks: Sequence[DiskSpec] = (),
         *, counter: bool = False, agent: bool = True, transient: bool = False, payload_bytes: int = 256,
+        pause_s: float = 0,
     ) -> None:
         super().__init__(daemons, folder, name, transient=transient)
         self.counter = counter
         self.console_path = self.folder / "console.log"
         self._agent = agent
-        self._payload_bytes = payload_bytes
+        self._rows = f"stillframe.payload={payload_bytes}"
+        if pause_s:
+            self._rows += f" stillframe.pause={pause_s}"
         self._command_numbers = itertools.count(1)
         self._boot_count = 0
         if not disks:
@@ -88,7 +92,7 @@ class DbGuest(Guest):
     def xml(self) -> str:
         """See Guest."""
         kernel, initrd = _boot_in_reach()
-        mode = "stillframe.counter=1" if self.counter else f"stillframe.payload={self._payload_bytes}"
+        mode = "stillframe.counter=1" if self.counter else self._rows
         agent = ("<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
                  if self._agent else "")
         return (
@@ -124,12 +128,12 @@ class DbGuest(Guest):
                     return int(found[-1])
         return 0
 
-    def wait_acknowledged(self, number: int, timeout_s: float = _COMMAND_TIMEOUT_S) -> int:
+    def wait_acknowledged(self, number: int, timeout_s: float = PATIENCE_S) -> int:
         """Wait until row *number* is acknowledged; return the last one that is."""
         wait_for(f"{self.name} acknowledges {number}", lambda: self.acknowledged() >= number, timeout_s)
         return self.acknowledged()
 
-    def wait_more_rows(self, count: int = 1, timeout_s: float = _COMMAND_TIMEOUT_S) -> int:
+    def wait_more_rows(self, count: int = 1, timeout_s: float = PATIENCE_S) -> int:
         """Wait until the guest got *count* rows further from now: it runs and can write."""
         return self.wait_acknowledged(self.acknowledged() + count, timeout_s)
 
@@ -157,7 +161,7 @@ class DbGuest(Guest):
             return False
         return True
 
-    def agent_command(self, command: str, timeout_s: int = 10) -> object:
+    def agent_command(self, command: str, timeout_s: int = 30) -> object:
         """Send a command to the guest agent by libvirt and return its answer. Raises libvirtError."""
         answer = libvirt_qemu.qemuAgentCommand(self.domain(), json.dumps({"execute": command}), timeout_s, 0)
         return json.loads(answer)["return"]
@@ -178,12 +182,12 @@ class DbGuest(Guest):
         """Kill the agent in the guest for good."""
         self.command("AGENT-KILL")
 
-    def power_off(self, timeout_s: float = _COMMAND_TIMEOUT_S) -> None:
+    def power_off(self, timeout_s: float = PATIENCE_S) -> None:
         """Shut the guest down in an orderly way, without the agent; return when it is off."""
         self.command("POWEROFF")
         wait_for(f"{self.name} is off", lambda: not self.running(), timeout_s)
 
-    def command(self, text: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> None:
+    def command(self, text: str, timeout_s: float = PATIENCE_S) -> None:
         """Have the guest's command loop carry out *text*; return when it said that it did."""
         number = f"{self._boot_count}-{next(self._command_numbers)}"
         with socket.socket(socket.AF_UNIX) as link:
@@ -222,23 +226,32 @@ def read_counter(raw: Path) -> int:
         return int(file.read(512).strip(b"\0 ") or b"0")
 
 
-def check_image(image: Path | str, image_format: str, timeout_s: float = _BOOT_TIMEOUT_S) -> CheckResult:
-    """Start a guest from *image* that looks whether the database in it is whole.
+def check_image(image: Path | str, image_format: str) -> CheckResult:
+    """Start a guest from *image* that looks whether the database in it is whole; see check_images."""
+    return check_images((image, image_format))[0]
 
-    The image itself is not written to: the guest gets an overlay that is thrown away. Works without
+
+def check_images(
+    *images: tuple[Path | str, str], timeout_s: float = _BOOT_TIMEOUT_S
+) -> list[CheckResult]:
+    """Start one guest that looks whether the database in each of *images* (with its format) is whole.
+
+    The images themselves are not written to: the guest gets overlays that are thrown away. Works without
     libvirt. Raises TooLate (with the console) when the guest does not say anything useful in time.
     """
     boot = boot_files()
     with tempfile.TemporaryDirectory(prefix="stillframe-check.", dir="/var/tmp") as place:
-        overlay, console = Path(place) / "overlay.qcow2", Path(place) / "console.log"
-        source = str(Path(image).resolve()) if isinstance(image, Path) else image
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", source, "-F", image_format, overlay)
+        console, drives = Path(place) / "console.log", []
+        for number, (image, image_format) in enumerate(images):
+            overlay = Path(place) / f"overlay-{number}.qcow2"
+            source = str(Path(image).resolve()) if isinstance(image, Path) else image
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-b", source, "-F", image_format, overlay)
+            drives += ["-drive", f"file={overlay},format=qcow2,if=virtio,cache=unsafe"]
         machine = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-machine", "q35,accel=tcg",
              "-cpu", "qemu64", "-m", str(_MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot",
              "-kernel", str(boot.kernel), "-initrd", str(boot.initrd),
-             "-append", f"{_CMDLINE} stillframe.check=1", "-serial", f"file:{console}",
-             "-drive", f"file={overlay},format=qcow2,if=virtio,cache=unsafe"],
+             "-append", f"{_CMDLINE} stillframe.check={len(images)}", "-serial", f"file:{console}", *drives],
             stdin=subprocess.DEVNULL)
         try:
             machine.wait(timeout_s)
@@ -248,10 +261,10 @@ def check_image(image: Path | str, image_format: str, timeout_s: float = _BOOT_T
             machine.kill()
             machine.wait()
         said = console.read_text(errors="replace") if console.exists() else ""
-    found = _CHECK.search(said)
-    if found is None:
-        raise TooLate(f"started from {image}, no report within {timeout_s:g} s:\n{said[-2000:]}")
-    return CheckResult(found[1], int(found[2]), int(found[3]), int(found[4]))
+    found = _CHECK.findall(said)
+    if len(found) != len(images):
+        raise TooLate(f"started from {images}, not all reports within {timeout_s:g} s:\n{said[-2000:]}")
+    return [CheckResult(word, int(rows), int(first), int(last)) for word, rows, first, last in found]
 
 
 def _boot_in_reach() -> tuple[Path, Path]:

@@ -17,10 +17,9 @@ from lab.daemons import LibvirtDaemons
 from lab.disks import Disk, DiskSpec
 from lab.guest import Guest
 from lab.images import Model
-from lab.waiting import wait_for
+from lab.waiting import PATIENCE_S, wait_for
 
 _LOG_DIR = Path("/var/log/libvirt/qemu")
-_WRITE_TIMEOUT_S = 30.0
 _DONE = re.compile(r"^(wrote|discard|read) (\d+)/\d+ bytes at offset \d+\n", re.MULTILINE)
 _FAILED = re.compile(r"^.*(failed|not found|invalid|cannot|must be|non-numeric).*\n",
                      re.MULTILINE | re.IGNORECASE)
@@ -138,7 +137,7 @@ class DiskGuest(Guest):
                 text = file.read().decode(errors="replace")
             return text if _DONE.search(text) or _FAILED.search(text.replace(_MISMATCH, "")) else ""
 
-        text = wait_for(f"{target}: {command}", outcome, _WRITE_TIMEOUT_S)
+        text = wait_for(f"{target}: {command}", outcome, PATIENCE_S)
         if not _DONE.search(text):
             raise WriteFailed(f"{target}: {command}: {text.strip()}")
         return text

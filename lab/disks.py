@@ -13,9 +13,7 @@ from pathlib import Path
 
 from lab.enter import SOCKETS_DIR
 from lab.images import KIB, MIB, Model, make_initial, run
-from lab.waiting import wait_for
-
-_NBD_START_TIMEOUT_S = 20.0
+from lab.waiting import PATIENCE_S, wait_for
 
 
 class Kind(enum.Enum):
@@ -129,7 +127,7 @@ class Disk:
                 ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", "--discard=unmap",
                  "--cache=writeback", f"--export-name={self.spec.target}", *where, str(self.files[0])],
                 stdout=log, stderr=log)
-        wait_for(f"NBD server of {self.label} {self.spec.target}", self._server_answers, _NBD_START_TIMEOUT_S)
+        wait_for(f"NBD server of {self.label} {self.spec.target}", self._server_answers, PATIENCE_S)
         if self.spec.kind is Kind.NBD:
             self.socket_path.chmod(0o666)
 

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -97,7 +97,7 @@ def _outside(command: Sequence[str]) -> int:
              "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc",
              "--propagation", "private", "--",
              sys.executable, "-m", "lab.enter", _STAGE_TWO, str(folder), "--", *command],
-            env={**os.environ, "PYTHONPATH": _import_path(), OUTSIDE: " ".join(namespaces())},
+            env={**_with_bytecode(os.environ), "PYTHONPATH": _import_path(), OUTSIDE: " ".join(namespaces())},
         )
         # The terminal sends Ctrl-C to the whole foreground group, the command included: it decides
         # what to do about it. Only a signal meant for this process alone ends the lab.
@@ -114,9 +114,22 @@ def _import_path() -> str:
     return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
 
 
+def _with_bytecode(environment: Mapping[str, str]) -> dict[str, str]:
+    """Have Python keep what it compiled, in the cache: the lab starts thousands of short Python processes.
+
+    Where the machine forbids bytecode files (containers do), each would compile everything anew.
+    """
+    kept = {name: value for name, value in environment.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode"), **kept}
+
+
 def _inside(folder: Path, command: Sequence[str]) -> int:
     _furnish(folder)
     os.environ[MARK] = "1"
+    # As in a terminal, even if the lab was started in the background or by nohup, which ignore some signals:
+    # what is ignored is inherited, and a shell can't even trap it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     # Started before any handler is set, so that the command begins with the usual ones.
     child = subprocess.Popen(list(command))
 

@@ -1,8 +1,9 @@
 #!/bin/busybox sh
 # Process 1 of the database guest. What it does is told on the kernel's command line:
 #   (nothing)              write rows to the database on vda and acknowledge each on the console
+#   stillframe.pause=S     the same, with S seconds between rows instead of as many as the machine can
 #   stillframe.counter=1   write a counter to vda, then vdb, and acknowledge it
-#   stillframe.check=1     look whether the database is whole, say so, power off
+#   stillframe.check=N     look whether the databases on the first N disks are whole, say so, power off
 # Every line for the host begins with a word in capitals.
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
@@ -35,10 +36,16 @@ write_rows() {
 	# One sqlite3 for ever: a process for each row would be many times slower. With -bail an INSERT
 	# that fails ends it, so no row is acknowledged that is not durable.
 	payload=$(setting payload)
+	pause=$(setting pause)
+	row="INSERT INTO rows SELECT coalesce(max(n),0)+1, strftime('%Y-%m-%dT%H:%M:%fZ'), randomblob(${payload:-256}) FROM rows; SELECT 'ACK '||max(n) FROM rows;"
 	{
 		echo "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;"
 		echo "CREATE TABLE IF NOT EXISTS rows(n INTEGER PRIMARY KEY, at TEXT, payload BLOB);"
-		exec yes "INSERT INTO rows SELECT coalesce(max(n),0)+1, strftime('%Y-%m-%dT%H:%M:%fZ'), randomblob(${payload:-256}) FROM rows; SELECT 'ACK '||max(n) FROM rows;"
+		[ -z "$pause" ] && exec yes "$row"
+		# To read where nothing ever comes is a pause that needs no process.
+		mkfifo /run/never
+		exec 4<>/run/never
+		while echo "$row"; do read -r -t "$pause" _ <&4; done
 	} | sqlite3 -batch -bail /data/rows.db
 	echo "WRITER ended"
 }
@@ -61,7 +68,7 @@ one_word() {
 
 check() {
 	counts=
-	if mount -t ext4 /dev/vda /data; then
+	if mount -t ext4 "$1" /data; then
 		integrity=$(sqlite3 -batch /data/rows.db 'PRAGMA integrity_check' 2>&1 | one_word)
 		counts=$(sqlite3 -batch /data/rows.db "SELECT 'rows='||count(*)||' min='||coalesce(min(n),0)||' max='||coalesce(max(n),0) FROM rows" 2>&1)
 		umount /data
@@ -75,13 +82,16 @@ check() {
 		counts="rows=0 min=0 max=0"
 		;;
 	esac
-	echo "CHECK integrity=${integrity:-none} $counts"
-	poweroff -f
+	echo "CHECK $1 integrity=${integrity:-none} $counts"
 }
 
-if [ -n "$(setting check)" ]; then
-	wait_path /dev/vda
-	check
+disks=$(setting check)
+if [ -n "$disks" ]; then
+	for disk in $(printf '%s\n' vda vdb vdc vdd | head -n "$disks"); do
+		wait_path "/dev/$disk"
+		check "/dev/$disk"
+	done
+	poweroff -f
 fi
 
 wait_path /dev/vda
@@ -117,6 +127,7 @@ while :; do
 	AGENT-CONT) kill -CONT "$agent" ;;
 	AGENT-KILL) kill -KILL "$agent" ;;
 	SYNC) sync ;;
+	NOTHING) ;;
 	POWEROFF) echo "DONE $number 0"; /sbin/shutdown ;;
 	*) false ;;
 	esac

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lab.enter import SOCKETS_DIR
-from lab.waiting import wait_for
-
-_TIMEOUT_S = 30.0
+from lab.waiting import PATIENCE_S, wait_for
 
 
 class MonitorFailed(AssertionError):
@@ -39,7 +37,7 @@ class SideMonitor:
         if arguments:
             request["arguments"] = arguments
         try:
-            with wait_for(f"monitor {self.path}", self._connect, _TIMEOUT_S) as stream:
+            with wait_for(f"monitor {self.path}", self._connect, PATIENCE_S) as stream:
                 return _exchange(stream, request)
         except OSError as error:
             raise MonitorFailed(f"{command}: {error!r}") from error
@@ -48,7 +46,7 @@ class SideMonitor:
         # QEMU serves one client at a time; a connection made while it lets the last one go may be
         # reset before the greeting. No command was sent yet, so that is simply tried again.
         with socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(_TIMEOUT_S)
+            link.settimeout(PATIENCE_S)
             link.connect(str(self.path))
             stream = link.makefile("rw", encoding="utf-8")
         try:

@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+#: For what happens at once on an idle machine. A wait ends when it happens, so patience costs nothing; too
+#: little of it fails tests where many labs share few slow cores.
+PATIENCE_S = 90.0
 _PAUSE_S = 0.02
 
 T = TypeVar("T")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lab.enter import IMAGES_DIR, inside_lab
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from tests.fault.harness import Place
 
 _numbers = itertools.count(1)
+# How long an example takes says nothing where labs share few cores.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +60,22 @@ def images_dir(daemons: LibvirtDaemons) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, images_dir: Path) -> Place:
+def overlays_dir(tmp_path: Path, images_dir: Path) -> Iterator[Path]:
+    """Give a folder for overlays that is the test's own and goes with it, whatever was left there."""
+    folder = images_dir / f"overlays-{tmp_path.name}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(tmp_path: Path, overlays_dir: Path) -> Place:
     """Give a run's places: a destination, a state folder, and a folder of its own for overlays."""
     from tests.fault.harness import Place as Places
 
     destination = tmp_path / "mirrors"
     destination.mkdir()
-    overlays = images_dir / f"overlays-{tmp_path.name}"
-    overlays.mkdir()
-    return Places(destination, tmp_path / "state", overlays)
+    return Places(destination, tmp_path / "state", overlays_dir)
 
 
 @pytest.fixture

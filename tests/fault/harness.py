@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab.daemons import LibvirtDaemons
 from lab.guest import Guest
-from lab.waiting import wait_for
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.states import State
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -63,7 +63,7 @@ class Run:
         for line in self._process.stdout:
             self.output += line
             if line == "reached\n":
-                wait_for("the run stops itself", self._is_stopped, 10)
+                wait_for("the run stops itself", self._is_stopped, PATIENCE_S)
                 return True
         return False
 

@@ -18,7 +18,7 @@ from lab.daemons import LibvirtDaemons
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB
-from lab.waiting import wait_for
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
@@ -47,6 +47,7 @@ def assert_recovered(place: Place, guest: DiskGuest, *, running: bool = True) ->
     assert not overlays_left(place)
     assert not Journal(place.state_dir, SystemClock()).open_runs()
     assert guest.running() is running
+    assert not running or guest.domain().info()[0] == libvirt.VIR_DOMAIN_RUNNING, "it was left paused"
     for target in guest.disks:
         assert "stillframe-overlay" not in guest.disk_source(target, inactive=True)[0]
     guest.destroy()
@@ -188,7 +189,7 @@ def test_libvirtd_killed_between_qemus_answer_and_its_own_record(
     jobs = {job["id"]: job for job in two_disks.monitor.execute("query-jobs")}
     job = next(name for name in jobs if name.startswith("commit-vda"))
     two_disks.monitor.execute("job-complete", id=job)
-    wait_for("the commit is over", lambda: status_of(two_disks, job) == "concluded", 10)
+    wait_for("the commit is over", lambda: status_of(two_disks, job) == "concluded", PATIENCE_S)
     two_disks.monitor.execute("job-dismiss", id=job)
     daemons.start()
     message = assert_needs_repair(place, two_disks, daemons)
@@ -206,15 +207,27 @@ def assert_needs_repair(place: Place, guest: DiskGuest, daemons: LibvirtDaemons)
     """Recover lets the guest run on, says which repair is needed, and the repair works."""
     answer = recover(place, guest)
     assert answer.returncode == NeedsAttention.exit_code, answer.stdout + answer.stderr
-    assert "recover --repair-status" in answer.stdout
     assert guest.domain().info()[0] == libvirt.VIR_DOMAIN_RUNNING, "nobody may leave the guest paused"
     for target in guest.disks:
         assert "stillframe-overlay" not in guest.disk_source(target, inactive=True)[0]
+    assert_repaired(place, guest, daemons, answer.stdout)
+    return answer.stdout
+
+
+def assert_misled(place: Place, guest: DiskGuest, daemons: LibvirtDaemons) -> None:
+    """libvirtd can't read its status file, so nobody can reach the guest by it: recover names the repair."""
+    assert daemons.qemu_pid(guest.name)
+    assert_repaired(place, guest, daemons, assert_refused(place, guest, "QEMU still runs"))
+    assert guest.running()
+
+
+def assert_repaired(place: Place, guest: DiskGuest, daemons: LibvirtDaemons, message: str) -> None:
+    """*message* names the repair, and the repair works."""
+    assert "recover --repair-status" in message
     daemons.stop()
     repaired = recover(place, guest, "--repair-status")
     assert repaired.returncode == 0, repaired.stdout + repaired.stderr
     daemons.start()
-    return answer.stdout
 
 
 @pytest.mark.parametrize("then_qemu", [False, True])
@@ -233,8 +246,12 @@ def test_libvirtd_killed_in_the_pivot(
     if then_qemu:
         daemons.kill_qemu(two_disks.name)
     daemons.start()
+    # Where the blow fell differs from run to run; under load it leaves either fault, or one behind the other.
+    if not then_qemu and two_disks.domain().info()[0] == libvirt.VIR_DOMAIN_SHUTOFF:
+        # A status file that libvirtd can't read; see below.
+        assert_misled(place, two_disks, daemons)
     if not then_qemu and recover(place, two_disks).returncode == NeedsAttention.exit_code:
-        # The blow fell just between QEMU's answer and libvirt's record; see above.
+        # Between QEMU's answer and libvirt's record; see above.
         assert_needs_repair(place, two_disks, daemons)
     assert_recovered(place, two_disks, running=not then_qemu)
 
@@ -244,7 +261,7 @@ def test_a_status_file_that_libvirtd_cant_read_is_named_and_mended(
     two_disks: DiskGuest, place: Place, daemons: LibvirtDaemons, lost: str
 ) -> None:
     run = stopped_at(place, two_disks, State.COMMITTING, "done")
-    wait_for("a mirror in the XML", lambda: "<mirror" in two_disks.domain().XMLDesc(), 10)
+    wait_for("a mirror in the XML", lambda: "<mirror" in two_disks.domain().XMLDesc(), PATIENCE_S)
     daemons.kill_libvirtd()
     run.kill()
     status = Path(f"/run/libvirt/qemu/{two_disks.name}.xml")

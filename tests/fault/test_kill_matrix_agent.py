@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.dbguest import DbGuest, check_image
-from lab.waiting import wait_for
+from lab.dbguest import DbGuest, check_images
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
@@ -21,6 +21,8 @@ from tests.fault.harness import Place, Run, Victim, overlays_left, recover, stri
 from tests.fault.matrix import AGENT, RESTART, SHUTDOWN, Step, all_steps, name_of, plain_steps, steps_of
 
 MakeGuest = Callable[..., DbGuest]
+# What is acknowledged must be there, be it much or little; in tests/integration guests write all they can.
+_PAUSE_S = 0.02
 _VICTIMS = [pytest.param(victim, id=victim.value) for victim in Victim]
 
 
@@ -44,19 +46,19 @@ def strike_and_look(
         assert victim is Victim.QEMU, run.output + answer.stdout + answer.stderr
         assert not starts, "stillframe had shut the guest down and must start it again"
     else:
-        wait_for("the guest writes", lambda: guest.acknowledged() > acknowledged, 60)
+        wait_for("the guest writes", lambda: guest.acknowledged() > acknowledged, PATIENCE_S)
         wait_for(
-            "the agent says thawed", lambda: guest.agent_answers() and guest.freeze_status() == "thawed", 60
+            "the agent says thawed", lambda: guest.agent_answers() and guest.freeze_status() == "thawed",
+            PATIENCE_S,
         )
         with contextlib.suppress(Exception):
             guest.power_off()
     guest.destroy()
     source, image_format = guest.disk_source("vda", inactive=True)
     assert "stillframe-overlay" not in source
-    check = check_image(source, image_format)
+    check, mirror = check_images((source, image_format), (place.mirror(guest) / "vda.img", "raw"))
     assert check.whole, check
     assert check.last >= acknowledged
-    mirror = check_image(place.mirror(guest) / "vda.img", "raw")
     assert mirror.whole, mirror
 
 
@@ -65,7 +67,7 @@ def strike_and_look(
 def test_killed_while_frozen(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=_PAUSE_S)
     guest.wait_more_rows(5)
     assert Run(place, guest, quiesce="agent").end() == 0
     run = Run(place, guest, quiesce="agent", state=step[0], phase=step[1])
@@ -78,7 +80,7 @@ def test_killed_while_frozen(
 def test_killed_around_a_shutdown(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=_PAUSE_S)
     guest.wait_more_rows(5)
     assert Run(place, guest, quiesce="agent").end() == 0
     run = Run(place, guest, quiesce="shutdown", state=step[0], phase=step[1])
@@ -94,7 +96,7 @@ def test_killed_around_a_shutdown(
 def test_killed_while_a_guest_left_shut_down_is_started(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=_PAUSE_S)
     guest.wait_more_rows(5)
     assert Run(place, guest, quiesce="agent").end() == 0
     run = Run(place, guest, quiesce="shutdown", state=State.SHUTTING_DOWN, phase="done")

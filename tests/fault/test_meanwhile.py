@@ -18,7 +18,7 @@ from lab.daemons import LibvirtDaemons
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB, run
-from lab.waiting import wait_for
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
@@ -54,13 +54,13 @@ def test_redefined_from_the_original_and_started_keeps_the_overlay(
     stopped = Run(place, guest, state=state, phase=phase)
     assert stopped.wait_reached(), stopped.output
     stopped.kill()
-    wait_for("the guest runs", lambda: is_running(guest), 20)
+    wait_for("the guest runs", lambda: is_running(guest), PATIENCE_S)
     for target in guest.disks:
         with contextlib.suppress(libvirt.libvirtError):
             guest.domain().blockJobAbort(target, 0)
     write_some(guest, MIB, 0xA9)
     daemons.kill_qemu(guest.name)
-    wait_for("libvirt sees it", lambda: not guest.running(), 20)
+    wait_for("libvirt sees it", lambda: not guest.running(), PATIENCE_S)
     daemons.connect().defineXML(original)
     guest.start()
     answer = recover(place, guest)
@@ -76,7 +76,7 @@ def test_a_tool_killed_while_the_guest_stands_still_does_not_leave_it_so(
     assert stopped.wait_reached(), stopped.output
     assert not is_running(guest)
     stopped.kill()
-    wait_for("the guard lets the guest go on", lambda: is_running(guest), 20)
+    wait_for("the guard lets the guest go on", lambda: is_running(guest), PATIENCE_S)
     write_some(guest, MIB, 0xB1)
     assert recover(place, guest).returncode == 0
     assert not overlays_left(place)
@@ -150,9 +150,9 @@ def test_a_signal_with_nobody_reading_the_output_ends_the_run_cleanly(
     assert process.stderr is not None
     process.stdout.close()
     process.stderr.close()
-    wait_for("an overlay", lambda: overlays_left(place), 60)
+    wait_for("an overlay", lambda: overlays_left(place), PATIENCE_S)
     process.send_signal(number)
-    process.wait(60)
+    process.wait(PATIENCE_S)
     assert is_running(guest)
     assert not overlays_left(place)
     assert not Journal(place.state_dir, SystemClock()).open_runs()

@@ -20,7 +20,7 @@ from lab.daemons import LibvirtDaemons
 from lab.dbguest import DbGuest, check_image, needs_recovery, read_counter
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB
-from lab.waiting import wait_for
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.states import State
 from stillframe.errors import OverlayFull
 from tests.fault.harness import Place, Run, overlays_left, small_file_system
@@ -46,7 +46,10 @@ class Stillframe:
 
     def run(self, *arguments: str, code: int = 0) -> dict[str, Any]:
         """Run a command, which must end with *code*; return its JSON."""
-        process = self.start(*arguments)
+        return self.end(self.start(*arguments), code)
+
+    def end(self, process: subprocess.Popen[str], code: int) -> dict[str, Any]:
+        """Wait until a command that was started ends, with *code*; return its JSON."""
         out, err = process.communicate(timeout=200)
         assert process.returncode == code, out + err
         body: dict[str, Any] = json.loads(out)
@@ -144,17 +147,21 @@ def test_a_guest_that_does_not_shut_down_runs_on(stillframe: Stillframe, db_gues
 
 def mirror_while_the_agent_stops(stillframe: Stillframe, guest: DbGuest) -> dict[str, Any]:
     """Stop the agent between the ping of the plan and the freeze: nobody answers any more."""
-    stopper = _when(guest, lambda: has_overlay(guest), guest.stop_agent)
-    failed = stillframe.mirror(guest, "--quiesce", "agent", "--freeze-timeout", "4s",
-                               "--agent-timeout", "1s", code=60)
-    stopper.join()
+    process = stillframe.start("mirror", guest.name, str(stillframe.destination), "--min-free", "64M",
+                               "--quiesce", "agent", "--freeze-timeout", "4s", "--agent-timeout", "1s")
+    wait_for("an overlay", lambda: has_overlay(guest), PATIENCE_S)
+    # Held meanwhile: the guest may take longer to stop its agent than the run to begin the freeze.
+    process.send_signal(signal.SIGSTOP)
+    guest.stop_agent()
+    process.send_signal(signal.SIGCONT)
+    failed: dict[str, Any] = stillframe.end(process, 60)["guests"][0]
     return failed
 
 
 def test_a_freeze_that_never_answers_ends_and_leaves_the_guest_writing(
     stillframe: Stillframe, db_guest: MakeGuest
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=0.02)  # it waits long for others
     failed = mirror_while_the_agent_stops(stillframe, guest)
     assert "did not freeze in time" in failed["error"]["message"]
     guest.wait_more_rows(2)
@@ -167,11 +174,11 @@ def test_a_freeze_that_never_answers_ends_and_leaves_the_guest_writing(
 def test_an_agent_that_freezes_late_is_thawed_by_the_guard(
     stillframe: Stillframe, db_guest: MakeGuest
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=0.02)  # it waits long for others
     failed = mirror_while_the_agent_stops(stillframe, guest)
     assert failed["error"]["guest"] == "unknown", "nobody can know yet whether it will freeze"
     guest.continue_agent()  # now the agent finds the freeze in its queue
-    wait_for("the guest is thawed", lambda: guest.freeze_status() == "thawed", 60)
+    wait_for("the guest is thawed", lambda: guest.freeze_status() == "thawed", PATIENCE_S)
     guest.wait_more_rows(20)
     assert guest.freeze_status() == "thawed"
     stillframe.run("recover", guest.name)
@@ -185,7 +192,7 @@ def test_a_signal_ends_the_run_cleanly(
 ) -> None:
     guest = db_guest()
     process = stillframe.start("mirror", guest.name, str(stillframe.destination), "--min-free", "64M")
-    wait_for("an overlay", lambda: has_overlay(guest), 60)
+    wait_for("an overlay", lambda: has_overlay(guest), PATIENCE_S)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     # The signal may come when the copy is already durable; then the run just ends well.
@@ -198,7 +205,7 @@ def test_a_signal_ends_the_run_cleanly(
 def test_libvirtd_away_for_ten_seconds_in_mid_copy(
     stillframe: Stillframe, db_guest: MakeGuest, daemons: LibvirtDaemons, tmp_path: Path
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=0.02)  # it waits long for others
     acknowledged = guest.wait_more_rows(5)
     place = Place(stillframe.destination, tmp_path / "state", guest.folder)
     run = Run(place, guest, quiesce="agent", state=State.COPYING, phase="done")
@@ -223,7 +230,8 @@ def test_a_full_overlay_pauses_the_guest_and_recover_lets_it_go_on(
         assert run.wait_reached(), run.output
         with contextlib.suppress(OSError):
             (small / "filler").write_bytes(bytes(range(256)) * (80 * 4096))
-        wait_for("the guest is paused", lambda: guest.domain().info()[0] == libvirt.VIR_DOMAIN_PAUSED, 60)
+        wait_for("the guest is paused", lambda: guest.domain().info()[0] == libvirt.VIR_DOMAIN_PAUSED,
+                 PATIENCE_S)
         acknowledged = guest.acknowledged()
         run.kill()
         stillframe.run("recover", guest.name)
@@ -243,7 +251,7 @@ def test_the_watermark_ends_the_copy_before_the_overlay_is_full(
     run = Run(place, guest, state=State.COPYING, phase="done", overlay_limit_bytes=2 * MIB)
     assert run.wait_reached(), run.output
     overlay = overlays_left(place)[0]
-    wait_for("the overlay to grow", lambda: overlay.stat().st_blocks * 512 > 2 * MIB, 60)
+    wait_for("the overlay to grow", lambda: overlay.stat().st_blocks * 512 > 2 * MIB, PATIENCE_S)
     assert run.go_on() == OverlayFull.exit_code, run.output
     assert_back(stillframe, guest)
     assert not stillframe.image(guest).exists()
@@ -259,15 +267,3 @@ def test_two_disks_are_of_one_moment(stillframe: Stillframe, db_guest: MakeGuest
         assert 0 <= first - second <= 1, "vda is written first, then vdb"
         assert second >= before - 1
     assert os.path.exists(stillframe.image(guest, "vdb"))
-
-
-def _when(guest: DbGuest, look: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
-    """Do *action* as soon as *look* says so, beside the test."""
-
-    def watch() -> None:
-        wait_for(f"the moment at {guest.name}", look, 60)
-        action()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread

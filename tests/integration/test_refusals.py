@@ -81,10 +81,8 @@ def descriptions(guest: DiskGuest) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def caller(tmp_path: Path, images_dir: Path) -> Caller:
-    overlays = images_dir / f"overlays-{tmp_path.name}"
-    overlays.mkdir()
-    return Caller(tmp_path, overlays)
+def caller(tmp_path: Path, overlays_dir: Path) -> Caller:
+    return Caller(tmp_path, overlays_dir)
 
 
 @pytest.fixture
