@@ -25,13 +25,13 @@ from stillframe.errors import EXIT_OK, EXIT_USAGE
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import Kdf, SlotKind
 from stillframe.repository.layout import SnapshotName
-from stillframe.repository.manifest import DiskEntry, Manifest, Root, Versions, encode_manifest
+from stillframe.repository.manifest import DiskEntry, FileEntry, Manifest, Root, Versions, encode_manifest
 from stillframe.repository.opened import Repository, Secret, init_repository, open_repository
 from stillframe.repository.places import Places
 from stillframe.repository.scan import BytesSource
 from stillframe.repository.session import open_session
 from stillframe.repository.snapshots import newest_of
-from stillframe.repository.writer import SnapshotWriter
+from stillframe.repository.writer import SnapshotWriter, Written
 from stillframe.storage.local import LocalStorage
 
 _ROOT = Path(__file__).parents[2]
@@ -78,10 +78,16 @@ def secret_file(path: Path, text: str) -> Path:
     return path
 
 
+def _nvram(written: Written) -> FileEntry:
+    return FileEntry(role="nvram", path="/nvram/web_VARS.fd", mode=0o600, uid=0, gid=0, taken_at="",
+                     size_bytes=written.size_bytes, root=Root.of(written.root))
+
+
 def add_snapshot(
     repository: Repository, guest: str, moment: datetime, *disks: bytes, host: str = "lab",
+    nvram: bytes = b"",
 ) -> str:
-    """Store a snapshot of disks vda, vdb, ...; return its ID."""
+    """Store a snapshot of disks vda, vdb, ..., and of an NVRAM file if it is not empty; return its ID."""
     clock = SystemClock()
     found, _ = newest_of(repository, host, guest, guest)
     entries = []
@@ -104,6 +110,7 @@ def add_snapshot(
                     size_bytes=written.size_bytes, root=Root.of(written.root), read_bytes=written.read_bytes,
                     data_bytes=written.data_bytes, changed_bytes=written.changed_bytes,
                     stored_bytes=written.stored_bytes))
+            files = () if not nvram else (_nvram(writer.write_bytes(nvram)),)
             stored = writer.finish()
         hints.close()
         manifest = Manifest(
@@ -111,7 +118,7 @@ def add_snapshot(
             began_at=utc_text(moment), ended_at=utc_text(moment), consistency="crash", quiesce="none",
             parent=found[1].sid if found is not None else "", live_xml="<domain/>",
             inactive_xml=f"<domain><name>{guest}</name></domain>", disks=tuple(entries), excluded=(),
-            files=(), versions=Versions("9.0.0", "7.2.22", "pc-q35-7.2", "0"), warnings=(), frozen_s=0.0,
+            files=files, versions=Versions("9.0.0", "7.2.22", "pc-q35-7.2", "0"), warnings=(), frozen_s=0.0,
             stored_bytes=stored)
         session.commit(encode_manifest(manifest, session.record.manifest_key, repository.key))
         return session.sid
@@ -446,6 +453,27 @@ def test_what_is_lost_is_named_and_never_made_up(
     bare = call("verify", "--level", "stored", "--json", secret=False)
     assert bare.returncode == errors.RepositoryDamaged.exit_code
     assert body(bare)["findings"]
+
+
+def test_a_lost_file_does_not_keep_the_rest_from_a_folder(
+    call: Call, repository: Repository, tmp_path: Path
+) -> None:
+    content = disk()
+    add_snapshot(repository, "web", _DAY, content)  # so that the disk is in another pack than the file
+    add_snapshot(repository, "web", _DAY + timedelta(hours=1), content, nvram=bytes(range(256)) * 100)
+    packs = sorted((tmp_path / "repository/main/p").glob("*/0*"), key=lambda path: path.stat().st_mtime_ns,
+                   reverse=True)
+    assert len(packs) == 2
+    stored = bytearray(packs[0].read_bytes())
+    stored[100] ^= 1
+    packs[0].chmod(0o600)
+    packs[0].write_bytes(stored)
+    done = call("restore", "web", "--to", f"{tmp_path / 'folder'}/", "--skip-bad", "--json")
+    assert done.returncode == errors.RepositoryDamaged.exit_code, done.stderr
+    assert body(done)["lost_files"][0].startswith("/nvram/web_VARS.fd")
+    assert not body(done)["whole"]
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["domain.xml", "vda.img"]
+    assert (tmp_path / "folder" / "vda.img").read_bytes() == content
 
 
 # --- forget, prune, verify ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from stillframe.errors import (
     DestinationUnwritable,
     GuestState,
     RepositoryDamaged,
+    SlotDamaged,
     SnapshotUnknown,
     StillframeError,
     TargetExists,
@@ -62,12 +63,15 @@ def restore(session: Session, wish: Wish) -> int:
         for disk in disks:
             to = wish.to / _file_name(disk, wish.format) if into_folder else wish.to
             results.append((disk.target, _one(session, places, disk, to, wish)))
-        files = _machine(places, manifest, wish) if into_folder and not target else []
-    lost = any(result.lost for _, result in results)
+        files, hurt = _machine(places, manifest, wish) if into_folder and not target else ([], [])
+    lost = bool(hurt) or any(result.lost for _, result in results)
     for path in files:
         session.screen.result(f"{path}: written")
+    for damage in hurt:
+        session.screen.result(f"lost: {damage}")
     session.screen.json({
         "snapshot": name_body(name), "whole": not lost, "files": [str(path) for path in files],
+        "lost_files": hurt,
         "disks": [{"target": each, **asdict(result)} for each, result in results],
     })
     return RepositoryDamaged.exit_code if lost else EXIT_OK
@@ -129,17 +133,25 @@ def _make_folder(folder: Path) -> None:
                                     f"ls -ld {folder.parent}") from error
 
 
-def _machine(places: Places, manifest: Manifest, wish: Wish) -> list[Path]:
-    """Write what belongs to the machine besides its disks; return the paths."""
-    written = [(wish.to / _DEFINITION, (manifest.inactive_xml or manifest.live_xml).encode())]
+def _machine(places: Places, manifest: Manifest, wish: Wish) -> tuple[list[Path], list[str]]:
+    """Write what belongs to the machine besides its disks; return the paths, and what was lost."""
+    replace, hurt = wish.force or wish.delta, []
+    written = [wish.to / _DEFINITION]
+    _write_file(written[0], (manifest.inactive_xml or manifest.live_xml).encode(), replace=replace)
     for entry in manifest.files:
         content = bytearray(entry.size_bytes)
-        with DiskView(places, entry) as view:
-            view.read_into(memoryview(content), 0)
-        written.append((wish.to / f"{entry.role}-{Path(entry.path).name}", bytes(content)))
-    for path, data in written:
-        _write_file(path, data, replace=wish.force or wish.delta)
-    return [path for path, _ in written]
+        try:
+            with DiskView(places, entry) as view:
+                view.read_into(memoryview(content), 0)
+        except SlotDamaged as damage:
+            if not wish.skip_bad:
+                raise
+            # Half of a firmware's variables is worse than none: a guest starts without them.
+            hurt.append(f"{entry.path} ({damage.why})")
+            continue
+        written.append(wish.to / f"{entry.role}-{Path(entry.path).name}")
+        _write_file(written[-1], bytes(content), replace=replace)
+    return written, hurt
 
 
 def _write_file(path: Path, content: bytes, *, replace: bool) -> None:
