@@ -166,7 +166,12 @@ def _alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return False
-    return state not in "ZX"
+    if state not in "ZX":
+        return True
+    # Killed, but as long as another of its threads is not gone the process holds its files and locks.
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    return False
 
 
 def _end(pid: int, number: signal.Signals) -> None:

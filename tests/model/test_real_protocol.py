@@ -21,7 +21,7 @@ from stillframe.repository.session import SessionRecord
 from stillframe.storage.model import Storage
 from tests.model.real import HISTORIES, Broken, Cast, Lost, Run, history
 
-_RUNS = 500
+_RUNS = 300
 _TRIES = 3000
 
 Rule = Callable[[pytest.MonkeyPatch], None]

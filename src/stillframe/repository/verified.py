@@ -2,7 +2,7 @@
 
     main/v/verified   zstd frame of JSON: version, packs: {"p/<sid>/<n>": [stored, full]}
 
-in seconds since 1970, by level (verify.py); 0 is never.
+in microseconds since 1970, by level (verify.py); 0 is never.
 
 Losing it costs nothing but another verification.
 """
@@ -57,16 +57,17 @@ class Subset:
 
 
 class Verified:
-    """When packs were verified: at which second their stored bytes, and their content, were found good."""
+    """When packs were verified: the microsecond at which stored bytes, and content, were found good."""
 
     def __init__(self, packs: Mapping[PackName, tuple[int, int]] | None = None) -> None:
         self._packs = dict(packs or {})
 
     def note(self, packs: Iterable[PackName], at: datetime, *, full: bool) -> None:
         """Note that *packs* were verified; their content as well if *full*."""
-        second = int(at.timestamp())
+        # Parts that are verified within one second must not begin with the same pack each time.
+        moment = round(at.timestamp() * 1_000_000)
         for pack in packs:
-            self._packs[pack] = (second, second if full else self.when(pack)[1])
+            self._packs[pack] = (moment, moment if full else self.when(pack)[1])
 
     def when(self, pack: PackName) -> tuple[int, int]:
         """Return when the pack's stored bytes, and its content, were verified; 0 is never."""
