@@ -68,7 +68,8 @@ def running(
 
     It dies with stillframe even if stillframe is killed. Raises ProgramMissing.
     """
-    process = _start(["setpriv", "--pdeathsig", "TERM", *command], environment or {}, None)
+    # Not SIGTERM: a server that is busy answers it late, and holds its locks meanwhile.
+    process = _start(["setpriv", "--pdeathsig", "KILL", *command], environment or {}, None)
     try:
         yield process
     finally:

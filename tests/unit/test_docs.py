@@ -232,7 +232,7 @@ def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
 
 @pytest.mark.parametrize(("command", "keys"), [
     ("list", {"repository", "snapshots"}), ("diff", {"old", "new", "disks"}),
-    ("restore", {"snapshot", "whole", "files", "disks"}),
+    ("restore", {"snapshot", "whole", "files", "lost_files", "disks"}),
     ("forget", {"dry_run", "kept", "dropped"}), ("prune", {"dry_run", "plan", "done"}),
     ("verify", {
         "level", "sound", "complete", "snapshots", "packs", "checked_packs", "checked_slots", "checked_bytes",

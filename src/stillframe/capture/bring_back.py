@@ -268,6 +268,9 @@ class BringBack:
         self._repeats[action] += 1
         if self._repeats[action] > _REPEATS_LIMIT:
             raise NeedsAttention(message, next_command)
+        # What stood in the way may be going: the readers of a run that was killed hold the bases' locks until
+        # the kernel has ended them.
+        self._clock.pause(4 * _POLL_S * (self._repeats[action] - 1))
 
     def _count_commit(self, record: RunRecord) -> None:
         self._count(
