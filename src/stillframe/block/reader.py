@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from stillframe import process
-from stillframe.block.image import ImagePlace
+from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import CopyFailed, ProgramMissing
 from stillframe.extent import Extent, Kind, merged
@@ -84,19 +84,21 @@ def open_reader(
             "qemu-nbd", "--read-only", "--persistent", "--shared", str(connections + 1),
             "--aio=threads", "--socket", socket, _locked_name(place),
         ]
+        before = _identity(place)
         with process.running(command, environment=_KEEP_BUFFERS) as server:
             _wait_until_ready(server, socket, place, Deadline(clock, timeout_s), clock)
-            with contextlib.closing(_Handle(socket, place.text())) as first:
-                yield NbdReader(socket, place.text(), first)
+            with contextlib.closing(_Handle(socket, place.text())) as first, _raw_file(place, before) as fd:
+                yield NbdReader(socket, place.text(), first, fd)
 
 
 class NbdReader:
-    """A DiskReader over an NBD server's unix socket."""
+    """A DiskReader over an NBD server's unix socket; content comes from the descriptor, if there is one."""
 
-    def __init__(self, socket: str, name: str, first: _Handle) -> None:
+    def __init__(self, socket: str, name: str, first: _Handle, fd: int | None = None) -> None:
         self._socket = socket
         self._name = name
         self._first = first
+        self._fd = fd
         self.size_bytes = first.size_bytes()
 
     def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
@@ -107,6 +109,9 @@ class NbdReader:
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
         """See DiskReader."""
+        if self._fd is not None:
+            yield _RawFile(self._fd, self._name)
+            return
         with contextlib.closing(_Handle(self._socket, self._name)) as handle:
             yield handle
 
@@ -179,10 +184,64 @@ class _Handle:
             raise self._failed(doing, str(error.string)) from error
 
     def _failed(self, doing: str, why: str) -> CopyFailed:
-        return CopyFailed(
-            f"Reading {self._name} failed while {doing}: {why}.",
-            "check the storage of the image (dmesg, qemu-img check), then run the command again",
-        )
+        return _read_failed(self._name, doing, why)
+
+
+class _RawFile:
+    """A raw image, read from its file. For several threads; the descriptor is not closed here."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self._name = name
+
+    def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset_bytes + done)
+            except OSError as error:
+                raise _read_failed(self._name, f"reading {len(buffer)} bytes at {offset_bytes}",
+                                   os.strerror(error.errno or 0)) from error
+            if count == 0:  # QEMU rounds the size of a file up to sectors, and reads zeroes there
+                buffer[done:] = bytes(len(buffer) - done)
+                return
+            done += count
+
+
+def _identity(place: ImagePlace) -> FileIdentity | None:
+    """Return what tells whether QEMU opened the file that we did; None if it opens no raw file."""
+    if not (place.kind.is_local and place.driver == "raw"):
+        return None
+    with contextlib.suppress(OSError):
+        return place.identity()
+    return None
+
+
+@contextlib.contextmanager
+def _raw_file(place: ImagePlace, before: FileIdentity | None) -> Iterator[int | None]:
+    """Open the file of a raw image that QEMU has open since *before*; None if QEMU is to read it.
+
+    The path led to the same file before QEMU opened it and does now: so QEMU has that file open.
+    """
+    fd = -1
+    try:
+        if before is not None:
+            with contextlib.suppress(OSError):
+                fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+                if not before.same_file(file_identity(f"/proc/self/fd/{fd}")):
+                    os.close(fd)
+                    fd = -1
+        yield fd if fd >= 0 else None
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _read_failed(name: str, doing: str, why: str) -> CopyFailed:
+    return CopyFailed(
+        f"Reading {name} failed while {doing}: {why}.",
+        "check the storage of the image (dmesg, qemu-img check), then run the command again",
+    )
 
 
 def _locked_name(place: ImagePlace) -> str:

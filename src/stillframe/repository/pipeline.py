@@ -7,11 +7,13 @@ known when they are closed, and the same disk makes the same packs however threa
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 
+from stillframe.direct import aligned_buffer
 from stillframe.repository.crypto import TAG_BYTES, DomainKey
 from stillframe.repository.jobs import InOrder
 from stillframe.repository.layout import PackKind, PackName
@@ -35,9 +37,9 @@ class NewSlot:
 
 
 class GrowingPack:
-    """A pack that is sealed in place, in a buffer that is used again for later ones. For one thread."""
+    """A pack that is sealed in place, in memory that is used again for later ones. For one thread."""
 
-    def __init__(self, name: PackName, key: DomainKey, buffer: bytearray) -> None:
+    def __init__(self, name: PackName, key: DomainKey, buffer: mmap.mmap) -> None:
         self.name = name
         self._key = key
         self.buffer = buffer
@@ -65,9 +67,8 @@ class GrowingPack:
         self.size_bytes += len(content)
 
     def _reserve(self, length: int) -> None:
-        missing = self.size_bytes + length - len(self.buffer)
-        if missing > 0:
-            self.buffer += bytes(missing)
+        if self.size_bytes + length > len(self.buffer):
+            self.buffer.resize(self.size_bytes + length)
 
 
 class Uploads:
@@ -75,16 +76,16 @@ class Uploads:
 
     def __init__(self, repository: Repository, pool: Executor, idle: Callable[[], None]) -> None:
         self._storage = repository.storage
-        self._running: InOrder[bytearray, None] = InOrder(pool, UPLOADS, idle)
-        self._free: list[bytearray] = []
+        self._running: InOrder[mmap.mmap, None] = InOrder(pool, UPLOADS, idle)
+        self._free: list[mmap.mmap] = []
         # With its end and the slot that fills it, a pack is somewhat larger.
         parameters = repository.parameters
         self._buffer_bytes = parameters.pack_bytes + 2 * parameters.slot_chunks * parameters.chunk_bytes
         self.stored_bytes = 0
 
-    def buffer(self) -> bytearray:
+    def buffer(self) -> mmap.mmap:
         """Return a buffer for the next pack."""
-        return self._free.pop() if self._free else bytearray(self._buffer_bytes)
+        return self._free.pop() if self._free else aligned_buffer(self._buffer_bytes)
 
     def put(self, pack: GrowingPack) -> None:
         """Begin to upload a pack; waits while too many are on their way. Raises what an earlier one did."""

@@ -48,13 +48,9 @@ def lock_as_qemu(fd: int) -> bool:
     return True
 
 
-def write_all(fd: int, content: memoryview, offset: int) -> None:
-    """Write all of *content*, and have it go to the disk soon instead of all at the end."""
-    begin, length = offset, len(content)
-    while content:
-        done = os.pwrite(fd, content, offset)
-        content, offset = content[done:], offset + done
-    _libc.sync_file_range(fd, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have what was written to the page cache go to the disk soon, instead of all at the end."""
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> None:

@@ -27,6 +27,7 @@ from stillframe.errors import (
     TargetInUse,
     TargetSmall,
 )
+from stillframe.restore.bulk import BulkWriter
 from stillframe.restore.files import (
     data_ranges,
     device_users,
@@ -34,7 +35,6 @@ from stillframe.restore.files import (
     make_zero,
     read_all,
     sync_folder,
-    write_all,
 )
 from stillframe.units import MIB, size_text
 
@@ -95,7 +95,10 @@ class Target(Protocol):
 
 
 class FileTarget:
-    """A raw image in a file, or a block device, open as *fd*; a new file if *naming* is given."""
+    """A raw image in a file, or a block device, open as *fd*; a new file if *naming* is given.
+
+    Valid within its block.
+    """
 
     def __init__(self, fd: int, path: str, size_bytes: int, naming: Naming | None) -> None:
         self._fd = fd
@@ -103,11 +106,18 @@ class FileTarget:
         self._size_bytes = size_bytes
         self._naming = naming
         self._is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._bulk = BulkWriter(fd)
         self._touched = False
         self.is_blank = naming is not None
-        if naming is not None:
-            with write_errors(path):
-                os.ftruncate(fd, size_bytes)
+
+    def __enter__(self) -> Self:
+        if self._naming is not None:
+            with write_errors(self._path):
+                os.ftruncate(self._fd, self._size_bytes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bulk.close()
 
     @property
     def left_behind(self) -> str:
@@ -129,7 +139,7 @@ class FileTarget:
         """See Target."""
         self._touched = self._naming is None
         with write_errors(self._path):
-            write_all(self._fd, content, offset_bytes)
+            self._bulk.write(content, offset_bytes)
 
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         """See Target."""
@@ -140,6 +150,7 @@ class FileTarget:
     def publish(self) -> None:
         """See Target."""
         with write_errors(self._path):
+            self._bulk.finish()
             if self._is_file and os.fstat(self._fd).st_size != self._size_bytes:
                 self._touched = True
                 os.ftruncate(self._fd, self._size_bytes)
@@ -201,7 +212,8 @@ def open_file_target(wishes: Wishes, size_bytes: int, data_bytes: int) -> Iterat
             room = os.lseek(fd, 0, os.SEEK_END)
             if room < size_bytes:
                 raise small(wishes.path, f"has {size_text(room)}", size_bytes)
-            yield FileTarget(fd, wishes.path, size_bytes, None)
+            with FileTarget(fd, wishes.path, size_bytes, None) as target:
+                yield target
         return
     with kept_away(wishes.path, facts), Naming(wishes.path, replace=facts is not None) as naming:
         check_room(wishes.path, data_bytes)
@@ -209,7 +221,8 @@ def open_file_target(wishes: Wishes, size_bytes: int, data_bytes: int) -> Iterat
         with write_errors(wishes.path, DestinationUnwritable):
             fd = os.open(naming.temporary, flags, 0o600)
         try:
-            yield FileTarget(fd, wishes.path, size_bytes, naming)
+            with FileTarget(fd, wishes.path, size_bytes, naming) as target:
+                yield target
         finally:
             os.close(fd)
 

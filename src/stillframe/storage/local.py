@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from stillframe.direct import write_new
 from stillframe.errors import ObjectExists, ObjectMissing, RepositoryUnsafe
 from stillframe.storage.model import (
     Capabilities,
@@ -155,7 +156,7 @@ class LocalStorage:
         folder = os.path.dirname(path)
         with storage_errors(self._root, f"writing {key}"), self._temporary() as (fd, temporary):
             self._sweep(fd)
-            _write(fd, view)
+            write_new(fd, view)
             os.fsync(fd)
             taken = not self._name_durably(fd, temporary, path, name)
             try:
@@ -346,11 +347,6 @@ def _read(fd: int, path: str, offset_bytes: int, length_bytes: int) -> bytes:
         parts.append(more)
         done += len(more)
     return b"".join(parts)
-
-
-def _write(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view):]
 
 
 def _sync_folder(folder: str) -> None:
