@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from stillframe.block.image import ImagePlace, file_place, nbd_place
+from stillframe.block.reader import open_reader
 from stillframe.block.tools import chain_info, commit_offline, compare, create_overlay, image_info
+from stillframe.clock import SystemClock
 from stillframe.errors import CopyFailed, OverlayTaken, ProgramFailed
 from stillframe.units import MIB
 
@@ -85,3 +88,30 @@ def test_nothing_is_written_back_while_the_overlay_is_in_use(tmp_path: Path) -> 
             compare(base, file_place(str(path), "qcow2"), timeout_s=30)
     finally:
         user.communicate(b"quit\n")
+
+
+def test_a_raw_image_is_read_from_its_file_to_the_end_of_its_last_sector(tmp_path: Path) -> None:
+    content = random.Random(3).randbytes(2 * MIB + 100)
+    path = tmp_path / "odd.raw"
+    path.write_bytes(content)
+    place = file_place(str(path), "raw")
+    with open_reader(place, clock=SystemClock()) as reader, reader.connect() as connection:
+        assert reader.size_bytes == 2 * MIB + 512
+        buffer = bytearray(b"\xff" * (MIB + 512))
+        connection.pread_into(memoryview(buffer), MIB)
+        assert buffer == content[MIB:] + bytes(412)
+        # QEMU's server is alive, and holds the lock, but it is not asked for content.
+        assert type(connection).__name__ == "_RawFile"
+
+
+def test_a_raw_image_that_takes_another_ones_place_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"a" * MIB)
+    with open_reader(file_place(str(path), "raw"), clock=SystemClock()) as reader:
+        other = tmp_path / "other.raw"
+        other.write_bytes(b"b" * MIB)
+        other.rename(path)
+        with reader.connect() as connection:
+            buffer = bytearray(MIB)
+            connection.pread_into(memoryview(buffer), 0)
+            assert buffer == b"a" * MIB

@@ -123,3 +123,12 @@ def test_ten_thousand_snapshots_are_listed_within_a_second() -> None:
     began_s = clock.monotonic_s()
     assert resolve(snapshots, "guest7").guest == "guest7"
     assert clock.monotonic_s() - began_s < 0.5
+
+
+def test_of_two_in_one_second_the_later_is_the_newest() -> None:
+    first, second = (SnapshotName("alpha", "web", DAY + timedelta(microseconds=at), sid * 32)
+                     for at, sid in ((100, "f"), (900_000, "0")))
+    pair = [first, second]
+    assert resolve(pair, "latest") == resolve(pair, "web") == second
+    assert resolve(pair, "web@2026-11-20T00:00:00.9") == second
+    assert resolve(pair, "web@2026-11-20T00:00:00.000100Z") == first

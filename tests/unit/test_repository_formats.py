@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stillframe.errors import KeyWrong, RepositoryDamaged, RepositoryNewer, RepositoryUnknown
@@ -74,9 +74,10 @@ def _name(kind: PackKind = PackKind.DATA, number: int = 0) -> PackName:
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
-       st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
-def test_a_snapshot_is_named_after_any_host_and_guest(host: str, guest: str) -> None:
-    moment = datetime(2026, 11, 24, 15, 14, tzinfo=UTC)
+       st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
+       st.datetimes(datetime(2000, 1, 1), datetime(2999, 1, 1), timezones=st.just(UTC)))  # noqa: DTZ001
+@example("host", "guest", datetime(2026, 11, 24, 15, 14, tzinfo=UTC))
+def test_a_snapshot_is_named_after_any_host_guest_and_moment(host: str, guest: str, moment: datetime) -> None:
     name = SnapshotName(host, guest, moment, new_sid())
     assert snapshot_name(name.key) == name
     assert all(part.isascii() and part not in (".", "..") and part for part in name.key.split("/"))

@@ -30,7 +30,7 @@ from stillframe.storage.local import UNFINISHED, LocalStorage
 from stillframe.storage.publish import WAYS, Way, hard_link, rename_without_replacing
 from tests.style.sources import ROOT
 
-STEPS = ("open", "write", "fsync", "close", "link", "rename", "unlink", "mkdir")
+STEPS = ("open", "pwrite", "fsync", "close", "link", "rename", "unlink", "mkdir")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def record_steps(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
 
         monkeypatch.setattr(os, name, step)
 
-    recorded("write", lambda fd, _: f"write {named(os.readlink(f'/proc/self/fd/{fd}'))}")
+    recorded("pwrite", lambda fd, *_: f"write {named(os.readlink(f'/proc/self/fd/{fd}'))}")
     recorded("fsync", lambda fd: f"fsync {named(os.readlink(f'/proc/self/fd/{fd}'))}")
     recorded("link", lambda old, new: f"link {named(old)} to {named(new)}")
     recorded("rename", lambda old, new: f"rename {named(old)} to {named(new)}")
@@ -166,7 +166,7 @@ def test_a_writer_whose_file_is_swept_fails_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["write", "fsync", "link", "mkdir", "open"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "mkdir", "open"])
 def test_no_room_is_told_as_such_and_leaves_nothing(
         monkeypatch: pytest.MonkeyPatch, storage: LocalStorage, root: Path, call: str, number: int) -> None:
     def fails(*_: object) -> int:
@@ -182,8 +182,8 @@ def test_no_room_is_told_as_such_and_leaves_nothing(
 
 
 def test_a_short_write_is_gone_on_with(monkeypatch: pytest.MonkeyPatch, storage: LocalStorage) -> None:
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, view: real(fd, view[:7]))
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: real(fd, view[:7], offset))
     storage.create("k", b"0123456789" * 5)
     assert storage.get("k") == b"0123456789" * 5
 

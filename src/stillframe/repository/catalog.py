@@ -26,7 +26,7 @@ _SHORTEST_ID = 4
 _NAMED_MOST = 8
 _BATCH = 500
 _ID = re.compile(r"[0-9a-f]+")
-_TIME = re.compile(r"\d{4}-?\d{2}-?\d{2}([T ]?\d{2}(:?\d{2}(:?\d{2})?)?)?Z?")
+_TIME = re.compile(r"\d{4}-?\d{2}-?\d{2}([T ]?\d{2}(:?\d{2}(:?\d{2}(\.\d{1,6})?)?)?)?Z?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _of_guest(snapshots: Sequence[SnapshotName], text: str) -> list[SnapshotName
     if _TIME.fullmatch(time) is None:
         return whole
     digits = re.sub(r"\D", "", time)
-    return whole + [each for each in of_guest if each.utc.strftime("%Y%m%d%H%M%S").startswith(digits)]
+    return whole + [each for each in of_guest if each.utc.strftime("%Y%m%d%H%M%S%f").startswith(digits)]
 
 
 def _is_called(snapshot: SnapshotName, text: str) -> bool:

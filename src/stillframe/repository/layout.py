@@ -33,8 +33,8 @@ FORMAT_NAME = "stillframe-repository"
 FORMAT_VERSION = 1
 SID_BYTES = 16
 
-_UTC = "%Y%m%dT%H%M%SZ"
-_MANIFEST = re.compile(rf"{DOMAIN}/m/([^/]+)/([^/]+)/(\d{{8}}T\d{{6}}Z)-([0-9a-f]{{32}})")
+_UTC = "%Y%m%dT%H%M%S"
+_MANIFEST = re.compile(rf"{DOMAIN}/m/([^/]+)/([^/]+)/(\d{{8}}T\d{{6}})(\.\d{{6}})?Z-([0-9a-f]{{32}})")
 _PACK = re.compile(rf"{DOMAIN}/([pt])/([0-9a-f]{{32}})/(\d{{8,10}})")
 _SESSION = re.compile(rf"{DOMAIN}/s/([0-9a-f]{{32}})")
 _GENERATION = re.compile(rf"{DOMAIN}/g/(\d{{12}})")
@@ -213,7 +213,7 @@ VERIFIED = f"{DOMAIN}/v/verified"
 class SnapshotName:
     """A manifest's name: enough for listing and retention without opening it.
 
-    *utc* is the moment of the capture, to the second.
+    *utc* is the moment of the capture, to the microsecond: two small backups may fall into one second.
     """
 
     host: str
@@ -224,7 +224,9 @@ class SnapshotName:
     @property
     def key(self) -> str:
         """The object's name."""
-        return f"{MANIFESTS}{safe(self.host)}/{safe(self.guest)}/{self.utc.strftime(_UTC)}-{self.sid}"
+        fraction = f".{self.utc.microsecond:06}" if self.utc.microsecond else ""
+        moment = f"{self.utc.strftime(_UTC)}{fraction}Z"
+        return f"{MANIFESTS}{safe(self.host)}/{safe(self.guest)}/{moment}-{self.sid}"
 
 
 def snapshot_name(key: str) -> SnapshotName:
@@ -232,8 +234,9 @@ def snapshot_name(key: str) -> SnapshotName:
     match = _MANIFEST.fullmatch(key)
     if match is None:
         raise ValueError(f"not a manifest's key: {key!r}")
-    moment = datetime.strptime(match[3], _UTC).replace(tzinfo=UTC)
-    return SnapshotName(unquote(match[1]), unquote(match[2]), moment, match[4])
+    microsecond = int(match[4][1:]) if match[4] else 0
+    moment = datetime.strptime(match[3], _UTC).replace(microsecond=microsecond, tzinfo=UTC)
+    return SnapshotName(unquote(match[1]), unquote(match[2]), moment, match[5])
 
 
 def safe(name: str) -> str:
