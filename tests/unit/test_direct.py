@@ -1,4 +1,4 @@
-"""Writing past the page cache: the same bytes, whatever is aligned, and where a file system has no such thing."""
+"""Writing past the page cache: the same bytes, aligned or not, and where a file system has no such thing."""
 
 from __future__ import annotations
 
