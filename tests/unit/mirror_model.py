@@ -277,6 +277,9 @@ class MemoryDisk:
         assert length_bytes is None
         return merged(self._pieces())
 
+    def changed(self) -> Iterator[Extent] | None:
+        return None
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
         yield self

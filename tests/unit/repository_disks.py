@@ -65,6 +65,9 @@ class SourceDisk:
         if at < end:
             yield Extent(at, end - at, Kind.DATA)
 
+    def changed(self) -> Iterator[Extent] | None:
+        return None
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
         self.connected += 1

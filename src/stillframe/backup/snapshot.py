@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stillframe.backup.machine import Machine, MachineFile, versions_of
 from stillframe.backup.watching import WatchedReader, WatchedStorage
-from stillframe.block.reader import DiskReader, open_reader
+from stillframe.block.reader import DiskReader
 from stillframe.capture.plan import Plan
 from stillframe.capture.run import Capture, StillDisk, Stop
 from stillframe.capture.watched import STALL_TIMEOUT_S, Watch, Watched
@@ -33,7 +33,6 @@ from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import still_there
 from stillframe.repository.writer import Progress, SnapshotWriter
 
-_METHOD = "overlay"
 #: How long the end of the session is waited for when the guest is back. Left behind, it is fenced one day.
 _CLOSE_TIMEOUT_S = 30.0
 #: Sessions whose storage hangs. Were they let go of, their end would run, and hang, in that very thread.
@@ -106,9 +105,7 @@ class SnapshotRun:
         with contextlib.ExitStack() as opened:
             # Opened here and not in the thread: were that to hang, its servers would hold the bases' locks,
             # and nothing could be committed back into them.
-            readers = {
-                disk.target: opened.enter_context(open_reader(disk.base, clock=self._clock))
-                for disk in capture.disks}
+            readers = {disk.target: opened.enter_context(disk.read()) for disk in capture.disks}
             watched = Watched(
                 lambda watch: self._write(watch, capture, readers, machine, warnings), self._clock, "backup")
             try:
@@ -174,7 +171,7 @@ class SnapshotRun:
             inactive_xml=self._plan.view.inactive.text if self._plan.view.inactive is not None else "",
             disks=disks, excluded=tuple(f"{each.target}: {each.reason}" for each in self._plan.excluded),
             files=files, versions=versions_of(self._plan.domain.connection, self._plan.live.text),
-            warnings=warnings, frozen_s=capture.frozen_s, stored_bytes=stored_bytes,
+            warnings=warnings, frozen_s=capture.frozen_s, stored_bytes=stored_bytes, anchor=capture.anchor,
         )
         self._commit(session, manifest, watch)
 
@@ -219,10 +216,10 @@ class SnapshotRun:
             written.stored_bytes, compared=old is not None, seconds=self._clock.monotonic_s() - began_s))
         planned = next(each for each in self._plan.disks if each.target == disk.target)
         return DiskEntry(
-            target=disk.target, format=planned.base_format, source=disk.base.text(), method=_METHOD,
-            size_bytes=written.size_bytes, root=Root.of(written.root), read_bytes=written.read_bytes,
-            data_bytes=written.data_bytes, changed_bytes=written.changed_bytes,
-            stored_bytes=written.stored_bytes)
+            target=disk.target, format=planned.base_format, source=disk.base.text(), method=disk.method.value,
+            note=disk.note, size_bytes=written.size_bytes, root=Root.of(written.root),
+            read_bytes=written.read_bytes, data_bytes=written.data_bytes,
+            changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes)
 
 
 def _file(writer: SnapshotWriter, file: MachineFile, parent: Parent) -> FileEntry:

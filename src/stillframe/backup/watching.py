@@ -77,7 +77,20 @@ class WatchedReader:
 
     def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
         """See DiskReader."""
-        extents = self._inner.extents(offset_bytes, length_bytes)
+        return self._watched(self._inner.extents(offset_bytes, length_bytes))
+
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader."""
+        changed = self._inner.changed()
+        return None if changed is None else self._watched(changed)
+
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """See DiskReader."""
+        with self._inner.connect() as connection:
+            yield _WatchedConnection(connection, self._watch)
+
+    def _watched(self, extents: Iterator[Extent]) -> Iterator[Extent]:
         while True:
             with self._watch.reads_source():
                 extent = next(extents, None)
@@ -85,12 +98,6 @@ class WatchedReader:
                 return
             self._watch.tick()
             yield extent
-
-    @contextlib.contextmanager
-    def connect(self) -> Iterator[Connection]:
-        """See DiskReader."""
-        with self._inner.connect() as connection:
-            yield _WatchedConnection(connection, self._watch)
 
 
 class _WatchedConnection:

@@ -62,6 +62,14 @@ class DiskReader(Protocol):
         """
         ...
 
+    def changed(self) -> Iterator[Extent] | None:
+        """Yield the extents that may differ from the moment which this reader counts from, in order.
+
+        None if it counts from none: all of the disk may differ then. What is between the extents is as it
+        was. A kind that reads as zero means that it is zero now, whatever it was. Raises CopyFailed.
+        """
+        ...
+
     def connect(self) -> contextlib.AbstractContextManager[Connection]:
         """Open one more connection. Raises CopyFailed."""
         ...
@@ -105,6 +113,10 @@ class NbdReader:
         """See DiskReader. For one thread at a time (the whole reader has one such stream)."""
         end = self.size_bytes if length_bytes is None else min(offset_bytes + length_bytes, self.size_bytes)
         return merged(self._raw_extents(offset_bytes, end))
+
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader."""
+        return None
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:

@@ -10,14 +10,18 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
+from stillframe.block.anchor import Anchor
 from stillframe.block.image import FileIdentity, ImagePlace, file_identity
+from stillframe.block.reader import DiskReader, open_reader
 from stillframe.block.tools import create_overlay
 from stillframe.capture.bring_back import BringBack, Watcher
 from stillframe.capture.guard import Guard, guarded
-from stillframe.capture.journal import Journal, RunRecord, new_run_id
+from stillframe.capture.journal import DiskRecord, Journal, RunRecord, new_run_id
+from stillframe.capture.method import Method
 from stillframe.capture.plan import Plan
 from stillframe.capture.states import BEFORE_RELEASE, Consistency, DiskPhase, Quiesce, State
 from stillframe.capture.thaw import thaw_until_verified
@@ -54,17 +58,26 @@ class Tools:
 
 @dataclass(frozen=True, slots=True)
 class StillDisk:
-    """A disk that stands still: *base* reads what the guest's disk held at the captured moment."""
+    """A disk that stands still: *read* opens what the guest's disk held at the captured moment.
+
+    *base* is the guest's own image, for people. *method* is how the disk was captured, and *note* why it is
+    read whole although it was to be read by its changes, "" if there is no such reason. A reader that knows
+    changes counts from the anchor that the capture was given.
+    """
 
     target: str
     base: ImagePlace
     size_bytes: int
+    method: Method
+    read: Callable[[], contextlib.AbstractContextManager[DiskReader]]
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
     """All disks of a domain at one moment. Valid only within the block of `captured`.
 
+    *anchor* is what a later capture may count from once this one is durable, None if it leaves nothing.
     *frozen_s* is how long the guest was frozen, 0 if it was not. *stop* returns the error to
     end the copy with, if there is a reason. *check_still* raises CopyFailed if a base was
     written to since the moment; call it before the copy is called good.
@@ -78,6 +91,7 @@ class Capture:
     frozen_s: float
     stop: Stop
     check_still: Callable[[], None]
+    anchor: Anchor | None = None
 
 
 @contextlib.contextmanager
@@ -150,9 +164,13 @@ class _Run:
         self._remember_bases()
         return Capture(
             self.record.id, self.record.captured_at, consistency,
-            tuple(StillDisk(disk.target, disk.base, disk.size_bytes) for disk in self.record.disks),
+            tuple(self._still(disk) for disk in self.record.disks),
             tuple(self._warnings), self._frozen_s, self.stop, self.check_still,
         )
+
+    def _still(self, disk: DiskRecord) -> StillDisk:
+        return StillDisk(disk.target, disk.base, disk.size_bytes, Method.OVERLAY,
+                         partial(open_reader, disk.base, clock=self._clock))
 
     def stop(self) -> StillframeError | None:
         """Return why the copy must end, None if it may go on."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.block.reader import open_reader
 from stillframe.capture.apart import about_bytes, refuse_inside_images, refuse_overlays_at
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
@@ -94,7 +93,7 @@ def _update(
     job: MirrorJob, plan: Plan, tools: Tools, path: Path, update: Update
 ) -> tuple[Capture, tuple[CopyResult, ...]]:
     with _abandoned_on_error(update), captured(plan, tools, str(path), job.stop) as capture:
-        results = tuple(_copy(job, capture, tools, update))
+        results = tuple(_copy(job, capture, update))
         capture.check_still()
         update.publish(
             CaptureFacts(capture.captured_at, capture.consistency.value, _definition(plan)),
@@ -117,12 +116,12 @@ def _abandoned_on_error(update: Update) -> Iterator[None]:
         raise
 
 
-def _copy(job: MirrorJob, capture: Capture, tools: Tools, update: Update) -> Iterator[CopyResult]:
+def _copy(job: MirrorJob, capture: Capture, update: Update) -> Iterator[CopyResult]:
     for disk in capture.disks:
         stopped = capture.stop()
         if stopped is not None:
             raise stopped
-        with open_reader(disk.base, clock=tools.clock) as reader:
+        with disk.read() as reader:
             yield update.copy_disk(
                 disk.target, reader, source=disk.base.text(), stop=capture.stop, report=job.report,
                 verify_destination=job.verify_destination,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from stillframe.block.anchor import Anchor
 from stillframe.errors import RepositoryDamaged
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import FORMAT_VERSION, PackKind, PackName, check_version
@@ -59,7 +60,8 @@ class DiskEntry(Content, frozen=True, kw_only=True):
     """A disk of the snapshot.
 
     *source* and *format* are those of the guest's image (for people, and for restoring alike);
-    *method* is how it was captured; the numbers are bytes: read from the image, that are not zero, that
+    *method* is how it was captured, *note* why it was read whole although its changes were to be known, ""
+    if there is no such reason; the numbers are bytes: read from the image, that are not zero, that
     differed from the parent, and that were stored anew for it (compressed, with what seals them).
     """
 
@@ -71,6 +73,7 @@ class DiskEntry(Content, frozen=True, kw_only=True):
     data_bytes: int
     changed_bytes: int
     stored_bytes: int
+    note: str = ""
 
 
 class FileEntry(Content, frozen=True, kw_only=True):
@@ -97,7 +100,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One domain at one moment. Times are RFC 3339 in UTC.
 
     *parent* is the session ID of the snapshot whose tree was built upon, "" if none. *frozen_s* is how
-    long the guest was frozen. *stored_bytes* is all that this snapshot added, trees included.
+    long the guest was frozen. *stored_bytes* is all that this snapshot added, trees included. *anchor* is
+    what was left in the guest for the next backup to count from, None if nothing was.
     """
 
     version: int = FORMAT_VERSION
@@ -121,6 +125,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     frozen_s: float
     stored_bytes: int
     tags: tuple[str, ...] = ()
+    anchor: Anchor | None = None
 
 
 class _Version(msgspec.Struct):

@@ -85,6 +85,10 @@ class DiskView:
         end = self.size_bytes if length_bytes is None else min(offset_bytes + length_bytes, self.size_bytes)
         return merged(self._raw_extents(offset_bytes, end))
 
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader."""
+        return None
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
         """See DiskReader. Its reads raise as `read_into` does."""

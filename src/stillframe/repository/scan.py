@@ -150,6 +150,10 @@ class BytesSource:
         if end > offset_bytes:
             yield Extent(offset_bytes, end - offset_bytes, Kind.DATA)
 
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader."""
+        return None
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
         """See DiskReader."""

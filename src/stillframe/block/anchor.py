@@ -1,0 +1,22 @@
+"""What one capture leaves for the next to count from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Anchor(msgspec.Struct, frozen=True, kw_only=True):
+    """What a capture left in the guest, so that a later one reads only what changed since.
+
+    It is kept with the snapshot or mirror that the capture became: a later run counts from what is
+    durable, never from an attempt. *capture* is the ID of the run. *checkpoint* is the name of libvirt's
+    checkpoint (which its bitmaps share), "" if it left none; *checkpoint_xml* defines it again where
+    libvirt lost it. *sizes* are the sizes in bytes, by target, of all disks that can be counted from it.
+    """
+
+    capture: str
+    sizes: Mapping[str, int]
+    checkpoint: str = ""
+    checkpoint_xml: str = ""
