@@ -126,6 +126,7 @@ def one_round(
         settle(image)
         yield "first", cls.name, contender.first(image)
         settle(image)
+        warm(contender.folder)
         sample, restored = contender.restore()
         yield "restore", cls.name, sample
         if number == 0 or cls is Own:
@@ -330,6 +331,16 @@ def settle(image: Path) -> None:
         for at in data_blocks(image, 4 * MIB):
             file.seek(at)
             file.readinto(buffer)
+
+
+def warm(folder: Path) -> None:
+    """Have a repository in the page cache: for those as well who write past it."""
+    buffer = bytearray(4 * MIB)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def make_image(path: Path, size: int, content: Path) -> None:

@@ -64,6 +64,7 @@ class Repository:
             kdf, wrapped = slot["kdf"], base64.b64decode(slot["wrapped"])
             key = Argon2id(salt=bytes.fromhex(kdf["salt"]), length=32, iterations=kdf["iterations"],
                            lanes=kdf["lanes"], memory_cost=kdf["memory_kib"]).derive(secret)
+            slot.pop("digest", None)
             bare = json.dumps({**slot, "wrapped": ""}, sort_keys=True, separators=(",", ":"),
                               ensure_ascii=False).encode()
             try:

@@ -395,6 +395,22 @@ def test_a_disk_is_restored_to_a_file(call: Call, repository: Repository, tmp_pa
     assert_error(call("restore", "web", "--to", tmp_path / "none" / "x"), errors.DestinationUnwritable)
 
 
+def test_a_folder_needs_room_for_all_disks(
+    call: Call, repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_snapshot(repository, "web", _DAY, disk(), disk((5, b"second")))
+
+    class RoomForOne:
+        f_bavail, f_frsize = 100, 4096  # each disk has 256 KiB of data
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", lambda _: RoomForOne)
+        assert_error(call("restore", "web", "--to", tmp_path / "out"), errors.TargetSmall)
+        assert list((tmp_path / "out").iterdir()) == []
+        assert call("restore", "web:vdb", "--to", tmp_path / "vdb.img").returncode == EXIT_OK
+    assert call("restore", "web", "--to", tmp_path / "out").returncode == EXIT_OK
+
+
 def test_several_disks_are_restored_to_a_folder(call: Call, repository: Repository, tmp_path: Path) -> None:
     contents = disk(), disk((5, b"second"))
     add_snapshot(repository, "web", _DAY, *contents)

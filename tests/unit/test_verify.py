@@ -143,8 +143,8 @@ def test_damage_of_small_objects_is_found(level: Level, prefix: str) -> None:
     world.backup(disk(10, 2))
     world.prune()
     for listed in list(world.repository.storage.list(prefix)):
-        # What is wrapped in a key slot can't be checked without its secret: a name in it, then.
-        at = world.repository.storage.get(listed.key).find(b"created_at") if "keys" in prefix else 30
+        # Of a key slot, what only another secret could open.
+        at = world.repository.storage.get(listed.key).find(b'"wrapped"') + 20 if "keys" in prefix else 30
         world.flip(listed.key, at)
         found = looked(world, level)
         assert listed.key in [finding.key for finding in found.findings]

@@ -25,7 +25,7 @@ from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.run import Restored, RestoreProgress, restore_disk
-from stillframe.restore.target import Wishes
+from stillframe.restore.target import Wishes, check_room
 from stillframe.units import size_text
 
 _DEFINITION = "domain.xml"
@@ -60,6 +60,7 @@ def restore(session: Session, wish: Wish) -> int:
     with session.signals_as_stop("a new file that is not whole is removed"):
         if into_folder:
             _make_folder(wish.to)
+            _check_room(disks, wish)
         for disk in disks:
             to = wish.to / _file_name(disk, wish.format) if into_folder else wish.to
             results.append((disk.target, _one(session, places, disk, to, wish)))
@@ -131,6 +132,13 @@ def _make_folder(folder: Path) -> None:
     except OSError as error:
         raise DestinationUnwritable(f"The folder {folder} can't be made: {error.strerror}.",
                                     f"ls -ld {folder.parent}") from error
+
+
+def _check_room(disks: Sequence[DiskEntry], wish: Wish) -> None:
+    """Raise TargetSmall if the folder has no room for all disks: each is asked for on its own later."""
+    paths = {disk.target: wish.to / _file_name(disk, wish.format) for disk in disks}
+    new = sum(disk.data_bytes for disk in disks if not (wish.delta and paths[disk.target].exists()))
+    check_room(str(wish.to.absolute() / "disks"), new)
 
 
 def _machine(places: Places, manifest: Manifest, wish: Wish) -> tuple[list[Path], list[str]]:

@@ -77,7 +77,7 @@ def _lines(name: SnapshotName, manifest: Manifest) -> Sequence[str]:
         f"guest {manifest.guest} ({manifest.uuid}) on {manifest.host}",
         (f"captured at {manifest.captured_at}, {manifest.consistency}-consistent, "
         f"quiesced by {manifest.quiesce}{frozen}"),
-        f"began {manifest.began_at}, ended {manifest.ended_at}, added {size_text(manifest.stored_bytes)}",
+        f"stored from {manifest.began_at} to {manifest.ended_at}, added {size_text(manifest.stored_bytes)}",
         f"parent {short_id(manifest.parent)}" if manifest.parent else "no parent: read as if all were new",
         (f"stillframe {versions.stillframe}, libvirt {versions.libvirt}, QEMU {versions.qemu}, "
         f"machine {versions.machine}"),

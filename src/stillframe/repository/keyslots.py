@@ -1,10 +1,12 @@
 """Key slots: the domain key, wrapped by secrets that people keep.
 
-    main/keys/<id>    canonical JSON: version, id, kind, label, created_at, kdf, wrapped
+    main/keys/<id>    canonical JSON: version, id, kind, label, created_at, kdf, wrapped, digest
 
 `wrapped` is AES-256-GCM of the 32 bytes of the domain key under argon2id(secret), nonce 0 (each slot
-has a salt of its own, therefore a key of its own), AAD = the canonical JSON of all other fields. Any slot
-opens the repository. The secret is a passphrase, the content of a key file, or a recovery key on paper.
+has a salt of its own, therefore a key of its own), AAD = the canonical JSON of all other fields but the
+digest. `digest` is BLAKE3 of the slot without it: so a slot whose secret is not at hand can be checked, too.
+Any slot opens the repository. The secret is a passphrase, the content of a key file, or a recovery key on
+paper.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import enum
 import secrets
 
 import msgspec
+from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
@@ -59,6 +62,7 @@ class KeySlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_at: str
     kdf: Kdf
     wrapped: str = ""
+    digest: str | msgspec.UnsetType = msgspec.UNSET  # the first slots had none
     version: int = FORMAT_VERSION
 
     @property
@@ -69,6 +73,10 @@ class KeySlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def encode(self) -> bytes:
         """Return the slot as an object."""
         return msgspec.json.encode(self, order="sorted")
+
+    def right_digest(self) -> str:
+        """Return the digest that the slot should have."""
+        return blake3(msgspec.structs.replace(self, digest=msgspec.UNSET).encode()).hexdigest()
 
 
 class _Version(msgspec.Struct):
@@ -84,12 +92,13 @@ def wrap(
     kdf = msgspec.structs.replace(costs, salt=salt) if costs else Kdf(salt)
     slot = KeySlot(secrets.token_hex(_ID_BYTES), kind, label, created_at, kdf)
     sealed = AESGCM(_derive(secret, kdf)).encrypt(_NO_NONCE, domain_key.secret, slot.encode())
-    return msgspec.structs.replace(slot, wrapped=base64.b64encode(sealed).decode())
+    slot = msgspec.structs.replace(slot, wrapped=base64.b64encode(sealed).decode())
+    return msgspec.structs.replace(slot, digest=slot.right_digest())
 
 
 def unwrap(slot: KeySlot, secret: bytes) -> DomainKey:
     """Return the domain key. Raises KeyWrong, RepositoryDamaged."""
-    bare = msgspec.structs.replace(slot, wrapped="")
+    bare = msgspec.structs.replace(slot, wrapped="", digest=msgspec.UNSET)
     try:
         sealed = base64.b64decode(slot.wrapped, validate=True)
         return DomainKey(AESGCM(_derive(secret, slot.kdf)).decrypt(_NO_NONCE, sealed, bare.encode()))
@@ -104,9 +113,12 @@ def decode_slot(key: str, content: bytes) -> KeySlot:
     """Return the slot of an object. Raises RepositoryDamaged, RepositoryNewer."""
     try:
         check_version(msgspec.json.decode(content, type=_Version).version, f"{key} is a key slot")
-        return msgspec.json.decode(content, type=KeySlot)
+        slot = msgspec.json.decode(content, type=KeySlot)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _damaged(key, str(error)) from error
+    if slot.digest is not msgspec.UNSET and slot.digest != slot.right_digest():
+        raise _damaged(key, "it is not what was stored")
+    return slot
 
 
 def new_recovery_key() -> str:
