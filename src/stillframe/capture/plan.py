@@ -15,6 +15,7 @@ from stillframe.block.tools import chain_info
 from stillframe.capture.growth import Watermark, plan_watermarks
 from stillframe.capture.journal import DiskRecord
 from stillframe.capture.limits import Limits
+from stillframe.capture.method import Method
 from stillframe.capture.neighbours import other_users
 from stillframe.capture.states import Quiesce
 from stillframe.errors import (
@@ -38,9 +39,12 @@ from stillframe.errors import (
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
 from stillframe.hypervisor.monitor import plain_file
+from stillframe.units import DAY_S
 
 #: What an overlay's file name ends in.
 OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
+#: No changes are believed for ever: after so long a disk is read whole, unless the user says otherwise.
+FULL_READ_EVERY_S = 30 * DAY_S
 _FORMATS = ("raw", "qcow2")
 _RBD_PORT = 6789
 
@@ -50,6 +54,7 @@ class Wishes:
     """What the user asked for, for one guest. *exclude* are targets not to capture.
 
     *command* is what they could call again, with other options; ``{guest}`` stands for the guest.
+    After *full_read_every_s* seconds a disk is read whole, whatever is known of its changes.
     """
 
     quiesce: Quiesce = Quiesce.AUTO
@@ -57,6 +62,8 @@ class Wishes:
     exclude: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     command: str = "stillframe mirror {guest} DEST"
+    method: Method = Method.AUTO
+    full_read_every_s: float = FULL_READ_EVERY_S
 
     def again(self, guest: str, option: str) -> str:
         """Return the command with one more option, to be typed."""

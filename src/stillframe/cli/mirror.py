@@ -63,9 +63,12 @@ def _show(session: Session, name: str, result: MirrorResult) -> None:
 
 def _disk_words(disk: CopyResult) -> str:
     how = "first copy" if disk.first_copy else f"{size_text(disk.changed_bytes)} of it changed"
-    words = f"{size_text(disk.data_bytes)} read, {how}, {size_text(disk.written_bytes)} written"
-    if disk.fell_back:
+    words = (f"by {disk.method}, {size_text(disk.data_bytes)} read, {how}, "
+             f"{size_text(disk.written_bytes)} written")
+    if disk.fell_back and disk.fell_back != disk.note:
         words += f"; compared in full: {disk.fell_back}"
+    if disk.note:
+        words += f"; read whole: {disk.note}"
     if disk.healed_blocks:
         words += f"; {disk.healed_blocks} blocks of the mirror were wrong and are mended"
     return f"{words} ({duration_text(disk.seconds)})"

@@ -51,7 +51,9 @@ class CopyResult:
     `changed_bytes` is what differs from the old mirror (all data on a first copy);
     `written_bytes` what was written to the destination for it, map and redo headers included.
     `healed_blocks`: the destination differed though the map said equal. `fell_back` says why the
-    map was not believed ("" if it was, or on a first copy).
+    map was not believed, or the disk read whole although it was to be read by its changes ("" if neither).
+    `method` is how the disk was captured, `note` why it was read whole although its changes are known or
+    were to be ("" if there is no such reason).
     """
 
     target: str
@@ -65,6 +67,8 @@ class CopyResult:
     seconds: float
     first_copy: bool
     fell_back: str
+    method: str
+    note: str
 
 
 class DiskStage:
@@ -75,6 +79,8 @@ class DiskStage:
     threads = THREADS
     verify = False
     source = ""
+    method = ""
+    note = ""
 
     def __init__(
         self, files: Files, clock: Clock, found: Inspection, target: str, reader: DiskReader,
@@ -127,7 +133,8 @@ class DiskStage:
             zero_bytes=size - tally.data_bytes, changed_bytes=tally.changed_bytes,
             written_bytes=staging.written_bytes + new_map.written_bytes,
             destination_read_bytes=baseline.read_bytes, healed_blocks=tally.healed_blocks,
-            seconds=self._clock.monotonic_s() - began_s, first_copy=first, fell_back=doubt,
+            seconds=self._clock.monotonic_s() - began_s, first_copy=first, fell_back=doubt or self.note,
+            method=self.method, note=self.note,
         )
 
     def _believe(self, watch: Watch) -> tuple[MapReader | None, str]:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
+from stillframe.block.anchor import Anchor
 from stillframe.block.reader import DiskReader
 from stillframe.capture.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
 from stillframe.clock import Clock
@@ -25,6 +28,7 @@ from stillframe.mirror.layout import (
     write_record,
 )
 from stillframe.mirror.record import (
+    WHOLE,
     CaptureFacts,
     DiskRecord,
     Inspection,
@@ -74,9 +78,17 @@ class Update:
         self._generation = os.urandom(16)
         self._disks: dict[str, DiskRecord] = {}
 
-    def copy_disk(
+    @property
+    def anchor(self) -> Anchor | None:
+        """What the mirror as it is left in the guest to count from, None if nothing."""
+        record = self._found.record
+        if record is None or record.state != WHOLE:
+            return None
+        return record.anchor or None
+
+    def copy_disk(  # noqa: PLR0913 -- each is said by name
         self, target: str, reader: DiskReader, *, source: str, stop: Stop = never,
-        report: Report | None = None, verify_destination: bool = False,
+        report: Report | None = None, verify_destination: bool = False, method: str = "", note: str = "",
     ) -> CopyResult:
         """Stage what makes the mirror of *target* equal to *reader*'s disk.
 
@@ -89,6 +101,8 @@ class Update:
         job.threads = self.threads
         job.verify = verify_destination
         job.source = source
+        job.method = method
+        job.note = note
 
         def look() -> None:
             if report is not None:
@@ -118,6 +132,7 @@ class Update:
                 captured_at=facts.captured_at, consistency=facts.consistency,
                 disks=tuple(self._disks.values()),
                 removed=tuple(target for target in there if target not in self._disks),
+                anchor=facts.anchor or msgspec.UNSET,
             )
             watch.tick()
             write_record(files, NEXT, record)
