@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from stillframe.block.anchor import Anchor
 from stillframe.capture import run
 from stillframe.capture.method import Method
+from stillframe.capture.offline import captured_offline
+from stillframe.capture.offline_plan import make_offline_plan
 from stillframe.capture.plan import Plan, Wishes, make_plan
 from stillframe.capture.run import Capture, Stop, Tools
 from stillframe.errors import GuestUnfit
 from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import Power
 
 #: A method: (plan, tools, destination, stop, earlier) to a capture that is valid within the block.
 Capturing = Callable[
@@ -32,7 +35,8 @@ def planned(domain: Domain, wishes: Wishes) -> Plan:
             f"This version of stillframe can't capture {domain.name} by the method {wishes.method.value}.",
             wishes.again(domain.name, "--method auto"),
         )
-    return make_plan(domain, wishes)
+    offline = domain.power() is Power.OFF if wishes.method is Method.AUTO else wishes.method is Method.OFFLINE
+    return make_offline_plan(domain, domain.view(), wishes) if offline else make_plan(domain, wishes)
 
 
 @contextlib.contextmanager
@@ -58,7 +62,7 @@ def _automatic(plan: Plan, earlier: Anchor | None) -> Method:  # noqa: ARG001 --
 
     With `bitmap`: prefer it when at least one disk can take one.
     """
-    return Method.OVERLAY
+    return Method.OFFLINE if plan.view.power is Power.OFF else Method.OVERLAY
 
 
 @contextlib.contextmanager
@@ -73,4 +77,5 @@ def _by_overlay(
 #: The methods that are built. `captured_by_bitmap` and `captured_by_standing_overlay` belong here, too.
 _METHODS: Mapping[Method, Capturing] = {
     Method.OVERLAY: _by_overlay,
+    Method.OFFLINE: captured_offline,
 }

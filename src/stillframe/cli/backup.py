@@ -9,7 +9,7 @@ from pathlib import Path
 from stillframe.backup.run import BackupJob, BackupResult, backup_guest
 from stillframe.backup.snapshot import DiskResult
 from stillframe.cli.address import local_folder
-from stillframe.cli.guests import body_of, exit_code, for_each, running_guests
+from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import short_id
 from stillframe.config import GuestSettings, for_guest
@@ -22,11 +22,11 @@ _COMMAND = "stillframe backup {guest} --repo REPO"
 
 
 def backup(session: Session, names: Sequence[str], options: GuestSettings) -> int:
-    """Back the named guests up, or all running ones if none is named; return the exit code."""
+    """Back the named guests up, or all if none is named; return the exit code."""
     session.kept = "No snapshot was made; those that are there are as they were."
     folder = local_folder(session.address)
     session.ask_for_secret()
-    targets = list(names) or running_guests(session)
+    targets = list(names) or all_guests(session, options)
     outcomes = for_each(
         session, targets, lambda name: _one(session, name, folder, options),
         lambda name, result: _show(session, name, result))

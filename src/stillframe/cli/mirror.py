@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stillframe.cli.guests import body_of, exit_code, for_each, running_guests
+from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
@@ -18,8 +18,8 @@ from stillframe.units import duration_text, size_text
 def mirror(
     session: Session, names: Sequence[str], destination: Path, options: GuestSettings, verify: bool
 ) -> int:
-    """Mirror the named guests, or all running ones if none is named; return the exit code."""
-    targets = list(names) or running_guests(session)
+    """Mirror the named guests, or all if none is named; return the exit code."""
+    targets = list(names) or all_guests(session, options)
     outcomes = for_each(
         session, targets, lambda name: _one(session, name, destination, options, verify),
         lambda name, result: _show(session, name, result))
