@@ -145,7 +145,7 @@ def wishes(settings: GuestSettings) -> Wishes:
         overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
         exclude=settings.exclude or (),
         method=settings.method or Method.AUTO,
-        full_read_every_s=_read(settings, "full_read_every", parse_duration_s, FULL_READ_EVERY_S),
+        full_read_every_s=_read(settings, "full_read_every", _positive_s, FULL_READ_EVERY_S),
         limits=Limits(
             freeze_s=_read(settings, "freeze_timeout", _positive_s, plain.freeze_s),
             agent_s=_read(settings, "agent_timeout", _positive_s, plain.agent_s),

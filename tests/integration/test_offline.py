@@ -195,7 +195,7 @@ def test_an_image_that_somebody_else_writes_to_is_not_read(disk_guest: MakeGuest
 
 
 def test_a_guest_that_runs_behind_libvirts_back_is_not_read(disk_guest: MakeGuest, tools: Tools) -> None:
-    """libvirt's pid file and libvirt say that it is off; its QEMU is there, and its network disk has no lock."""
+    """libvirt and its pid file say that it is off; its QEMU is there, and no lock is on its network disk."""
     guest = disk_guest(DiskSpec("vda", Kind.NBD, _SIZE_BYTES))
     shut_down(guest)
     plan = plan_of(guest, tools)

@@ -115,12 +115,10 @@ class Connection:
             ) from error
         with contextlib.suppress(libvirt.libvirtError):  # a driver inside this process has no keepalive
             connect.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
-        for event in (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE):
+        for event, told in ((libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, self._on_event),
+                            (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle)):
             with contextlib.suppress(libvirt.libvirtError):
-                connect.domainEventRegisterAny(None, event, self._on_event, None)
-        with contextlib.suppress(libvirt.libvirtError):
-            connect.domainEventRegisterAny(
-                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
+                connect.domainEventRegisterAny(None, event, told, None)
         self._opened += 1
         return connect
 
@@ -132,6 +130,7 @@ class Connection:
     ) -> None:
         if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
             self._starts[domain.UUIDString()] += 1
+        self._changed.set()
 
     def _reconnect(self, deadline: Deadline) -> None:
         with self._lock:

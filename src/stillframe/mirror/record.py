@@ -49,6 +49,8 @@ class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     identity: ImageIdentity | None = None
     #: In a marker: whether the image is staged whole (TARGET.img.new), not as a redo file.
     whole: bool = False
+    #: When the disk was last read whole, RFC 3339 UTC text; not there in records of earlier versions.
+    read_whole_at: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class MirrorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

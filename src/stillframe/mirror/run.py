@@ -85,8 +85,8 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     return MirrorResult(
         guest=domain.name, folder=str(path), captured_at=capture.captured_at,
         consistency=capture.consistency.value, disks=results, excluded=plan.excluded,
-        warnings=capture.warnings, recovered=tuple(words), frozen_s=capture.frozen_s,
-        seconds=tools.clock.monotonic_s() - began_s,
+        warnings=(*capture.warnings, *_audit_warnings(results)), recovered=tuple(words),
+        frozen_s=capture.frozen_s, seconds=tools.clock.monotonic_s() - began_s,
     )
 
 
@@ -103,6 +103,14 @@ def _update(
             stop=capture.stop,
         )
     return capture, results
+
+
+def _audit_warnings(results: tuple[CopyResult, ...]) -> list[str]:
+    return [
+        f"AUDIT: {disk.target} differs from its mirror at {disk.audit_differs_at_bytes}, where it was said "
+        "not to have changed. It was read whole, and the mirror is right now; find out what wrote there"
+        for disk in results if disk.audit_differs_at_bytes is not None
+    ]
 
 
 @contextlib.contextmanager
@@ -128,6 +136,7 @@ def _copy(job: MirrorJob, capture: Capture, update: Update) -> Iterator[CopyResu
             yield update.copy_disk(
                 disk.target, reader, source=disk.base.text(), stop=capture.stop, report=job.report,
                 verify_destination=job.verify_destination, method=disk.method.value, note=disk.note,
+                full_read_every_s=job.wishes.full_read_every_s,
             )
 
 

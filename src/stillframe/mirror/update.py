@@ -12,6 +12,7 @@ import msgspec
 
 from stillframe.block.anchor import Anchor
 from stillframe.block.reader import DiskReader
+from stillframe.capture.plan import FULL_READ_EVERY_S
 from stillframe.capture.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
 from stillframe.clock import Clock
 from stillframe.errors import ApplyFailed, DestinationFull, DestinationLost, StillframeError
@@ -89,10 +90,13 @@ class Update:
     def copy_disk(  # noqa: PLR0913 -- each is said by name
         self, target: str, reader: DiskReader, *, source: str, stop: Stop = never,
         report: Report | None = None, verify_destination: bool = False, method: str = "", note: str = "",
+        full_read_every_s: float = FULL_READ_EVERY_S,
     ) -> CopyResult:
         """Stage what makes the mirror of *target* equal to *reader*'s disk.
 
-        The mirror's images are not changed. *stop* is asked every 0.1 s; an error it returns is
+        Where *reader* knows what changed since `anchor`, only that is read, unless *verify_destination* or a
+        last whole read longer ago than *full_read_every_s* asks for all of it, or the audit finds that it is
+        wrong. The mirror's images are not changed. *stop* is asked every 0.1 s; an error it returns is
         raised. Raises CopyFailed (read side), DestinationFull, DestinationLost.
         """
         job = DiskStage(self._files, self._clock, self._found, check_target(target), reader, self._generation)
@@ -103,6 +107,7 @@ class Update:
         job.source = source
         job.method = method
         job.note = note
+        job.full_read_every_s = full_read_every_s
 
         def look() -> None:
             if report is not None:
