@@ -12,6 +12,8 @@ freeze_timeout = "10s"
 agent_timeout = "5s"
 shutdown_timeout = "2m"
 commit_timeout = "1h"
+method = "auto"
+full_read_every = "30d"
 
 [guests.NAME]              # the same keys, for one guest, and
 exclude = ["vdb"]          # its disks to leave out
@@ -27,7 +29,8 @@ from typing import TypeVar
 import msgspec
 
 from stillframe.capture.limits import Limits
-from stillframe.capture.plan import Wishes
+from stillframe.capture.method import Method
+from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
 from stillframe.capture.states import Quiesce
 from stillframe.errors import ConfigInvalid
 from stillframe.units import parse_duration_s, parse_size_bytes
@@ -51,6 +54,8 @@ class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shutdown_timeout: str | None = None
     commit_timeout: str | None = None
     exclude: tuple[str, ...] | None = None
+    method: Method | None = None
+    full_read_every: str | None = None
 
     def over(self, other: GuestSettings) -> GuestSettings:
         """Return these settings, completed by *other* where nothing was said."""
@@ -139,6 +144,8 @@ def wishes(settings: GuestSettings) -> Wishes:
         quiesce=settings.quiesce or Quiesce.AUTO,
         overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
         exclude=settings.exclude or (),
+        method=settings.method or Method.AUTO,
+        full_read_every_s=_read(settings, "full_read_every", _positive_s, FULL_READ_EVERY_S),
         limits=Limits(
             freeze_s=_read(settings, "freeze_timeout", _positive_s, plain.freeze_s),
             agent_s=_read(settings, "agent_timeout", _positive_s, plain.agent_s),

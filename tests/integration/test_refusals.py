@@ -142,7 +142,7 @@ def test_a_guest_that_is_shut_off_or_paused(caller: Caller, guest: DiskGuest) ->
     caller.refused(errors.GuestPaused, guest)
     assert guest.domain().info()[0] == libvirt.VIR_DOMAIN_PAUSED
     guest.destroy()
-    caller.refused(errors.GuestShutOff, guest)
+    caller.refused(errors.GuestShutOff, guest, "--method", "overlay")
 
 
 def test_a_guest_under_a_block_job(caller: Caller, guest: DiskGuest, tmp_path: Path) -> None:

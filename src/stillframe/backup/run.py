@@ -13,13 +13,15 @@ from pathlib import Path
 
 from stillframe.backup.machine import take_machine
 from stillframe.backup.snapshot import DiskResult, Parent, SnapshotRun
+from stillframe.block.anchor import Anchor
 from stillframe.capture.apart import about_bytes, refuse_inside_images, refuse_overlays_at
+from stillframe.capture.choose import captured, planned
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.journal import in_repository
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.plan import Plan, Wishes, make_plan
+from stillframe.capture.plan import Plan, Wishes
 from stillframe.capture.recover import recover_domain
-from stillframe.capture.run import Stop, Tools, captured
+from stillframe.capture.run import Stop, Tools
 from stillframe.capture.states import Consistency
 from stillframe.errors import GuestUnfit
 from stillframe.hypervisor.domain import Domain
@@ -60,6 +62,11 @@ class BackupResult:
     frozen_s: float
     seconds: float
 
+    @property
+    def fell_back(self) -> bool:
+        """Whether a disk was read whole although it was to be read by its changes."""
+        return any(disk.fell_back for disk in self.disks)
+
 
 @dataclass(frozen=True, slots=True)
 class BackupJob:
@@ -91,7 +98,7 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
     domain = job.domain
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, "backup", tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
-        plan = make_plan(domain, job.wishes)
+        plan = planned(domain, job.wishes)
         _refuse_name(job)
         if job.folder is not None:
             refuse_place(job.folder, plan)
@@ -100,7 +107,8 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
         warnings = [*parent.problems, *_space_warnings(job, plan, parent)]
         run = SnapshotRun(repository, plan, parent, job.host, job.hints_folder, tools.clock, job.report)
         try:
-            with captured(plan, tools, in_repository(repository.address), job.stop) as capture:
+            place = in_repository(repository.address)
+            with captured(plan, tools, place, job.stop, _earlier(parent)) as capture:
                 machine = take_machine(plan.live.text, domain.uuid, tools.clock)
                 run.write(capture, machine, (*warnings, *capture.warnings, *machine.warnings))
         finally:
@@ -145,6 +153,14 @@ def _parent(repository: Repository, job: BackupJob) -> Parent:
     found, problems = newest_of(repository, job.host, job.domain.name, job.domain.uuid)
     warnings = tuple(f"a newer snapshot can't be built upon: {problem}" for problem in problems)
     return Parent(None, None, warnings) if found is None else Parent(*found, warnings)
+
+
+def _earlier(parent: Parent) -> Anchor | None:
+    """Return what the snapshot to build upon left: what changed since its anchor is all that differs from it.
+
+    Never another snapshot's: with a later one's anchor, what changed in between would be missing.
+    """
+    return parent.manifest.anchor if parent.manifest is not None else None
 
 
 def _space_warnings(job: BackupJob, plan: Plan, parent: Parent) -> list[str]:

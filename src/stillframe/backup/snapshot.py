@@ -41,7 +41,11 @@ _LEFT_OPEN: list[contextlib.ExitStack] = []
 
 @dataclass(frozen=True, slots=True)
 class DiskResult:
-    """What became of one disk. All numbers are bytes; see writer.Written."""
+    """What became of one disk. All numbers are bytes; see writer.Written.
+
+    *method* is how it was captured, *note* why it was read whole although its changes are known or were to
+    be, "" if there is no such reason. *fell_back*: they were to be known, and were not.
+    """
 
     target: str
     size_bytes: int
@@ -51,6 +55,9 @@ class DiskResult:
     stored_bytes: int
     compared: bool
     seconds: float
+    method: str
+    note: str
+    fell_back: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +220,8 @@ class SnapshotRun:
         self._progress = (disk.target, written.size_bytes, written.size_bytes)
         self.disks.append(DiskResult(
             disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
-            written.stored_bytes, compared=old is not None, seconds=self._clock.monotonic_s() - began_s))
+            written.stored_bytes, compared=old is not None, seconds=self._clock.monotonic_s() - began_s,
+            method=disk.method.value, note=disk.note, fell_back=bool(disk.note)))
         planned = next(each for each in self._plan.disks if each.target == disk.target)
         return DiskEntry(
             target=disk.target, format=planned.base_format, source=disk.base.text(), method=disk.method.value,

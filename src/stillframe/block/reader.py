@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from stillframe import process
+from stillframe.block.dirty import CountingReader, DirtyBitmap
 from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import CopyFailed, ProgramMissing
@@ -77,11 +78,12 @@ class DiskReader(Protocol):
 
 @contextlib.contextmanager
 def open_reader(
-    place: ImagePlace, *, clock: Clock, connections: int = 4, timeout_s: float = 30.0
+    place: ImagePlace, *, clock: Clock, connections: int = 4, timeout_s: float = 30.0, bitmap: str = "",
 ) -> Iterator[DiskReader]:
     """Open the image and its whole backing chain for reading, for the length of the block.
 
-    At most *connections* connections can be open at a time, plus one for extents. Raises
+    With *bitmap*, a persistent bitmap of the (qcow2) image: what changed, for the reader, is what it marks.
+    At most *connections* connections can be open at a time, plus those for extents. Raises
     CopyFailed when QEMU refuses (the message says why: locked by a writer, missing, no rights)
     or when the server is not ready after *timeout_s*. The kernel ends the server with the
     *thread* that came here, so the block must be left by the same thread.
@@ -89,14 +91,20 @@ def open_reader(
     with tempfile.TemporaryDirectory(prefix="stillframe-nbd-") as folder:
         socket = os.path.join(folder, "socket")
         command = [
-            "qemu-nbd", "--read-only", "--persistent", "--shared", str(connections + 1),
-            "--aio=threads", "--socket", socket, _locked_name(place),
+            "qemu-nbd", "--read-only", "--persistent", "--shared", str(connections + 2),
+            "--aio=threads", "--socket", socket, *(["--bitmap", bitmap] if bitmap else []),
+            _locked_name(place),
         ]
         before = _identity(place)
         with process.running(command, environment=_KEEP_BUFFERS) as server:
             _wait_until_ready(server, socket, place, Deadline(clock, timeout_s), clock)
             with contextlib.closing(_Handle(socket, place.text())) as first, _raw_file(place, before) as fd:
-                yield NbdReader(socket, place.text(), first, fd)
+                reader = NbdReader(socket, place.text(), first, fd)
+                if not bitmap:
+                    yield reader
+                    return
+                with DirtyBitmap(socket, place.text(), bitmap) as dirty:
+                    yield CountingReader(reader, dirty)
 
 
 class NbdReader:

@@ -31,6 +31,8 @@ def refuse_overlays_at(destination: Path, own: Path, plan: Plan) -> None:
     *own* is the folder under *destination* that stillframe alone writes to. Raises OverlayFolderNeeded.
     """
     for disk in plan.disks:
+        if not disk.overlay_path:
+            continue
         folder = Path(disk.overlay_path).parent.resolve()
         shared = os.stat(folder).st_dev == os.stat(destination).st_dev and on_network(folder)
         if folder == destination or folder.is_relative_to(own) or shared:

@@ -15,6 +15,7 @@ from stillframe.block.tools import chain_info
 from stillframe.capture.growth import Watermark, plan_watermarks
 from stillframe.capture.journal import DiskRecord
 from stillframe.capture.limits import Limits
+from stillframe.capture.method import Method
 from stillframe.capture.neighbours import other_users
 from stillframe.capture.states import Quiesce
 from stillframe.errors import (
@@ -38,9 +39,12 @@ from stillframe.errors import (
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
 from stillframe.hypervisor.monitor import plain_file
+from stillframe.units import DAY_S
 
 #: What an overlay's file name ends in.
 OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
+#: No changes are believed for ever: after so long a disk is read whole, unless the user says otherwise.
+FULL_READ_EVERY_S = 30 * DAY_S
 _FORMATS = ("raw", "qcow2")
 _RBD_PORT = 6789
 
@@ -50,6 +54,7 @@ class Wishes:
     """What the user asked for, for one guest. *exclude* are targets not to capture.
 
     *command* is what they could call again, with other options; ``{guest}`` stands for the guest.
+    After *full_read_every_s* seconds a disk is read whole, whatever is known of its changes.
     """
 
     quiesce: Quiesce = Quiesce.AUTO
@@ -57,6 +62,8 @@ class Wishes:
     exclude: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     command: str = "stillframe mirror {guest} DEST"
+    method: Method = Method.AUTO
+    full_read_every_s: float = FULL_READ_EVERY_S
 
     def again(self, guest: str, option: str) -> str:
         """Return the command with one more option, to be typed."""
@@ -65,7 +72,10 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run that may begin. *others* are the targets that get no overlay."""
+    """A run that may begin. *others* are the targets that get no overlay.
+
+    Of a guest that is shut off, *live* is its definition, and no disk has an overlay.
+    """
 
     domain: Domain
     view: DomainView
@@ -90,14 +100,14 @@ def make_plan(domain: Domain, wishes: Wishes) -> Plan:
     Changes nothing. Raises a Refused error that names what is in the way.
     """
     view = domain.view()
-    live = _running(view)
+    live = _running(view, wishes)
     _refuse_jobs(view, live)
     _refuse_snapshots(domain)
-    chosen, excluded = _choose_disks(live, wishes, view.name)
+    chosen, excluded = choose_disks(live, wishes, view.name)
     disks = tuple(_plan_disk(domain, view, disk, wishes) for disk in chosen)
     for disk, planned in zip(chosen, disks, strict=True):
         _refuse_other_chain(view, disk, planned)
-    _refuse_shared(domain, live, chosen)
+    refuse_shared(domain, live, chosen)
     quiesce, warnings = _choose_quiesce(domain, view, live, wishes)
     watermarks = plan_watermarks([disk.overlay_path for disk in disks], wishes.limits)
     targets = {disk.target for disk in disks}
@@ -110,12 +120,13 @@ def make_plan(domain: Domain, wishes: Wishes) -> Plan:
     )
 
 
-def _running(view: DomainView) -> DomainXml:
+def _running(view: DomainView, wishes: Wishes) -> DomainXml:
     if view.power is Power.GONE:
         raise GuestUnknown(f"There is no guest called {view.name} any more.", "virsh list --all")
     if view.power is Power.OFF:
         raise GuestShutOff(
-            f"{view.name} is shut off; a guest is captured while it runs.", f"virsh start {view.name}"
+            f"{view.name} is shut off; this method captures a guest that runs.",
+            wishes.again(view.name, "--method offline") + f"   # or virsh start {view.name}",
         )
     if view.power is Power.HIDDEN:
         raise NeedsAttention(
@@ -160,9 +171,10 @@ def _refuse_snapshots(domain: Domain) -> None:
         )
 
 
-def _choose_disks(
+def choose_disks(
     live: DomainXml, wishes: Wishes, name: str
 ) -> tuple[list[Disk], tuple[ExcludedDisk, ...]]:
+    """Return the disks of *live* to capture, and those left out. Raises GuestUnfit, GuestHasNoDisks."""
     exclude = wishes.exclude
     unsupported = {each.target: each.reason for each in live.excluded if each.unsupported}
     for target, reason in unsupported.items():
@@ -326,7 +338,8 @@ def _overlay_path(name: str, disk: Disk, wishes: Wishes) -> str:
     return path
 
 
-def _refuse_shared(domain: Domain, live: DomainXml, chosen: list[Disk]) -> None:
+def refuse_shared(domain: Domain, live: DomainXml, chosen: list[Disk]) -> None:
+    """Raise ImageShared if an image of a chosen disk is also part of another disk or domain."""
     places = {disk.top.place: disk.target for disk in chosen}
     users = other_users(domain.connection, domain.uuid, set(places))
     for disk in (*live.disks.values(), *live.bystanders.values()):

@@ -9,11 +9,11 @@ from pathlib import Path
 from stillframe.backup.run import BackupJob, BackupResult, backup_guest
 from stillframe.backup.snapshot import DiskResult
 from stillframe.cli.address import local_folder
-from stillframe.cli.guests import body_of, exit_code, for_each, running_guests
+from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import short_id
 from stillframe.config import GuestSettings, for_guest
-from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_OK
+from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
 from stillframe.hypervisor.domain import find_domain
 from stillframe.units import duration_text, size_text
 
@@ -22,15 +22,17 @@ _COMMAND = "stillframe backup {guest} --repo REPO"
 
 
 def backup(session: Session, names: Sequence[str], options: GuestSettings) -> int:
-    """Back the named guests up, or all running ones if none is named; return the exit code."""
+    """Back the named guests up, or all if none is named; return the exit code."""
     session.kept = "No snapshot was made; those that are there are as they were."
     folder = local_folder(session.address)
     session.ask_for_secret()
-    targets = list(names) or running_guests(session)
+    targets = list(names) or all_guests(session, options)
     outcomes = for_each(
         session, targets, lambda name: _one(session, name, folder, options),
         lambda name, result: _show(session, name, result))
-    session.screen.json({"guests": [body_of(name, outcome) for name, outcome in outcomes]})
+    session.screen.json({"guests": [
+        body_of(name, outcome, fell_back=isinstance(outcome, BackupResult) and outcome.fell_back)
+        for name, outcome in outcomes]})
     return exit_code([outcome for _, outcome in outcomes], _code)
 
 
@@ -48,6 +50,8 @@ def _one(session: Session, name: str, folder: Path, options: GuestSettings) -> B
 
 
 def _code(result: BackupResult) -> int:
+    if result.fell_back:
+        return EXIT_FELL_BACK
     return EXIT_CRASH_CONSISTENT if result.fell_short else EXIT_OK
 
 
@@ -66,7 +70,8 @@ def _show(session: Session, name: str, result: BackupResult) -> None:
 
 def _disk_words(disk: DiskResult) -> str:
     changed = f", {size_text(disk.changed_bytes)} changed" if disk.compared else ""
-    return (f"{size_text(disk.read_bytes)} read{changed}, {size_text(disk.stored_bytes)} stored "
-            f"({duration_text(disk.seconds)})")
+    whole = f"; read whole: {disk.note}" if disk.note else ""
+    return (f"by {disk.method}, {size_text(disk.read_bytes)} read{changed}, "
+            f"{size_text(disk.stored_bytes)} stored{whole} ({duration_text(disk.seconds)})")
 
 

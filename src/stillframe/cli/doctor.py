@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillframe.backup.run import refuse_place
+from stillframe.capture.choose import planned
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
-from stillframe.capture.plan import Plan, make_plan
+from stillframe.capture.plan import Plan
 from stillframe.cli.address import local_folder
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
@@ -89,7 +90,7 @@ def _examine(
             f"A run of {domain.name} ended while {left[0].state.value} and was not recovered.",
             f"stillframe recover {domain.name}",
         )
-    plan = make_plan(domain, for_guest(session.settings, domain.name, options))
+    plan = planned(domain, for_guest(session.settings, domain.name, options))
     if repository is not None:
         refuse_place(repository, plan)
     session.screen.result(f"{domain.name}: can be captured by the overlay method")

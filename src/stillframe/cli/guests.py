@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Protocol, TypeVar
 
+from stillframe.capture.method import Method
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
+from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_PARTIAL, GuestShutOff, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import all_domains
 from stillframe.hypervisor.model import ExcludedDisk, Power
@@ -35,17 +37,22 @@ class GuestResult(Protocol):
 R = TypeVar("R", bound=GuestResult)
 
 
-def running_guests(session: Session) -> list[str]:
-    """Return the names of all guests that run. Raises GuestShutOff if none does."""
-    running = []
+def all_guests(session: Session, options: GuestSettings) -> list[str]:
+    """Return the names of all guests that their method can capture, running or not.
+
+    Which of them runs is looked at again when it is a guest's turn. Raises GuestShutOff if there is none.
+    """
+    found = []
     for domain in all_domains(session.connection):
-        if domain.power() in (Power.OFF, Power.GONE):
-            session.screen.say(f"{domain.name} is shut off and is left out")
-        else:
-            running.append(domain.name)
-    if not running:
-        raise GuestShutOff("No guest runs, so there is nothing to do.", "virsh list --all")
-    return running
+        power, method = domain.power(), for_guest(session.settings, domain.name, options).method
+        off = power in (Power.OFF, Power.GONE)
+        if method is not Method.AUTO and off is not (method is Method.OFFLINE):
+            session.screen.say(f"{domain.name} is {power.value} and is left out, as {method.value} asks for")
+        elif power is not Power.GONE:
+            found.append(domain.name)
+    if not found:
+        raise GuestShutOff("There is no guest that could be captured.", "virsh list --all")
+    return found
 
 
 def for_each(

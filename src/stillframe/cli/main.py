@@ -41,7 +41,7 @@ app = typer.Typer(
 # How long the process waits in the end for a thread that may only be slow.
 _LAST_WAIT_S = 5.0
 
-AllGuests = Annotated[bool, typer.Option("--all", help="all running guests")]
+AllGuests = Annotated[bool, typer.Option("--all", help="all guests, running and shut off")]
 
 
 @app.command()
@@ -56,7 +56,7 @@ def mirror(
         bool, typer.Option("--verify-destination", help="read the mirror and compare it, too")
     ] = False,
 ) -> None:
-    """Make and keep a plain image of each disk in DEST/GUEST, while the guest runs on."""
+    """Make and keep a plain image of each disk in DEST/GUEST, while the guest runs on or is shut off."""
     *guests, destination = arguments
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests and then the folder, or --all and the folder")
@@ -75,7 +75,7 @@ def backup(
     guests: Guests = None,
     all_guests: AllGuests = False,
 ) -> None:
-    """Make a snapshot of each guest in a repository, while the guest runs on."""
+    """Make a snapshot of each guest in a repository, while the guest runs on or is shut off."""
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests, or --all")
     run_command(

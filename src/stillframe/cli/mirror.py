@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stillframe.cli.guests import body_of, exit_code, for_each, running_guests
+from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
@@ -18,8 +18,8 @@ from stillframe.units import duration_text, size_text
 def mirror(
     session: Session, names: Sequence[str], destination: Path, options: GuestSettings, verify: bool
 ) -> int:
-    """Mirror the named guests, or all running ones if none is named; return the exit code."""
-    targets = list(names) or running_guests(session)
+    """Mirror the named guests, or all if none is named; return the exit code."""
+    targets = list(names) or all_guests(session, options)
     outcomes = for_each(
         session, targets, lambda name: _one(session, name, destination, options, verify),
         lambda name, result: _show(session, name, result))
@@ -63,9 +63,12 @@ def _show(session: Session, name: str, result: MirrorResult) -> None:
 
 def _disk_words(disk: CopyResult) -> str:
     how = "first copy" if disk.first_copy else f"{size_text(disk.changed_bytes)} of it changed"
-    words = f"{size_text(disk.data_bytes)} read, {how}, {size_text(disk.written_bytes)} written"
-    if disk.fell_back:
+    words = (f"by {disk.method}, {size_text(disk.data_bytes)} read, {how}, "
+             f"{size_text(disk.written_bytes)} written")
+    if disk.fell_back and disk.fell_back != disk.note:
         words += f"; compared in full: {disk.fell_back}"
+    if disk.note:
+        words += f"; read whole: {disk.note}"
     if disk.healed_blocks:
         words += f"; {disk.healed_blocks} blocks of the mirror were wrong and are mended"
     return f"{words} ({duration_text(disk.seconds)})"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from stillframe.capture.method import Method
 from stillframe.capture.states import Quiesce
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Common, Session
@@ -78,11 +79,18 @@ def guest_options(
     commit_timeout: Annotated[
         str | None, typer.Option(help="longest wait for a commit to converge (default 1h)")
     ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option("--method", help="how disks are captured: auto (the default) chooses for each guest"),
+    ] = None,
+    full_read_every: Annotated[
+        str | None, typer.Option(help="read a disk whole when that is longer ago than this (default 30d)")
+    ] = None,
 ) -> GuestSettings:
     """Return how guests are to be captured."""
     return GuestSettings(
         quiesce, overlay_dir, overlay_limit, min_free, freeze_timeout, agent_timeout,
-        shutdown_timeout, commit_timeout, tuple(exclude) if exclude else None,
+        shutdown_timeout, commit_timeout, tuple(exclude) if exclude else None, method, full_read_every,
     )
 
 

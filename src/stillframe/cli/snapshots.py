@@ -85,7 +85,8 @@ def _lines(name: SnapshotName, manifest: Manifest) -> Sequence[str]:
     lines += [
         f"disk {disk.target}: {size_text(disk.size_bytes)}, {disk.format} {disk.source}; "
         f"{size_text(disk.data_bytes)} data, {size_text(disk.changed_bytes)} changed, "
-        f"{size_text(disk.stored_bytes)} stored"
+        f"{size_text(disk.stored_bytes)} stored; by {disk.method}"
+        + (f", read whole: {disk.note}" if disk.note else "")
         for disk in manifest.disks
     ]
     lines += [f"left out: {each}" for each in manifest.excluded]

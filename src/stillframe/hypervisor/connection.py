@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -42,6 +43,8 @@ class Connection:
         self.clock = clock
         self._reconnect_timeout_s = reconnect_timeout_s
         self._changed = threading.Event()
+        self._starts: Counter[str] = Counter()
+        self._opened = 0
         self._lock = threading.RLock()
         _run_event_loop()
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
@@ -87,6 +90,10 @@ class Connection:
         self.clock.wait(self._changed, timeout_s)
         self._changed.clear()
 
+    def starts(self, uuid: str) -> tuple[int, int]:
+        """Return what is another value once the domain was started, or its start may have been missed."""
+        return self._opened, self._starts[uuid]
+
     def close(self) -> None:
         """End the connection."""
         with contextlib.suppress(libvirt.libvirtError):
@@ -108,12 +115,21 @@ class Connection:
             ) from error
         with contextlib.suppress(libvirt.libvirtError):  # a driver inside this process has no keepalive
             connect.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
-        for event in (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE):
+        for event, told in ((libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, self._on_event),
+                            (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle)):
             with contextlib.suppress(libvirt.libvirtError):
-                connect.domainEventRegisterAny(None, event, self._on_event, None)
+                connect.domainEventRegisterAny(None, event, told, None)
+        self._opened += 1
         return connect
 
     def _on_event(self, *_details: object) -> None:
+        self._changed.set()
+
+    def _on_lifecycle(
+        self, _connect: libvirt.virConnect, domain: libvirt.virDomain, event: int, *_details: object
+    ) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
+            self._starts[domain.UUIDString()] += 1
         self._changed.set()
 
     def _reconnect(self, deadline: Deadline) -> None:

@@ -17,7 +17,7 @@ from stillframe.errors import ConnectionLost, GuestUnknown, HypervisorError
 from stillframe.hypervisor import monitor
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain_xml import read_domain_xml, snapshot_xml
-from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Power
+from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Ending, Power
 
 T = TypeVar("T")
 
@@ -30,6 +30,10 @@ _SNAPSHOT_FLAGS = (
 )
 _COMMIT_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
 _PID_FOLDER = Path("/run/libvirt/qemu")
+_ENDINGS = {
+    libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: Ending.SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_SAVED: Ending.SAVED,
+    libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN: Ending.UNKNOWN, libvirt.VIR_DOMAIN_SHUTOFF_DAEMON: Ending.UNKNOWN,
+}
 
 
 class Domain:
@@ -57,6 +61,21 @@ class Domain:
             return self._look(lambda domain: _power(domain, self.name))
         except GuestUnknown:
             return Power.GONE
+
+    def ending(self) -> Ending:
+        """Return how the domain came to be off. libvirt forgets it when it is restarted."""
+
+        def ask(domain: libvirt.virDomain) -> Ending:
+            state, reason = domain.state()
+            if domain.hasManagedSaveImage():
+                return Ending.SAVED
+            return _ENDINGS.get(reason, Ending.CUT) if state == libvirt.VIR_DOMAIN_SHUTOFF else Ending.CUT
+
+        return self._look(ask)
+
+    def starts(self) -> tuple[int, int]:
+        """Return what is another value once the domain was started, or its start may have been missed."""
+        return self.connection.starts(self.uuid)
 
     def descriptions(self) -> list[DomainXml]:
         """Return the domain's XMLs: live (if it runs) and inactive (if it is persistent)."""
@@ -251,6 +270,21 @@ def qemu_pid(name: str) -> int | None:
     except (OSError, ValueError):
         return None
     return pid if f"guest={name},".encode() in command else None
+
+
+def qemu_by_uuid(uuid: str) -> int | None:
+    """Return the process ID of a QEMU that was started as domain *uuid*, None if there is none to be seen.
+
+    From the process table alone: a pid file may be gone while QEMU runs.
+    """
+    for found in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = found.read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended just now
+        if b"-uuid" in words and uuid.encode() in words:
+            return int(found.parent.name)
+    return None
 
 
 def _power(domain: libvirt.virDomain, name: str) -> Power:

@@ -23,6 +23,15 @@ class Power(enum.Enum):
         return self in (Power.RUNNING, Power.PAUSED, Power.PAUSED_ON_IO_ERROR)
 
 
+class Ending(enum.Enum):
+    """How a domain that is off came to be off, as far as libvirt knows."""
+
+    SHUTDOWN = "it shut down"
+    CUT = "it was destroyed or crashed"
+    SAVED = "it was saved, with its memory"
+    UNKNOWN = "libvirt does not know how it ended (it was restarted since, or the guest never ran)"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One image of a disk's chain as libvirt names it.

@@ -161,7 +161,9 @@ def mark_damaged(files: Files, marker: MirrorRecord | None) -> MirrorRecord | No
     if base is not None:
         disks = tuple(
             msgspec.structs.replace(disk, identity=None, whole=False) for disk in base.disks)
-        record = msgspec.structs.replace(base, state=DAMAGED, disks=disks, removed=())
+        # A mixture is of no moment that anything could be counted from.
+        record = msgspec.structs.replace(
+            base, state=DAMAGED, disks=disks, removed=(), anchor=msgspec.UNSET)
         write_record(files, RECORD, record)
     files.unlink(APPLYING)
     files.unlink(NEXT)

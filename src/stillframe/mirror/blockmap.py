@@ -89,14 +89,24 @@ class MapWriter:
     def __init__(self, files: Files, name: str, generation: bytes, size_bytes: int, block_size: int) -> None:
         self._files = files
         self._block_size = block_size
+        self._holes_are_zero = True
         self.written_bytes = HEADER_BYTES
         self._fd = files.open(name, create=True)
         files.truncate(self._fd, HEADER_BYTES + DIGEST_BYTES * block_count(size_bytes, block_size))
         files.pwrite(self._fd, _header(generation, size_bytes, block_size), 0)
 
+    def take_over(self, old: MapReader, size_bytes: int, tick: Callable[[], None]) -> None:
+        """Write all digests of *old*, a map of a disk of the same size. Before any put."""
+        step = _SLICE_BYTES // DIGEST_BYTES * self._block_size
+        for offset in range(0, size_bytes, step):
+            tick()
+            count = block_count(min(step, size_bytes - offset), self._block_size)
+            self.put(offset, old.digests(offset, count))
+        self._holes_are_zero = False
+
     def put(self, offset_bytes: int, digests: bytes) -> None:
         """Write the digests of the blocks from *offset_bytes* of the disk on."""
-        if digests.count(0) == len(digests):  # a hole stays a hole
+        if self._holes_are_zero and digests.count(0) == len(digests):  # a hole stays a hole
             return
         self._files.pwrite(self._fd, digests, _place(offset_bytes, self._block_size))
         self.written_bytes += len(digests)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from stillframe.block.reader import Connection, DiskReader
 from stillframe.capture.watched import Cancelled, Watch
+from stillframe.mirror.audit import Ranges
 from stillframe.mirror.baseline import Baseline
 from stillframe.mirror.blockmap import (
     DIGEST_BYTES,
@@ -25,7 +26,7 @@ from stillframe.mirror.blockmap import (
 )
 from stillframe.mirror.files import Files
 from stillframe.mirror.redo import RedoWriter
-from stillframe.mirror.units import DATA_UNIT_BYTES, Unit, work_units
+from stillframe.mirror.units import DATA_UNIT_BYTES, Unit
 
 THREADS = 2
 
@@ -148,16 +149,20 @@ class DiskCopy:
         self._tallies: list[Tally] = []
         self._errors: list[BaseException] = []
         self._units: Iterator[Unit] = iter(())
+        #: Stretches outside of which nothing was to differ, and the first place there where something did.
+        self.expected: Ranges | None = None
+        self.unexpected_at_bytes: int | None = None
         self._lock = threading.Lock()
 
     def tally(self) -> Tally:
         """Return what all threads together have done so far."""
         return sum(list(self._tallies), Tally())
 
-    def run(self, data_unit_bytes: int = DATA_UNIT_BYTES, threads: int = THREADS) -> None:
-        """Read the whole disk and stage what differs; nothing is durable yet. Raises what a thread did."""
-        self._units = work_units(
-            self._reader.extents(), self._reader.size_bytes, self._block_size, data_unit_bytes)
+    def run(
+        self, units: Iterator[Unit], data_unit_bytes: int = DATA_UNIT_BYTES, threads: int = THREADS
+    ) -> None:
+        """Read *units* and stage what differs; nothing is durable yet. Raises what a thread did."""
+        self._units = units
         workers = [
             threading.Thread(target=self._guarded, args=(data_unit_bytes,), name="copy", daemon=True)
             for _ in range(threads)
@@ -216,6 +221,8 @@ class DiskCopy:
             start = first * self._block_size
             end = min(start + count * self._block_size, unit.length_bytes)
             tally.changed_bytes += end - start
+            if self.expected is not None:
+                self._look_for_unexpected(unit.offset_bytes + start, unit.offset_bytes + end)
             if believed is not None:
                 tally.healed_blocks += sum(
                     new[at : at + DIGEST_BYTES] == believed[at : at + DIGEST_BYTES]
@@ -224,10 +231,19 @@ class DiskCopy:
             yield start, end, is_zero
 
 
-def data_bytes(reader: DiskReader, block_size: int, tick: Callable[[], None]) -> int:
-    """Return how much of the disk is data and will be read."""
+    def _look_for_unexpected(self, start: int, end: int) -> None:
+        assert self.expected is not None
+        found = next(self.expected.outside(start, end), None)
+        if found is not None:
+            with self._lock:
+                before = self.unexpected_at_bytes
+                self.unexpected_at_bytes = found[0] if before is None else min(before, found[0])
+
+
+def data_bytes(units: Iterator[Unit], tick: Callable[[], None]) -> int:
+    """Return how much of *units* is data and will be read."""
     total = 0
-    for unit in work_units(reader.extents(), reader.size_bytes, block_size):
+    for unit in units:
         tick()
         total += 0 if unit.is_zero else unit.length_bytes
     return total

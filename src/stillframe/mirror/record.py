@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import msgspec
 from blake3 import blake3
 
+from stillframe.block.anchor import Anchor
+
 FORMAT = 1
 WHOLE = "whole"
 DAMAGED = "damaged"
@@ -47,13 +49,16 @@ class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     identity: ImageIdentity | None = None
     #: In a marker: whether the image is staged whole (TARGET.img.new), not as a redo file.
     whole: bool = False
+    #: When the disk was last read whole, RFC 3339 UTC text; not there in records of earlier versions.
+    read_whole_at: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class MirrorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One moment of a guest in a mirror folder.
 
     `captured_at` is RFC 3339 UTC text. `state` is "whole", or "damaged" when an apply could
-    not be ended and the images may be a mixture: they are then of no single moment.
+    not be ended and the images may be a mixture: they are then of no single moment. `anchor` is what
+    was left in the guest for the next update to count from; it is not there if nothing was.
     """
 
     generation: str
@@ -64,6 +69,8 @@ class MirrorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disks: tuple[DiskRecord, ...]
     state: str = WHOLE
     removed: tuple[str, ...] = ()
+    #: Not None: what earlier versions wrote without it must keep its checksum.
+    anchor: Anchor | msgspec.UnsetType = msgspec.UNSET
     format: int = FORMAT
     checksum: str = ""
 
@@ -135,3 +142,4 @@ class CaptureFacts:
     captured_at: str
     consistency: str
     domain_xml: str
+    anchor: Anchor | None = None

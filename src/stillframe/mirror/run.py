@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.capture.apart import about_bytes, refuse_inside_images, refuse_overlays_at
+from stillframe.capture.choose import captured, planned
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.plan import Plan, Wishes, make_plan
+from stillframe.capture.plan import Plan, Wishes
 from stillframe.capture.recover import recover_domain
-from stillframe.capture.run import Capture, Stop, Tools, captured
+from stillframe.capture.run import Capture, Stop, Tools
 from stillframe.errors import (
     DestinationSpace,
     DestinationUnwritable,
@@ -44,7 +45,7 @@ class MirrorResult:
 
     @property
     def fell_back(self) -> bool:
-        """Whether a disk was compared in full because its map could not be believed."""
+        """Whether a disk was read or compared in full although less was to be enough."""
         return any(disk.fell_back for disk in self.disks)
 
 
@@ -71,7 +72,7 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     purpose = f"mirror to {job.destination}"
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, purpose, tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
-        plan = make_plan(domain, job.wishes)
+        plan = planned(domain, job.wishes)
         path = _destination_folder(job, plan)
         folder = MirrorFolder(path, clock=tools.clock)
         with folder.lock(f"mirror of {domain.name}"):
@@ -84,22 +85,32 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     return MirrorResult(
         guest=domain.name, folder=str(path), captured_at=capture.captured_at,
         consistency=capture.consistency.value, disks=results, excluded=plan.excluded,
-        warnings=capture.warnings, recovered=tuple(words), frozen_s=capture.frozen_s,
-        seconds=tools.clock.monotonic_s() - began_s,
+        warnings=(*capture.warnings, *_audit_warnings(results)), recovered=tuple(words),
+        frozen_s=capture.frozen_s, seconds=tools.clock.monotonic_s() - began_s,
     )
 
 
 def _update(
     job: MirrorJob, plan: Plan, tools: Tools, path: Path, update: Update
 ) -> tuple[Capture, tuple[CopyResult, ...]]:
-    with _abandoned_on_error(update), captured(plan, tools, str(path), job.stop) as capture:
+    with _abandoned_on_error(update), \
+            captured(plan, tools, str(path), job.stop, update.anchor) as capture:
         results = tuple(_copy(job, capture, update))
         capture.check_still()
         update.publish(
-            CaptureFacts(capture.captured_at, capture.consistency.value, _definition(plan)),
+            CaptureFacts(
+                capture.captured_at, capture.consistency.value, _definition(plan), capture.anchor),
             stop=capture.stop,
         )
     return capture, results
+
+
+def _audit_warnings(results: tuple[CopyResult, ...]) -> list[str]:
+    return [
+        f"AUDIT: {disk.target} differs from its mirror at {disk.audit_differs_at_bytes}, where it was said "
+        "not to have changed. It was read whole, and the mirror is right now; find out what wrote there"
+        for disk in results if disk.audit_differs_at_bytes is not None
+    ]
 
 
 @contextlib.contextmanager
@@ -124,7 +135,8 @@ def _copy(job: MirrorJob, capture: Capture, update: Update) -> Iterator[CopyResu
         with disk.read() as reader:
             yield update.copy_disk(
                 disk.target, reader, source=disk.base.text(), stop=capture.stop, report=job.report,
-                verify_destination=job.verify_destination,
+                verify_destination=job.verify_destination, method=disk.method.value, note=disk.note,
+                full_read_every_s=job.wishes.full_read_every_s,
             )
 
 

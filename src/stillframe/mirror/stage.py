@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from stillframe.block.reader import DiskReader
+from stillframe.capture.journal import age_s
+from stillframe.capture.plan import FULL_READ_EVERY_S
 from stillframe.capture.watched import Watch
-from stillframe.clock import Clock
+from stillframe.clock import Clock, utc_text
 from stillframe.errors import DestinationFull
 from stillframe.mirror.apply import image_identity, settle_image
+from stillframe.mirror.audit import Audit, Audited, Ranges
 from stillframe.mirror.baseline import Baseline, ByImage, ByMap, NoImage
 from stillframe.mirror.blockmap import BLOCK_SIZE_BYTES, MapReader, MapUnusable, MapWriter, open_map
 from stillframe.mirror.copy import THREADS, DiskCopy, NewImage, Redo, Staging, Tally, data_bytes
@@ -30,8 +37,8 @@ from stillframe.mirror.record import (
     Inspection,
 )
 from stillframe.mirror.redo import RedoWriter
-from stillframe.mirror.units import DATA_UNIT_BYTES
-from stillframe.units import size_text
+from stillframe.mirror.units import DATA_UNIT_BYTES, Unit, changed_units, work_units
+from stillframe.units import duration_text, size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,11 @@ class CopyResult:
     `changed_bytes` is what differs from the old mirror (all data on a first copy);
     `written_bytes` what was written to the destination for it, map and redo headers included.
     `healed_blocks`: the destination differed though the map said equal. `fell_back` says why the
-    map was not believed ("" if it was, or on a first copy).
+    map was not believed, or the disk read whole although it was to be read by its changes ("" if neither).
+    `method` is how the disk was captured, `note` why it was read whole although its changes are known or
+    were to be ("" if there is no such reason). `unchanged_bytes` was not read, being known to be as it was;
+    `audited_blocks` of it were compared all the same. `audit_differs_at_bytes`: the first place that
+    differed there (None if none did).
     """
 
     target: str
@@ -65,6 +76,24 @@ class CopyResult:
     seconds: float
     first_copy: bool
     fell_back: str
+    method: str
+    note: str
+    unchanged_bytes: int
+    audited_blocks: int
+    audit_differs_at_bytes: int | None
+
+
+_NO_AUDIT = Audited(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a disk is read: by its changes or whole, then why. *suspect*: what it had said to have changed."""
+
+    by_changes: bool
+    note: str = ""
+    audited: Audited = _NO_AUDIT
+    suspect: Ranges | None = None
 
 
 class DiskStage:
@@ -75,6 +104,9 @@ class DiskStage:
     threads = THREADS
     verify = False
     source = ""
+    method = ""
+    note = ""
+    full_read_every_s = FULL_READ_EVERY_S
 
     def __init__(
         self, files: Files, clock: Clock, found: Inspection, target: str, reader: DiskReader,
@@ -98,11 +130,12 @@ class DiskStage:
         """Stage the disk, durably, and return its record for the marker and the statistics."""
         began_s = self._clock.monotonic_s()
         size = self._reader.size_bytes
-        with watch.reads_source():
-            self._total_bytes = data_bytes(self._reader, self.block_size, watch.tick)
         image = self._files.facts(image_name(self._target))
         first = image is None
         block_map, doubt = self._believe(watch)
+        how = self._how(block_map, watch)
+        with watch.reads_source():
+            self._total_bytes = data_bytes(self._units(how.by_changes), watch.tick)
         baseline = self._baseline(first, block_map)
         with contextlib.ExitStack() as stack:
             stack.callback(baseline.close)
@@ -111,8 +144,12 @@ class DiskStage:
             new_map = MapWriter(
                 self._files, staged_map_name(self._target), self._generation, size, self.block_size)
             stack.callback(new_map.close)
-            self._copy = DiskCopy(self._reader, baseline, staging, new_map, self.block_size, watch)
-            self._copy.run(self.data_unit_bytes, self.threads)
+            if how.by_changes:
+                assert block_map is not None
+                new_map.take_over(block_map, size, watch.tick)
+            copy = self._copy = DiskCopy(self._reader, baseline, staging, new_map, self.block_size, watch)
+            copy.expected = how.suspect
+            copy.run(self._units(how.by_changes), self.data_unit_bytes, self.threads)
             staging.end()
             watch.tick()
             digest = new_map.end(watch.tick)
@@ -120,15 +157,53 @@ class DiskStage:
             target=self._target, image=image_name(self._target), size_bytes=size,
             block_size_bytes=self.block_size, map_digest=digest, source=self.source,
             identity=self._restored_identity(image), whole=first,
+            read_whole_at=self._read_whole_at() if how.by_changes else utc_text(self._clock.now()),
         )
-        tally = self._copy.tally()
+        tally = copy.tally()
+        note, differs_at = how.note, copy.unexpected_at_bytes
+        if how.suspect is not None:
+            differs_at = how.audited.differs_at_bytes if differs_at is None else differs_at
+            note = f"at {differs_at} it differs from the mirror, and was said to be as it was"
         return disk, CopyResult(
             target=self._target, size_bytes=size, data_bytes=tally.data_bytes,
-            zero_bytes=size - tally.data_bytes, changed_bytes=tally.changed_bytes,
+            zero_bytes=tally.zero_bytes, changed_bytes=tally.changed_bytes,
             written_bytes=staging.written_bytes + new_map.written_bytes,
             destination_read_bytes=baseline.read_bytes, healed_blocks=tally.healed_blocks,
-            seconds=self._clock.monotonic_s() - began_s, first_copy=first, fell_back=doubt,
+            seconds=self._clock.monotonic_s() - began_s, first_copy=first,
+            fell_back=doubt or self.note or ("" if how.suspect is None else note),
+            method=self.method, note=note, unchanged_bytes=size - tally.data_bytes - tally.zero_bytes,
+            audited_blocks=how.audited.blocks, audit_differs_at_bytes=differs_at,
         )
+
+    def _units(self, by_changes: bool) -> Iterator[Unit]:
+        size = self._reader.size_bytes
+        if not by_changes:
+            return work_units(self._reader.extents(), size, self.block_size, self.data_unit_bytes)
+        changed = self._reader.changed()
+        assert changed is not None
+        return changed_units(changed, size, self.block_size, self.data_unit_bytes)
+
+    def _how(self, block_map: MapReader | None, watch: Watch) -> _How:
+        """Decide whether to read only what changed since the mirror's moment."""
+        disk = self._old.record.disk(self._target) if self._old.record is not None else None
+        with watch.reads_source():
+            changed = self._reader.changed()
+            if block_map is None or disk is None or changed is None or self.verify \
+                    or disk.size_bytes != self._reader.size_bytes:
+                return _How(by_changes=False, note=self.note)
+            age = age_s(self._clock, disk.read_whole_at) if disk.read_whole_at else math.inf
+            if age > self.full_read_every_s:
+                return _How(by_changes=False, note="it was last read whole "
+                            + (f"{duration_text(age)} ago" if disk.read_whole_at else "nobody knows when"))
+            ranges = Ranges(changed_units(changed, disk.size_bytes, self.block_size, self.data_unit_bytes))
+        audited = Audit(self._reader, block_map, ranges, self.block_size, self._clock, watch).run()
+        if audited.differs_at_bytes is not None:
+            return _How(by_changes=False, audited=audited, suspect=ranges)
+        return _How(by_changes=True, audited=audited)
+
+    def _read_whole_at(self) -> str | msgspec.UnsetType:
+        disk = self._old.record.disk(self._target) if self._old.record is not None else None
+        return msgspec.UNSET if disk is None else disk.read_whole_at
 
     def _believe(self, watch: Watch) -> tuple[MapReader | None, str]:
         """Return the map if it can be believed, else None and why not ("" if none is expected)."""

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
+from stillframe.block.anchor import Anchor
 from stillframe.block.reader import DiskReader
+from stillframe.capture.plan import FULL_READ_EVERY_S
 from stillframe.capture.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
 from stillframe.clock import Clock
 from stillframe.errors import ApplyFailed, DestinationFull, DestinationLost, StillframeError
@@ -25,6 +29,7 @@ from stillframe.mirror.layout import (
     write_record,
 )
 from stillframe.mirror.record import (
+    WHOLE,
     CaptureFacts,
     DiskRecord,
     Inspection,
@@ -74,13 +79,24 @@ class Update:
         self._generation = os.urandom(16)
         self._disks: dict[str, DiskRecord] = {}
 
-    def copy_disk(
+    @property
+    def anchor(self) -> Anchor | None:
+        """What the mirror as it is left in the guest to count from, None if nothing."""
+        record = self._found.record
+        if record is None or record.state != WHOLE:
+            return None
+        return record.anchor or None
+
+    def copy_disk(  # noqa: PLR0913 -- each is said by name
         self, target: str, reader: DiskReader, *, source: str, stop: Stop = never,
-        report: Report | None = None, verify_destination: bool = False,
+        report: Report | None = None, verify_destination: bool = False, method: str = "", note: str = "",
+        full_read_every_s: float = FULL_READ_EVERY_S,
     ) -> CopyResult:
         """Stage what makes the mirror of *target* equal to *reader*'s disk.
 
-        The mirror's images are not changed. *stop* is asked every 0.1 s; an error it returns is
+        Where *reader* knows what changed since `anchor`, only that is read, unless *verify_destination* or a
+        last whole read longer ago than *full_read_every_s* asks for all of it, or the audit finds that it is
+        wrong. The mirror's images are not changed. *stop* is asked every 0.1 s; an error it returns is
         raised. Raises CopyFailed (read side), DestinationFull, DestinationLost.
         """
         job = DiskStage(self._files, self._clock, self._found, check_target(target), reader, self._generation)
@@ -89,6 +105,9 @@ class Update:
         job.threads = self.threads
         job.verify = verify_destination
         job.source = source
+        job.method = method
+        job.note = note
+        job.full_read_every_s = full_read_every_s
 
         def look() -> None:
             if report is not None:
@@ -118,6 +137,7 @@ class Update:
                 captured_at=facts.captured_at, consistency=facts.consistency,
                 disks=tuple(self._disks.values()),
                 removed=tuple(target for target in there if target not in self._disks),
+                anchor=facts.anchor or msgspec.UNSET,
             )
             watch.tick()
             write_record(files, NEXT, record)

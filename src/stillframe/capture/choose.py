@@ -1,0 +1,81 @@
+"""Which method captures a guest: the plan and the capture that fit the wish and what is seen.
+
+A method is a context manager with the signature of `captured`. Each one is given the anchor that the
+destination's last durable state left, and sees for itself which disks it can count from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+from stillframe.block.anchor import Anchor
+from stillframe.capture import run
+from stillframe.capture.method import Method
+from stillframe.capture.offline import captured_offline
+from stillframe.capture.offline_plan import make_offline_plan
+from stillframe.capture.plan import Plan, Wishes, make_plan
+from stillframe.capture.run import Capture, Stop, Tools
+from stillframe.errors import GuestUnfit
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import Power
+
+#: A method: (plan, tools, destination, stop, earlier) to a capture that is valid within the block.
+Capturing = Callable[
+    [Plan, Tools, str, Stop, Anchor | None], contextlib.AbstractContextManager[Capture]]
+
+
+def planned(domain: Domain, wishes: Wishes) -> Plan:
+    """Return the plan for capturing *domain*, by a look at whether it runs and the method that is wished.
+
+    Changes nothing. Raises a Refused error that names what is in the way.
+    """
+    if wishes.method not in (Method.AUTO, *_METHODS):
+        raise GuestUnfit(
+            f"This version of stillframe can't capture {domain.name} by the method {wishes.method.value}.",
+            wishes.again(domain.name, "--method auto"),
+        )
+    offline = domain.power() is Power.OFF if wishes.method is Method.AUTO else wishes.method is Method.OFFLINE
+    return make_offline_plan(domain, domain.view(), wishes) if offline else make_plan(domain, wishes)
+
+
+@contextlib.contextmanager
+def captured(
+    plan: Plan, tools: Tools, destination: str, stop: Stop, earlier: Anchor | None
+) -> Iterator[Capture]:
+    """Capture the disks of *plan* by the method that it is to be captured by, and give them, standing still.
+
+    *earlier* is the anchor of the last durable snapshot or mirror at *destination*, None if there is none
+    or if it is not to be used. Leaving the block without an exception says that the copy is durable: the
+    guest's own anchor (a checkpoint, an overlay) advances. By an exception: nothing advances, and nothing
+    of the run stays behind. Raises RunFailed and what the block raises.
+    """
+    method = plan.wishes.method
+    if method is Method.AUTO:
+        method = _automatic(plan, earlier)
+    with _METHODS[method](plan, tools, destination, stop, earlier) as capture:
+        yield capture
+
+
+def _automatic(plan: Plan, earlier: Anchor | None) -> Method:  # noqa: ARG001 -- see below
+    """Return the method that `auto` comes to. To be extended when further methods are there.
+
+    With `bitmap`: prefer it when at least one disk can take one.
+    """
+    return Method.OFFLINE if plan.view.power is Power.OFF else Method.OVERLAY
+
+
+@contextlib.contextmanager
+def _by_overlay(
+    plan: Plan, tools: Tools, destination: str, stop: Stop, earlier: Anchor | None  # noqa: ARG001
+) -> Iterator[Capture]:
+    # It reads every disk whole and leaves no anchor, so nobody expects anything of the earlier one.
+    with run.captured(plan, tools, destination, stop) as capture:
+        yield capture
+
+
+#: The methods that are built. `captured_by_bitmap` and `captured_by_standing_overlay` belong here, too.
+_METHODS: Mapping[Method, Capturing] = {
+    Method.OVERLAY: _by_overlay,
+    Method.OFFLINE: captured_offline,
+}
