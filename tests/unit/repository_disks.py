@@ -21,7 +21,7 @@ from stillframe.repository.opened import Repository, Secret, init_repository
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
 from stillframe.repository.session import Session, open_session
-from stillframe.repository.writer import SnapshotWriter, Written
+from stillframe.repository.writer import Audit, Since, SnapshotWriter, Written
 from stillframe.storage.memory import MemoryStorage
 from stillframe.storage.model import Storage
 
@@ -49,6 +49,8 @@ class SourceDisk:
         self.reads: list[tuple[int, int]] = []
         self.before_read: Callable[[int], None] = lambda _: None
         self.connected = 0
+        #: What `changed` says; None: nothing is known.
+        self.changes: list[Extent] | None = None
 
     def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
         end = self.size_bytes if length_bytes is None else min(offset_bytes + length_bytes, self.size_bytes)
@@ -66,7 +68,7 @@ class SourceDisk:
             yield Extent(at, end - at, Kind.DATA)
 
     def changed(self) -> Iterator[Extent] | None:
-        return None
+        return None if self.changes is None else iter(self.changes)
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -93,11 +95,12 @@ class Book:
         self.healed: dict[bytes, ChunkRef] = {}
 
     @contextlib.contextmanager
-    def writer(self) -> Iterator[SnapshotWriter]:
+    def writer(self, audit: Audit | None = None) -> Iterator[SnapshotWriter]:
         with self.session() as session, contextlib.closing(self.index()) as hints:
             bad = read_bad(self.repository.storage)
             places = Places(self.repository, session.generation)
-            with SnapshotWriter(self.repository, session, places, bad=bad, hints=hints) as writer:
+            with SnapshotWriter(self.repository, session, places, bad=bad, hints=hints,
+                                audit=audit) as writer:
                 yield writer
 
     @contextlib.contextmanager
@@ -109,12 +112,13 @@ class Book:
     def index(self) -> ChunkHints:
         return ChunkHints(self.repository.parameters.id, self.hints)
 
-    def backup(self, disk: SourceDisk, parent: Content | None = None, *,
+    def backup(self, disk: SourceDisk, parent: Content | None = None, *, since: Since | None = None,
+               audit: Audit | None = None,
                stop: Callable[[], StillframeError | None] = lambda: None) -> Written:
-        """Write *disk*; without *parent*, upon the last snapshot."""
+        """Write *disk*; without *parent*, upon the last snapshot. With *since*, by its changes."""
         parent = parent or (self.kept[-1][0] if self.kept else None)
-        with self.writer() as writer:
-            written = writer.write(disk, parent, stop=stop, report=lambda _: None)
+        with self.writer(audit) as writer:
+            written = writer.write(disk, parent, since=since, stop=stop, report=lambda _: None)
             writer.finish()
             self.healed = dict(writer.healed)
         self.kept.append((content_of(written), bytes(disk.content)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from stillframe.clock import Clock, SystemClock
 from stillframe.errors import SlotDamaged
+from stillframe.extent import Extent
 from stillframe.repository import collect as collect_module
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs
@@ -26,9 +28,11 @@ from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.repository.session import open_session
 from stillframe.repository.tree import Tree
-from stillframe.repository.writer import SnapshotWriter
+from stillframe.repository.writer import Audit, Since, SnapshotWriter
 from tests.unit.repository_disks import SMALL, SourceDisk, small_repository
 
+#: Says what a disk has that the snapshot of that name has not, None if that is not known.
+Changes = Callable[[SnapshotName], list[Extent] | None]
 BEGAN = datetime(2026, 11, 20, tzinfo=UTC)
 DAY_S = 86400.0
 
@@ -45,12 +49,13 @@ class World:
         self.all_are_dead = False
 
     def backup(self, content: bytes, guest: str = "web", host: str = "alpha", *,
-               parent: SnapshotName | None = None, hints: ChunkHints | None = None) -> SnapshotName:
+               parent: SnapshotName | None = None, hints: ChunkHints | None = None,
+               changes: Changes = lambda _: None, audit: Audit | None = None) -> SnapshotName:
         """Back up one disk, upon the guest's last snapshot."""
         self.hours += 1
         name = make_snapshot(
             self.repository, SourceDisk(content), SnapshotName(host, guest, self.moment(self.hours), ""),
-            self.clock, parent=parent, hints=hints)
+            self.clock, parent=parent, hints=hints, changes=changes, audit=audit)
         self.expected[name] = content
         return name
 
@@ -94,8 +99,12 @@ class World:
 def make_snapshot(
     repository: Repository, disk: SourceDisk, wanted: SnapshotName, clock: Clock, *,
     parent: SnapshotName | None = None, hints: ChunkHints | None = None,
+    changes: Changes = lambda _: None, audit: Audit | None = None,
 ) -> SnapshotName:
-    """Back up as `stillframe backup` does, the guest left out. *wanted* is without the session's ID."""
+    """Back up as `stillframe backup` does, the guest left out. *wanted* is without the session's ID.
+
+    *changes* says what differs from the parent, when it is known which that is.
+    """
 
     def key(sid: str) -> str:
         return SnapshotName(wanted.host, wanted.guest, wanted.utc, sid).key
@@ -109,8 +118,10 @@ def make_snapshot(
             index = hints or stack.enter_context(contextlib.closing(ChunkHints(repository.parameters.id)))
             writer = stack.enter_context(SnapshotWriter(
                 repository, session, Places(repository, session.generation), bad=read_bad(storage),
-                hints=index))
-            written = writer.write(disk, manifest.disks[0] if manifest else None)
+                hints=index, audit=audit))
+            old = manifest.disks[0] if manifest else None
+            disk.changes = changes(older[-1]) if older else None
+            written = writer.write(disk, old, since=Since.of(manifest, old) if manifest and old else None)
             stored = writer.finish()
             write_heals(repository, session.sid, writer.healed)
         entry = DiskEntry(
@@ -118,18 +129,19 @@ def make_snapshot(
             root=Root.of(written.root), read_bytes=written.read_bytes, data_bytes=written.data_bytes,
             changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes)
         session.commit(encode_manifest(
-            manifest_of(session.sid, wanted, (entry,), stored), session.record.manifest_key, repository.key))
+            manifest_of(session.sid, wanted, (entry,), stored, session.generation.number),
+            session.record.manifest_key, repository.key))
         return SnapshotName(wanted.host, wanted.guest, wanted.utc, session.sid)
 
 
 def manifest_of(sid: str, name: SnapshotName, disks: tuple[DiskEntry, ...],
-                stored_bytes: int = 0) -> Manifest:
+                stored_bytes: int = 0, generation: int | None = None) -> Manifest:
     moment = name.utc.isoformat()
     return Manifest(
         sid=sid, guest=name.guest, uuid="", host=name.host, captured_at=moment, began_at=moment,
         ended_at=moment, consistency="crash", quiesce="none", parent="", live_xml="", inactive_xml="",
         disks=disks, excluded=(), files=(), versions=Versions("", "", "", ""), warnings=(), frozen_s=0.0,
-        stored_bytes=stored_bytes)
+        stored_bytes=stored_bytes, generation=generation)
 
 
 def read_snapshot(repository: Repository, name: SnapshotName) -> bytes:

@@ -12,7 +12,7 @@ from stillframe.backup.machine import Machine, MachineFile, versions_of
 from stillframe.backup.watching import WatchedReader, WatchedStorage
 from stillframe.block.reader import DiskReader
 from stillframe.capture.plan import Plan
-from stillframe.capture.run import Capture, StillDisk, Stop
+from stillframe.capture.run import Capture, StillDisk
 from stillframe.capture.watched import STALL_TIMEOUT_S, Watch, Watched
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import StillframeError
@@ -31,7 +31,7 @@ from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import still_there
-from stillframe.repository.writer import Progress, SnapshotWriter
+from stillframe.repository.writer import Progress, Since, SnapshotWriter
 
 #: How long the end of the session is waited for when the guest is back. Left behind, it is fenced one day.
 _CLOSE_TIMEOUT_S = 30.0
@@ -72,6 +72,13 @@ class Parent:
         """Return the parent's disk of that name. It may have another size: trees grow and shrink."""
         disks = self.manifest.disks if self.manifest is not None else ()
         return next((disk for disk in disks if disk.target == target), None)
+
+    def since(self, target: str) -> Since | None:
+        """Return that a reader's changes count from the parent, if it left an anchor for that disk."""
+        disk, manifest = self.disk(target), self.manifest
+        if disk is None or manifest is None or manifest.anchor is None:
+            return None
+        return Since.of(manifest, disk) if target in manifest.anchor.sizes else None
 
     def file(self, file: MachineFile) -> FileEntry | None:
         """Return the parent's file at the same path."""
@@ -164,7 +171,7 @@ class SnapshotRun:
             repository, session, Places(repository, session.generation), bad=read_bad(storage), hints=hints,
         ) as writer:
             disks = tuple(
-                self._disk(writer, watch, disk, readers[disk.target], parent, capture.stop)
+                self._disk(writer, watch, disk, readers[disk.target], parent, capture)
                 for disk in capture.disks)
             files = tuple(_file(writer, file, parent) for file in machine.files)
             capture.check_still()
@@ -179,6 +186,7 @@ class SnapshotRun:
             disks=disks, excluded=tuple(f"{each.target}: {each.reason}" for each in self._plan.excluded),
             files=files, versions=versions_of(self._plan.domain.connection, self._plan.live.text),
             warnings=warnings, frozen_s=capture.frozen_s, stored_bytes=stored_bytes, anchor=capture.anchor,
+            generation=session.generation.number,
         )
         self._commit(session, manifest, watch)
 
@@ -207,7 +215,7 @@ class SnapshotRun:
 
     def _disk(
         self, writer: SnapshotWriter, watch: Watch, disk: StillDisk, reader: DiskReader, parent: Parent,
-        stop: Stop,
+        capture: Capture,
     ) -> DiskEntry:
         began_s = self._clock.monotonic_s()
 
@@ -216,7 +224,8 @@ class SnapshotRun:
             self._progress = (disk.target, progress.done_bytes, progress.size_bytes)
 
         old = parent.disk(disk.target)
-        written = writer.write(WatchedReader(reader, watch), old, stop=stop, report=report)
+        written = writer.write(WatchedReader(reader, watch), old, since=parent.since(disk.target),
+                               stop=capture.stop, report=report)
         self._progress = (disk.target, written.size_bytes, written.size_bytes)
         self.disks.append(DiskResult(
             disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
@@ -225,9 +234,10 @@ class SnapshotRun:
         planned = next(each for each in self._plan.disks if each.target == disk.target)
         return DiskEntry(
             target=disk.target, format=planned.base_format, source=disk.base.text(), method=disk.method.value,
-            note=disk.note, size_bytes=written.size_bytes, root=Root.of(written.root),
+            note=disk.note or written.why_whole, size_bytes=written.size_bytes, root=Root.of(written.root),
             read_bytes=written.read_bytes, data_bytes=written.data_bytes,
-            changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes)
+            changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes,
+            read_whole_at=capture.captured_at if written.whole or old is None else old.read_whole_at)
 
 
 def _file(writer: SnapshotWriter, file: MachineFile, parent: Parent) -> FileEntry:

@@ -65,6 +65,7 @@ from stillframe.repository.session import (
     list_sessions,
     open_session,
 )
+from stillframe.repository.snapshots import newest_of_each
 from stillframe.storage.model import Storage
 
 _BATCH = 100
@@ -150,7 +151,7 @@ class _Collector:
         decision = decide(looked, copies.moved)
         if not decision.changes_nothing or copies.moved:
             generation = Generation(decision.number, decision.condemned, decision.moved, session.sid,
-                                    utc_text(self._clock.now()))
+                                    utc_text(self._clock.now()), looked.marked)
             if not create_generation(self._storage, generation, self._repository.key):
                 self.done = replace(self.done, lost_race=True)
                 return False
@@ -185,8 +186,9 @@ class _Collector:
         if self._marker is None or self._marker.has_gaps:
             self._marker = Marker(places)
         self._marker.mark(names, places)
+        marked = newest_of_each(self._marker.marked(names)).values()
         return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.healing,
-                      self._marker.homes, len(names))
+                      self._marker.homes, len(names), tuple(name.sid for name in marked))
 
     def _planned(self, looked: Looked, *, compacts: bool = True) -> CollectionPlan:
         decision = decide(looked)

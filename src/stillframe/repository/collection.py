@@ -130,7 +130,8 @@ class Looked:
     """What a collector saw (G1 to G3). *generation* is the latest, with homes that are not there left out.
 
     *live* are the slots that snapshots refer to, by birth, *healing* those that heals refer to; *homes* what
-    both take in the packs that hold them.
+    both take in the packs that hold them. *marked* are the SIDs of each guest's newest snapshot, if all that
+    it refers to is among *live*.
     """
 
     generation: Generation
@@ -141,6 +142,7 @@ class Looked:
     healing: Mapping[PackName, int]
     homes: Mapping[PackName, int]
     snapshots: int
+    marked: tuple[str, ...] = ()
 
     @property
     def needed(self) -> dict[PackName, int]:

@@ -2,17 +2,22 @@
 
 This is the one thread that decides, in the order of the disk. A leaf waits until the slots of its chunks
 have their places; leaves that are the parent's wait as a number and a place, so that many may wait.
+
+An incremental write looks at the leaves that changes fall into, and at no others: in them, what is not
+among the changes stays the parent's; the tree's builder inherits all other leaves.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from stillframe.block.reader import DiskReader
-from stillframe.errors import SlotDamaged, StillframeError
+from stillframe.errors import SlotDamaged
+from stillframe.repository.changes import Changes
 from stillframe.repository.jobs import InOrder
 from stillframe.repository.known import Pending
 from stillframe.repository.nodes import ChunkRef, Leaf
@@ -45,6 +50,11 @@ class Written:
     *data* is what is not zero; *changed* what differs from the parent (all data without one), chunks
     that became zero included; *stored* what was added to packs for it, the tree included. Of the
     chunks that are not zero and not the parent's, *new* were stored and *known* found stored already.
+
+    *whole*: all of the disk was read that is not zero by its extents; else only what had changed, and
+    *audited* chunks that had not, which do not count as read. *mismatch*: where one of those begins that had
+    changed all the same (and so the disk was read whole). *why_whole* says why a disk was read whole although
+    its changes are known, "" if there is no such reason.
     """
 
     root: SlotRef | None
@@ -55,6 +65,27 @@ class Written:
     stored_bytes: int
     new_chunks: int
     known_chunks: int
+    whole: bool = True
+    audited_chunks: int = 0
+    mismatch_offset_bytes: int | None = None
+    why_whole: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Upon:
+    """What an incremental write builds upon: all but *changes* is the parent's, which has *data_bytes*.
+
+    *looked*: all nodes of the parent were looked at, and what can't be read there is among the changes.
+    Otherwise all of the parent may be reused unseen, and a node that can't be read ends the write.
+    """
+
+    changes: Changes
+    data_bytes: int
+    looked: bool
+
+    def may_lack(self, first: int, end: int) -> bool:
+        """Return whether the parent's leaves from *first* to *end* are not needed."""
+        return self.looked and self.changes.covers_leaves(first, end)
 
 
 @dataclass(slots=True)
@@ -70,12 +101,23 @@ class _OpenLeaf:
 
 @dataclass(frozen=True, slots=True)
 class _DoneLeaf:
-    """A leaf that waits for its slots, or for leaves before it; without entries it is one that is stored."""
+    """A leaf that waits for its slots, or for leaves before it.
+
+    Without entries it is one that is stored at *place*, or all zero.
+    """
 
     index: int
     needs: int
     entries: Sequence[Entry] = ()
     place: SlotRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cleared:
+    """What comes back for leaves that are zero now: those that were not, and how many bytes they had."""
+
+    end: int
+    leaves: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,46 +130,69 @@ class _Read:
 
 
 class DiskWrite:
-    """One disk being written: `run` is called once."""
+    """One disk being written: `run` is called once. Incremental with *upon*, which says what *parent* has."""
 
     def __init__(
         self, stages: Stages, source: DiskReader, parent: Tree | None,
-        stop: Callable[[], StillframeError | None], report: Callable[[Progress], None],
+        report: Callable[[Progress], None], upon: Upon | None = None,
     ) -> None:
         self._stages = stages
         self._source = source
         self._parameters = stages.parameters
         self._parent = parent
-        stages.stop = stop
+        self._upon = upon
         self._report = report
         self._size_bytes = source.size_bytes
         self._known = stages.known
         self._builder = TreeBuilder(
-            self._parameters, self._size_bytes, stages.put_node, parent, self._known.may_reuse)
+            self._parameters, self._size_bytes, stages.put_node, parent, self._known.may_reuse,
+            inherit=upon is not None, all_put=upon.may_lack if upon is not None else lambda *_: False)
         self._leaf: _OpenLeaf | None = None
         self._slot: NewSlot | None = None
         self._waiting: deque[_DoneLeaf] = deque()
         self._next_leaf = 0
         self._stored_before = stages.stored_bytes
-        self._read_bytes = self._data_bytes = self._changed_bytes = 0
-        self._new_chunks = self._known_chunks = 0
+        self._data_bytes = upon.data_bytes if upon is not None else 0
+        self._changed_bytes = self._known_chunks = 0
+        self.read_bytes = self.new_chunks = 0
 
     def run(self) -> Written:
-        """Read the disk, and hand all that is new to the stages. Raises CopyFailed, StorageError."""
-        chunk_bytes, unit = self._parameters.chunk_bytes, unit_chunks(self._parameters)
-        runs = data_runs(self._source.extents(), self._size_bytes, chunk_bytes)
-        reads: InOrder[Unit, _Read] = InOrder(self._stages.readers, UNITS, self._stages.ask_stop)
-        with self._stages.scanner(self._source) as scanner:
-            try:
-                for each in units(runs, self._parameters.chunks(self._size_bytes), unit):
-                    if reads.full:
+        """Read the disk, and hand all that is new to the stages.
+
+        Raises CopyFailed, StorageError. An incremental write raises SlotDamaged for a node of the parent that
+        is needed and can't be read, or refers to what must not be referred to; then what was read is with
+        the stages, and the disk can be written again.
+        """
+        reads: InOrder[None, _Read | _Cleared] = InOrder(
+            self._stages.readers, UNITS, self._stages.ask_stop)
+        try:
+            with self._stages.scanner(self._source) as scanner:
+                try:
+                    for each in self._units():
+                        if reads.full:
+                            self._take(reads)
+                        reads.put(None, self._job(scanner, each))
+                    while reads:
                         self._take(reads)
-                    reads.put(each, partial(self._read, scanner, each, self._stages.buffer()))
-                while reads:
-                    self._take(reads)
-            finally:
-                reads.drop()
-        return self._finished()
+                finally:
+                    reads.drop()
+            return self._finished()
+        except SlotDamaged:
+            self._close_slot()
+            self._stages.slots.finish()
+            raise
+
+    def _units(self) -> Iterator[Unit | range]:
+        unit = unit_chunks(self._parameters)
+        if self._upon is not None:
+            return self._upon.changes.units(unit)
+        runs = data_runs(self._source.extents(), self._size_bytes, self._parameters.chunk_bytes)
+        return units(runs, self._parameters.chunks(self._size_bytes), unit)
+
+    def _job(self, scanner: Scanner, each: Unit | range) -> Callable[[], _Read | _Cleared]:
+        if isinstance(each, range):
+            return partial(self._cleared, each)
+        return partial(self._read, scanner, each, self._stages.buffer())
 
     def _read(self, scanner: Scanner, unit: Unit, buffer: bytearray) -> _Read:
         """Read a unit, and the parent's leaf behind its first one: all on a reading thread."""
@@ -141,31 +206,77 @@ class DiskWrite:
             place = self._parent.node_at(0, index)
             return (None, None) if place is None else (self._parent.leaf(place), place)
         except SlotDamaged:
+            if self._upon is not None and not self._upon.may_lack(index, index + 1):
+                raise
             return None, None  # what can't be read there is stored anew, or found by its ID
 
-    def _take(self, reads: InOrder[Unit, _Read]) -> None:
+    def _cleared(self, leaves: range) -> _Cleared:
+        """Look at what the parent has in leaves that are zero now: on a reading thread."""
+        assert self._parent is not None
+        assert self._upon is not None
+        found: list[tuple[int, int]] = []
+        for index, place, damage in self._parent.stretches(leaves.start, leaves.stop):
+            try:
+                if damage is not None:
+                    raise damage
+                lost = 0 if place is None else self._data_of(index, self._parent.leaf(place))
+                found.append((index, lost))
+            except SlotDamaged:
+                hurt = range(index, index + 1) if damage is None else damage.leaves
+                if not self._upon.may_lack(hurt.start, hurt.stop):
+                    raise
+                found.extend((each, 0) for each in hurt)
+        return _Cleared(leaves.stop, found)
+
+    def _data_of(self, index: int, leaf: Leaf) -> int:
+        first = index * self._parameters.leaf_chunks
+        return sum(self._length(first + at) for at, entry in enumerate(leaf.entries) if entry is not None)
+
+    def _take(self, reads: InOrder[None, _Read | _Cleared]) -> None:
         self._stages.ask_stop()
-        unit, read = reads.take()
+        _, done = reads.take()
         self._stages.check()
-        index = unit.first // self._parameters.leaf_chunks
-        if self._leaf is None or self._leaf.index != index:
-            self._close_leaf()
-            self._count_zeroed(index)
-            self._leaf = _OpenLeaf(index, read.old, read.old_place, [None] * self._parameters.leaf_chunks)
-        self._decide(self._leaf, read.scanned)
+        if isinstance(done, _Cleared):
+            self._clear(done)
+            end = done.end * self._parameters.leaf_chunks
+        else:
+            unit = done.scanned.unit
+            self._open(unit.first // self._parameters.leaf_chunks, done)
+            assert self._leaf is not None
+            self._decide(self._leaf, done.scanned)
+            end = unit.first + unit.count
         self._flush()
         self._report(Progress(
-            min((unit.first + unit.count) * self._parameters.chunk_bytes, self._size_bytes),
-            self._size_bytes, self._read_bytes, self._stages.stored_bytes - self._stored_before))
+            min(end * self._parameters.chunk_bytes, self._size_bytes),
+            self._size_bytes, self.read_bytes, self._stages.stored_bytes - self._stored_before))
+
+    def _open(self, index: int, read: _Read) -> None:
+        if self._leaf is not None and self._leaf.index == index:
+            return
+        self._close_leaf()
+        self._count_zeroed(index)
+        entries: list[Entry] = [None] * self._parameters.leaf_chunks
+        if self._upon is not None and read.old is not None:
+            entries = list(read.old.entries)
+        self._leaf = _OpenLeaf(index, read.old, read.old_place, entries)
+
+    def _clear(self, cleared: _Cleared) -> None:
+        self._close_leaf()
+        for index, lost_bytes in cleared.leaves:
+            self._data_bytes -= lost_bytes
+            self._changed_bytes += lost_bytes
+            self._waiting.append(_DoneLeaf(index, -1))
 
     def _decide(self, leaf: _OpenLeaf, scanned: Scanned) -> None:
         """Set the leaf's entries for a unit: the parent's, known ones, or places in new slots."""
-        unit, ids = scanned.unit, scanned.ids
-        self._read_bytes += scanned.read_bytes
+        unit = scanned.unit
+        self.read_bytes += scanned.read_bytes
         begin = unit.first % self._parameters.leaf_chunks
         asked: list[tuple[int, bytes]] = []
-        for place, chunk_id in enumerate(ids, begin):
+        for chunk in unit.looked_at():
+            place, chunk_id = chunk - unit.first + begin, scanned.ids[chunk - unit.first]
             if chunk_id is None:
+                leaf.entries[place] = None
                 continue
             old = None if leaf.old is None else leaf.old.entries[place]
             if old is not None and old.id == chunk_id:
@@ -224,7 +335,7 @@ class DiskWrite:
         pending = Pending(chunk_id, slot, len(slot.ids))
         slot.ids.append(chunk_id)
         self._known.begin(pending)
-        self._new_chunks += 1
+        self.new_chunks += 1
         return pending
 
     def _refer(self, leaf: _OpenLeaf, place: int, entry: ChunkRef | Pending) -> None:
@@ -242,6 +353,8 @@ class DiskWrite:
         if leaf is None:
             return
         old = leaf.old.entries if leaf.old is not None else (None,) * len(leaf.entries)
+        if self._upon is not None:
+            self._check_inherited(leaf.entries, old)
         self._count(leaf, old)
         # Entries of the parent are the same objects: where all are, so is the leaf, and nothing is encoded.
         same = all(new is before for new, before in zip(leaf.entries, old, strict=True))
@@ -251,6 +364,14 @@ class DiskWrite:
             self._waiting.append(_DoneLeaf(leaf.index, leaf.needs, leaf.entries))
         self._next_leaf = leaf.index + 1
 
+    def _check_inherited(self, entries: Sequence[Entry], old: Sequence[ChunkRef | None]) -> None:
+        """Raise SlotDamaged if an entry must not be referred to: what let it be inherited was wrong."""
+        kept = {before.place for new, before in zip(entries, old, strict=True)
+                if before is not None and new is before}
+        for place in kept:
+            if not self._known.may_reuse(place):
+                raise SlotDamaged(place, "it must not be referred to any more")
+
     def _count(self, leaf: _OpenLeaf, old: Sequence[ChunkRef | None]) -> None:
         first = leaf.index * self._parameters.leaf_chunks
         for place, (new, before) in enumerate(zip(leaf.entries, old, strict=True), first):
@@ -259,6 +380,8 @@ class DiskWrite:
             length = self._length(place)
             if new is not None:
                 self._data_bytes += length
+            if before is not None and self._upon is not None:
+                self._data_bytes -= length
             if new is not before and (new is None or before is None or new.id != before.id):
                 self._changed_bytes += length
 
@@ -267,17 +390,12 @@ class DiskWrite:
         return max(0, min(self._parameters.chunk_bytes, self._size_bytes - at))
 
     def _count_zeroed(self, end: int) -> None:
-        """Count what the parent has in the leaves before *end* that are zero now."""
-        if self._parent is None or end <= self._next_leaf:
+        """Count what the parent has in the leaves before *end* that were not read, so are zero now."""
+        if self._parent is None or self._upon is not None or end <= self._next_leaf:
             return
         for index, place, _ in self._parent.stretches(self._next_leaf, end):
-            try:
-                entries = () if place is None else self._parent.leaf(place).entries
-            except SlotDamaged:
-                continue
-            first = index * self._parameters.leaf_chunks
-            self._changed_bytes += sum(
-                self._length(first + at) for at, entry in enumerate(entries) if entry is not None)
+            with contextlib.suppress(SlotDamaged):
+                self._changed_bytes += 0 if place is None else self._data_of(index, self._parent.leaf(place))
 
     def _flush(self) -> None:
         """Put the leaves whose slots are placed; close the open slot if too many wait for it."""
@@ -286,10 +404,10 @@ class DiskWrite:
             self._stages.slots.finish()
         while self._waiting and self._waiting[0].needs < self._stages.slots.count:
             leaf = self._waiting.popleft()
-            if leaf.place is not None:
-                self._builder.keep_leaf(leaf.index, leaf.place)
+            if leaf.entries:
+                self._builder.put_leaf(leaf.index, [_settled(entry) for entry in leaf.entries], differs=True)
             else:
-                self._builder.put_leaf(leaf.index, [_settled(entry) for entry in leaf.entries])
+                self._builder.keep_leaf(leaf.index, leaf.place)
 
     def _finished(self) -> Written:
         self._close_leaf()
@@ -300,8 +418,9 @@ class DiskWrite:
         self._flush()
         root = self._builder.finish()
         return Written(
-            root, self._size_bytes, self._read_bytes, self._data_bytes, self._changed_bytes,
-            self._stages.stored_bytes - self._stored_before, self._new_chunks, self._known_chunks)
+            root, self._size_bytes, self.read_bytes, self._data_bytes, self._changed_bytes,
+            self._stages.stored_bytes - self._stored_before, self.new_chunks, self._known_chunks,
+            whole=self._upon is None)
 
 
 def _settled(entry: Entry) -> ChunkRef | None:

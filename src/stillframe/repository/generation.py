@@ -5,16 +5,21 @@ where slots were *moved* by compactions. A session names the generation that it 
 nothing condemned in it, so a pack condemned in g can go once no session is older than g.
 
     moved   {"p/<sid>/<n>": [["p/<sid>/<n>" of the pack they are in now, hex bitset of slots], ...]}
+    marked  [sid of a snapshot, ...]
 
 The newest home comes first. A slot's home is the first that has it, else the pack it was born in. An
 entry stays as long as the pack it names may exist: a writer that read an older generation may commit a
 reference to the slot at any time, and then only this entry knows where it is.
+
+*Marked* are the newest snapshots of the guests, all of whose slots the collector saw to be needed: so none of
+them is in a pack that this generation condemns. Nothing like that is known of a snapshot that was committed
+meanwhile by a session of an older generation.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import msgspec
@@ -41,6 +46,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True):
     moved: Mapping[str, list[tuple[str, str]]]
     by: str
     at: str
+    marked: Sequence[str] = ()
     version: int = FORMAT_VERSION
 
 
@@ -50,12 +56,15 @@ class Generation:
     def __init__(
         self, number: int, condemned: Mapping[PackName, int] | None = None,
         moved: Mapping[PackName, list[tuple[PackName, int]]] | None = None, by: str = "", at: str = "",
+        marked: Iterable[str] = (),
     ) -> None:
         self.number = number
         self.condemned = dict(condemned or {})
         self.moved = {birth: list(homes) for birth, homes in (moved or {}).items()}
         self.by = by
         self.at = at
+        #: The SIDs of snapshots.
+        self.marked = frozenset(marked)
 
     def homes(self, birth: PackName, slot: int) -> Iterator[PackName]:
         """Yield the packs that may hold a slot, the right one first; the last is where it was born."""
@@ -71,6 +80,15 @@ class Generation:
     def may_reuse(self, birth: PackName, slot: int) -> bool:
         """Return whether a session of this generation may refer to a slot."""
         return self.home(birth, slot) not in self.condemned
+
+    def may_reuse_unseen(self, sid: str, generation: int | None) -> bool:
+        """Return whether a session of this generation may refer to all that a listed snapshot refers to.
+
+        *sid* is the snapshot's, *generation* what its session went by, None if that is not known. Then
+        `may_reuse` is true of every slot beneath it: the collector of this generation saw that they are
+        needed, or the snapshot's own session asked the same of this generation.
+        """
+        return not self.condemned or sid in self.marked or generation == self.number
 
     @cached_property
     def targets(self) -> frozenset[PackName]:
@@ -138,7 +156,7 @@ def create_generation(storage: Storage, generation: Generation, domain_key: Doma
 
 def _encode(generation: Generation, key: str, domain_key: DomainKey) -> bytes:
     body = _Body(
-        n=generation.number, by=generation.by, at=generation.at,
+        n=generation.number, by=generation.by, at=generation.at, marked=sorted(generation.marked),
         condemned={pack.text: since for pack, since in generation.condemned.items()},
         moved={birth.text: [(home.text, f"{slots:x}") for home, slots in homes]
                for birth, homes in generation.moved.items()},
@@ -154,7 +172,7 @@ def decode_generation(content: bytes, key: str, domain_key: DomainKey) -> Genera
         return Generation(
             body.n, {pack_name(pack): since for pack, since in body.condemned.items()},
             {pack_name(birth): [(pack_name(home), int(slots, 16)) for home, slots in homes]
-             for birth, homes in body.moved.items()}, body.by, body.at,
+             for birth, homes in body.moved.items()}, body.by, body.at, body.marked,
         )
     except (msgspec.DecodeError, ValueError) as error:
         raise RepositoryDamaged(f"The generation {key} is not valid: {error}.",

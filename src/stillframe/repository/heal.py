@@ -59,8 +59,8 @@ class BadSlots:
         slots = self.packs.get(pack, 0)
         return slots is None or bool(slots >> slot & 1)
 
-    def __bool__(self) -> bool:
-        return bool(self.packs)
+    def __len__(self) -> int:
+        return len(self.packs)
 
     def within(self, pack: PackName, slots: int) -> int:
         """Return those of *slots* (a bitset) of a pack that are bad."""

@@ -9,19 +9,30 @@ go while the session lives, unless it was condemned, and that the session's gene
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from stillframe.repository.heal import HEALS_LIMIT
 from stillframe.repository.hints import ChunkHints
-from stillframe.repository.layout import PackKind, PackName, pack_name, packs_prefix
+from stillframe.repository.layout import PackKind, pack_name, packs_prefix
 from stillframe.repository.nodes import ChunkRef
 from stillframe.repository.pack import SlotRef
 from stillframe.repository.pipeline import NewSlot
 from stillframe.repository.session import Session
 
-#: Bad slots, as (pack, slot) of their birth.
-Bad = Container[tuple[PackName, int]]
+
+class Bad(Protocol):
+    """Bad slots, as (pack, slot) of their birth."""
+
+    def __contains__(self, at: object, /) -> bool:
+        """Return whether a slot is one."""
+        ...
+
+    def __len__(self) -> int:
+        """Return 0 if there are none."""
+        ...
+
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +61,11 @@ class KnownChunks:
     def may_reuse(self, place: SlotRef) -> bool:
         """Return whether a slot that a listed manifest refers to may be referred to again."""
         return not self.is_bad(place) and self._generation.may_reuse(place.pack, place.slot)
+
+    def may_reuse_unseen(self, sid: str, generation: int | None) -> bool:
+        """Return whether that is true of all that a listed snapshot refers to: see Generation."""
+        # Nobody knows which snapshots a bad slot belongs to without looking.
+        return not self._bad and self._generation.may_reuse_unseen(sid, generation)
 
     def is_bad(self, place: SlotRef) -> bool:
         """Return whether a slot is known not to be what was stored."""

@@ -63,6 +63,8 @@ class DiskEntry(Content, frozen=True, kw_only=True):
     *method* is how it was captured, *note* why it was read whole although its changes were to be known, ""
     if there is no such reason; the numbers are bytes: read from the image, that are not zero, that
     differed from the parent, and that were stored anew for it (compressed, with what seals them).
+    *read_whole_at* is the moment of the last snapshot of this chain for which all of the disk was read,
+    RFC 3339, "" if that is not known.
     """
 
     target: str
@@ -74,6 +76,7 @@ class DiskEntry(Content, frozen=True, kw_only=True):
     changed_bytes: int
     stored_bytes: int
     note: str = ""
+    read_whole_at: str = ""
 
 
 class FileEntry(Content, frozen=True, kw_only=True):
@@ -101,7 +104,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     *parent* is the session ID of the snapshot whose tree was built upon, "" if none. *frozen_s* is how
     long the guest was frozen. *stored_bytes* is all that this snapshot added, trees included. *anchor* is
-    what was left in the guest for the next backup to count from, None if nothing was.
+    what was left in the guest for the next backup to count from, None if nothing was. *generation* is the
+    number of the generation that the session went by, None where nobody wrote it down.
     """
 
     version: int = FORMAT_VERSION
@@ -126,6 +130,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     stored_bytes: int
     tags: tuple[str, ...] = ()
     anchor: Anchor | None = None
+    generation: int | None = None
 
 
 class _Version(msgspec.Struct):

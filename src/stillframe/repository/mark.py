@@ -8,7 +8,7 @@ deleted. A snapshot that is forgotten meanwhile is no error, and counts or does 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from stillframe.errors import ObjectMissing, RepositoryDamaged, SlotDamaged
 from stillframe.repository.catalog import display_name
@@ -30,7 +30,7 @@ class Marker:
     def __init__(self, places: Places) -> None:
         self._places = places
         self._repository = places.repository
-        self._walk = TreeWalk(self._leaf, self._damage, self._count)
+        self._walk = TreeWalk(self._leaf, self._damage, lambda place, _: self._count(place))
         self._damages: list[tuple[SlotDamaged, At]] = []
         self._done: set[SnapshotName] = set()
         self._trunks: list[Trunk] = []
@@ -52,6 +52,10 @@ class Marker:
     def snapshots(self) -> int:
         """How many snapshots were marked."""
         return len(self._done)
+
+    def marked(self, names: Iterable[SnapshotName]) -> Iterator[SnapshotName]:
+        """Yield those of *names* all of whose slots are marked."""
+        return (name for name in names if name in self._done and not self.has_gaps)
 
     def mark(self, names: Iterable[SnapshotName], places: Places | None = None) -> None:
         """Mark what *names* refer to, and all heals; those that were marked before are skipped.

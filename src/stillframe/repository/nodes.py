@@ -112,6 +112,13 @@ def leaf_slots(node: bytes, width: int) -> list[SlotRef]:
     return _leaf_slots(node, width)[0]
 
 
+def leaf_data(node: bytes, width: int) -> list[int]:
+    """Return the numbers of a leaf's entries that are not zero. Raises ValueError."""
+    _, at = _leaf_slots(node, width)
+    places = struct.unpack_from(f"<{width}H", node, at)
+    return [number for number, place in enumerate(places) if place != _NOTHING]
+
+
 def decode_inner(node: bytes, level: int, width: int) -> Inner:
     """Return an inner node of that level and width. Raises ValueError if *node* is none."""
     packs, count, at = _packs(node, (_INNER, level), width, PackKind.TREE)

@@ -24,11 +24,20 @@ UNIT_BYTES = MIB
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Consecutive chunks from *first*, all within one leaf. *runs* are those of them that may hold data."""
+    """Consecutive chunks from *first*, all within one leaf. *runs* are those of them that may hold data.
+
+    *cleared* are those that were something else in the parent, perhaps, and are zero now.
+    """
 
     first: int
     count: int
     runs: tuple[tuple[int, int], ...]
+    cleared: tuple[tuple[int, int], ...] = ()
+
+    def looked_at(self) -> Iterator[int]:
+        """Yield the chunks of both."""
+        for first, end in (*self.runs, *self.cleared):
+            yield from range(first, end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Survey:
         self._packs = packs
         self._width = places.repository.parameters.leaf_chunks
         self._rows = lru_cache(_KEPT_FOOTERS)(self._read_rows)
-        self._walk = TreeWalk(self._leaf, self._damage, lambda _: None)
+        self._walk = TreeWalk(self._leaf, self._damage, lambda *_: None)
         self._data: dict[PackName, int] = {}
         self.missing: dict[PackName, int] = {}
         #: What is wrong with packs that are there.
@@ -119,7 +119,7 @@ def expect(places: Places, every: Iterable[Trunk], births: Iterable[PackName]) -
     def leaf(_place: SlotRef, _index: int, node: bytes) -> None:
         expected.add(decode_leaf(node, parameters.leaf_chunks))
 
-    walk = TreeWalk(leaf, lambda _damage, _at: None, lambda _: None)
+    walk = TreeWalk(leaf, lambda _damage, _at: None, lambda *_: None)
     for trunk in every:
         walk.add(trunk.root, parameters.height(trunk.size_bytes))
     walk.run(places)
@@ -144,7 +144,7 @@ class HitSearch:
 
     def run(self, every: Iterable[Trunk]) -> list[Hit]:
         """Return the nodes and leaves that are hurt, by their place in a tree; not all if they are many."""
-        walk = TreeWalk(self._leaf, self._node, lambda _: None)
+        walk = TreeWalk(self._leaf, self._node, lambda *_: None)
         for trunk in every:
             walk.add(trunk.root, self._parameters.height(trunk.size_bytes))
         walk.run(self.places)

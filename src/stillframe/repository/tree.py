@@ -143,12 +143,15 @@ class TreeBuilder:
 
     *put_node* stores a node and returns its place. Nodes of *parent* are referred to where they are equal
     and *may_reuse* allows it. With *inherit*, leaves that are not put are the parent's (same size of disk
-    needed, and everything in the parent must be reusable); without, they are zero.
+    needed, and everything in the parent must be reusable); without, they are zero. *all_put* says of the
+    leaves from a first to an end whether all that are not zero now are put anyway: then a node above them
+    need not be readable. Where one must be and is not, SlotDamaged is raised.
     """
 
     def __init__(
         self, parameters: Parameters, size_bytes: int, put_node: Callable[[bytes], SlotRef],
         parent: Tree | None, may_reuse: Callable[[SlotRef], bool], *, inherit: bool = False,
+        all_put: Callable[[int, int], bool] = lambda _first, _end: False,
     ) -> None:
         if inherit and (parent is None or parent.size_bytes != size_bytes):
             raise ValueError("only a disk of the same size has leaves to inherit")
@@ -158,19 +161,26 @@ class TreeBuilder:
         self._parent = parent
         self._may_reuse = may_reuse
         self._inherit = inherit
+        self._all_put = all_put
         self._open: dict[int, _Open] = {}
         self._last = -1
         self._root = parent.root if inherit and parent is not None else None
 
-    def put_leaf(self, index: int, entries: Entries) -> None:
-        """Set the leaf at *index*, higher than any before; *entries* are as many as a leaf has."""
+    def put_leaf(self, index: int, entries: Entries, *, differs: bool = False) -> None:
+        """Set the leaf at *index*, higher than any before; *entries* are as many as a leaf has.
+
+        With *differs* the parent's leaf is not looked at: it is known to be another.
+        """
         if index <= self._last or len(entries) != self._parameters.leaf_chunks:
             raise ValueError("leaves come in order and in full")
         self._last = index
-        self._put(1, index, self._leaf_place(index, entries))
+        self._put(1, index, self._leaf_place(index, entries, differs))
 
-    def keep_leaf(self, index: int, place: SlotRef) -> None:
-        """Set the leaf at *index*, higher than any before, to one that is stored and may be referred to."""
+    def keep_leaf(self, index: int, place: SlotRef | None) -> None:
+        """Set the leaf at *index*, higher than any before, to one that is stored and may be referred to.
+
+        None makes it all zero.
+        """
         if index <= self._last:
             raise ValueError("leaves come in order")
         self._last = index
@@ -209,7 +219,7 @@ class TreeBuilder:
         try:
             return self._parent.inner(place, level).children
         except SlotDamaged:
-            if self._inherit:
+            if self._is_needed(level, index):
                 raise
             return None
 
@@ -217,13 +227,20 @@ class TreeBuilder:
         try:
             return None if self._parent is None else self._parent.node_at(level, index)
         except SlotDamaged:
-            if self._inherit:
+            if self._is_needed(level, index):
                 raise
             return None  # what is damaged there is written anew
 
-    def _leaf_place(self, index: int, entries: Entries) -> SlotRef | None:
+    def _is_needed(self, level: int, index: int) -> bool:
+        """Return whether something beneath the parent's node at a place is inherited."""
+        span = self._parameters.inner_nodes ** level
+        return self._inherit and not self._all_put(index * span, (index + 1) * span)
+
+    def _leaf_place(self, index: int, entries: Entries, differs: bool) -> SlotRef | None:
         if not any(entries):
             return None
+        if differs:
+            return self._put_node(encode_leaf(entries))
         place = self._parent_place(0, index)
         if place is not None and self._parent is not None and self._may_reuse(place):
             try:

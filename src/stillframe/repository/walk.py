@@ -36,12 +36,14 @@ class At:
 OnLeaf = Callable[[SlotRef, int, bytes], None]
 #: Called with each node that can't be read.
 OnDamage = Callable[[SlotDamaged, At], None]
+#: Called with each node that is going to be visited.
+OnNode = Callable[[SlotRef, At], None]
 
 
 class TreeWalk:
     """Visits nodes of trees; a slot is visited once in the life of the walk, damaged ones aside."""
 
-    def __init__(self, on_leaf: OnLeaf, on_damage: OnDamage, on_node: Callable[[SlotRef], None]) -> None:
+    def __init__(self, on_leaf: OnLeaf, on_damage: OnDamage, on_node: OnNode) -> None:
         self._on_leaf = on_leaf
         self._on_damage = on_damage
         self._on_node = on_node
@@ -55,7 +57,7 @@ class TreeWalk:
         bit = 1 << place.slot
         if not known & bit:
             self.seen[place.pack] = known | bit
-            self._on_node(place)
+            self._on_node(place, At(level, index))
             self._waiting.setdefault(level, _Waiting()).add(place, index)
 
     def run(self, places: Places) -> None:

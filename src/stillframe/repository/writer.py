@@ -8,7 +8,8 @@
     leaves, tree                     one thread, in order                      disk_write.py, tree.py
 
 One thread decides and hands out jobs, and takes no more of them than a fixed number at a time; so
-memory does not grow with the disk. A leaf waits until its chunks' slots have their places.
+memory does not grow with the disk. A leaf waits until its chunks' slots have their places. Where it is
+known what changed since the parent, only that is read: incremental.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Self
 
 from stillframe.block.reader import DiskReader
 from stillframe.errors import StillframeError
-from stillframe.repository.disk_write import DiskWrite, Progress, Written
+from stillframe.repository.audit import Audit
+from stillframe.repository.disk_write import Progress, Written
 from stillframe.repository.hints import ChunkHints
+from stillframe.repository.incremental import DiskWriting, Since
 from stillframe.repository.known import Bad
 from stillframe.repository.manifest import Content
 from stillframe.repository.nodes import ChunkRef
@@ -30,21 +33,22 @@ from stillframe.repository.session import Session
 from stillframe.repository.stages import Stages
 from stillframe.repository.tree import Tree
 
-__all__ = ["Progress", "SnapshotWriter", "Written"]
+__all__ = ["Audit", "Progress", "Since", "SnapshotWriter", "Written"]
 
 
 class SnapshotWriter:
     """Writes the contents of one snapshot; a session has one writer only. For one thread.
 
-    *places* reads the parents' trees; *bad* slots are referred to no more. After an error nothing more
-    can be written; no thread is left, and what was uploaded is rubbish for the next collector.
-    Leaving the block without `finish` is the same.
+    *places* reads the parents' trees; *bad* slots are referred to no more; *audit* is made of each disk
+    of which only the changes are read. After an error nothing more can be written; no thread is left, and
+    what was uploaded is rubbish for the next collector. Leaving the block without `finish` is the same.
     """
 
     def __init__(
         self, repository: Repository, session: Session, places: Places, *, bad: Bad, hints: ChunkHints,
-        threads: int = 2,
+        threads: int = 2, audit: Audit | None = None,
     ) -> None:
+        self._audit = audit or Audit()
         self._places = places
         self._stages = Stages(repository, session, bad, hints, threads)
 
@@ -60,20 +64,24 @@ class SnapshotWriter:
         return self._stages.known.healed
 
     def write(
-        self, source: DiskReader, parent: Content | None = None, *,
+        self, source: DiskReader, parent: Content | None = None, *, since: Since | None = None,
         stop: Callable[[], StillframeError | None] = lambda: None,
         report: Callable[[Progress], None] = lambda _: None,
     ) -> Written:
         """Write a disk as it stands in *source*; unchanged chunks and nodes are referred to in *parent*.
 
-        *parent* is of a manifest that was listed after the session was opened. *stop* and *report* are
+        *parent* is of a manifest that was listed after the session was opened. With *since*, which says that
+        it is the snapshot that `source.changed()` counts from, only what changed is read, unless there is a
+        reason to read it whole: an audit that found a difference, another size, or too much damage in the
+        parent; the result says which. Either way it is the content of *source*. *stop* and *report* are
         called about once for each mebibyte that is read, *stop* also while a read or an upload takes
         long; an error that *stop* returns ends the run and is raised. Raises CopyFailed, StorageError.
         """
         self._check_open()
         tree = None if parent is None else Tree(self._places, parent.size_bytes, parent.place)
+        self._stages.stop = stop
         try:
-            return DiskWrite(self._stages, source, tree, stop, report).run()
+            return DiskWriting(self._stages, source, tree, since, self._audit, report).run()
         except BaseException:
             self.close()
             raise
