@@ -1,0 +1,8 @@
+"""The numbers of libvirt's errors that decide what is done next. Their texts are localised, these are not."""
+
+from __future__ import annotations
+
+import libvirt
+
+#: Another call holds the domain, and did not let go of it in time (30 s).
+TIMED_OUT: int = libvirt.VIR_ERR_OPERATION_TIMEOUT
