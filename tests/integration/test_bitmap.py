@@ -54,7 +54,7 @@ class Desk:
             for number, target in enumerate(self.guest.disks):
                 self.guest.write(target, 9 * MIB + number * 64 * _KIB, 192 * _KIB, 0xD0 + number)
                 self.guest.write_zeroes(target, 512 * _KIB, 128 * _KIB)
-                self.guest.discard(target, 16 * MIB, 64 * _KIB)
+                # No discard: QEMU drops them while a backup job runs (its filter was opened without unmap).
             during(capture)
 
         taken = self.store.take(self.domain, self.tools, self.wishes, during=meanwhile)
@@ -431,7 +431,7 @@ def test_another_backup_job(desk: MakeDesk, overlays_dir: Path) -> None:
 
 def hooked(one: Desk, tools: Tools, tmp_path: Path, act: Callable[[], None]) -> None:
     """Have *act* called right before the job is begun."""
-    done = []
+    done: list[int] = []
 
     def hook(state: State, phase: str) -> None:
         if (state, phase) == (State.BEGINNING, "intent") and not done:
