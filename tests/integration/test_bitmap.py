@@ -419,6 +419,7 @@ def test_a_shutdown_is_refused(desk: MakeDesk) -> None:
 
 def test_another_backup_job(desk: MakeDesk, overlays_dir: Path) -> None:
     one = desk()
+    overlays_dir.chmod(0o777)  # QEMU makes the socket there, as its own user
     one.guest.domain().backupBegin(
         f"<domainbackup mode='pull'><server transport='unix' socket='{overlays_dir}/their.socket'/>"
         f"<disks><disk name='vda' type='file'><scratch file='{overlays_dir}/theirs'/></disk></disks>"

@@ -9,7 +9,7 @@ from stillframe.capture.decide_pull import BackupSeen, PullSight
 from stillframe.capture.journal import PullRecord, RunRecord
 from stillframe.errors import HypervisorError, ProgramFailed, ProgramTimedOut
 from stillframe.hypervisor.backup_xml import job_socket
-from stillframe.hypervisor.codes import TIMED_OUT
+from stillframe.hypervisor.codes import INTERNAL, TIMED_OUT
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Power, QemuView
 
@@ -27,6 +27,8 @@ def look_at_pull(record: RunRecord, domain: Domain, *, thaw_hopeless: bool = Fal
         return PullSight(power, checkpoints=frozenset(names & kept), files=files, thaw_hopeless=thaw_hopeless)
     try:
         job = _seen_job(domain, pull)
+        if job is BackupSeen.WEDGED:
+            return PullSight(power, job, files=files, thaw_hopeless=thaw_hopeless)
         view = domain.view()
         listed = domain.checkpoints()
     except HypervisorError as error:
@@ -68,7 +70,12 @@ def _seen_job(domain: Domain, pull: PullRecord) -> BackupSeen:
     socket = job_socket(domain.backup_job())
     if socket:
         return BackupSeen.OURS if socket == pull.socket else BackupSeen.OTHER
-    return BackupSeen.OTHER if domain.has_job() else BackupSeen.NONE
+    try:
+        return BackupSeen.OTHER if domain.has_job() else BackupSeen.NONE
+    except HypervisorError as error:
+        if error.libvirt_code != INTERNAL:
+            raise
+        return BackupSeen.WEDGED
 
 
 def _bitmaps_in_images(record: RunRecord) -> frozenset[str]:
