@@ -6,6 +6,7 @@ from whatever the blow left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -15,20 +16,24 @@ import libvirt
 import pytest
 
 from lab.daemons import LibvirtDaemons
+from lab.dbguest import DbGuest, check_images
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
+from lab.guest import Guest
 from lab.images import MIB
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import PULL_STATES, State
 from stillframe.clock import SystemClock
-from stillframe.errors import NeedsAttention
+from stillframe.errors import NeedsAttention, OverlayFull
 from tests.fault.harness import Place, Run, Victim, recover, small_file_system, strike
-from tests.fault.matrix import Step, name_of, steps_of
+from tests.fault.matrix import AGENT, Step, name_of, steps_of
 from tests.fault.test_kill_matrix import model_copy
 from tests.pull_store import PullStore
 
 MakeGuest = Callable[..., DiskGuest]
 #: The states of other methods, too, that a run by bitmap comes to without an agent or a full file system.
+_PAUSE_S = 0.02
 _SHARED = frozenset({State.PLANNED, State.RELEASED, State.DONE})
 
 
@@ -68,7 +73,7 @@ def stopped_at(place: Place, guest: DiskGuest, step: Step) -> Run:
     return run
 
 
-def assert_nothing_left(place: Place, guest: DiskGuest, store: PullStore) -> None:
+def assert_nothing_left(place: Place, guest: Guest, store: PullStore) -> None:
     """No run, job, scratch or socket is left, and no checkpoint that the next run does not count from."""
     assert not journal_of(place).open_runs()
     assert not list(Path("/var/lib/libvirt").rglob("*.stillframe-scratch.qcow2"))
@@ -172,29 +177,67 @@ def test_libvirtd_killed_while_it_begins_the_job(
     assert_goes_on(place, guest, store, tmp_path)
 
 
-@pytest.mark.parametrize("victim", [None, Victim.TOOL])
-def test_no_space_for_the_scratch_file(
-    guest: DiskGuest, store: PullStore, place: Place, tmp_path: Path, victim: Victim | None
+def assert_whole(place: Place, guest: DbGuest, store: PullStore) -> None:
+    """The guest writes on, and its disk and the newest point hold all that was acknowledged by then."""
+    acknowledged = guest.acknowledged()
+    if guest.running():
+        wait_for("the guest writes", lambda: guest.acknowledged() > acknowledged, PATIENCE_S)
+        wait_for(
+            "the agent says thawed", lambda: guest.agent_answers() and guest.freeze_status() == "thawed",
+            PATIENCE_S,
+        )
+    assert_nothing_left(place, guest, store)
+    guest.destroy()
+    point = store.current()
+    assert point is not None
+    check, stored = check_images(guest.disk_source("vda", inactive=True), (point / "vda.img", "raw"))
+    assert check.whole, check
+    assert check.last >= acknowledged
+    assert stored.whole, stored
+
+
+@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("step", steps_of(AGENT), ids=name_of)
+def test_killed_while_frozen(
+    db_guest: Callable[..., DbGuest], store: PullStore, daemons: LibvirtDaemons, place: Place, step: Step,
+    victim: Victim,
 ) -> None:
-    """QEMU pauses the guest; the job is ended, and the guest goes on."""
+    guest = db_guest(pause_s=_PAUSE_S)
+    guest.wait_more_rows(5)
+    assert Run(place, guest, what="bitmap", quiesce="agent").end() == 0
+    guest.wait_more_rows(5)
+    run = Run(place, guest, what="bitmap", quiesce="agent", state=step[0], phase=step[1])
+    assert run.wait_reached(), run.output
+    strike(victim, run, guest, daemons)
+    answer = recover(place, guest)
+    assert answer.returncode == 0, run.output + answer.stdout + answer.stderr
+    assert_whole(place, guest, store)
+
+
+@pytest.mark.parametrize("step", [None, (State.RESUMING, "intent"), (State.RESUMING, "done")])
+def test_no_space_for_the_scratch_file(
+    db_guest: Callable[..., DbGuest], store: PullStore, place: Place, step: Step | None
+) -> None:
+    """QEMU pauses the guest; the job is ended, and the guest goes on: also if the tool was killed."""
+    guest = db_guest(pause_s=_PAUSE_S)
+    guest.wait_more_rows(5)
     assert Run(place, guest, what="bitmap").end() == 0
     with small_file_system(place.overlays / "small", 80 * MIB) as small:
         small.chmod(0o777)
         full = Place(place.destination, place.state_dir, small)
-        run = Run(full, guest, what="bitmap", state=State.READING, phase="done", overlay_limit_bytes=1)
-        reached = run.wait_reached()
-        assert reached, run.output
-        (small / "filler").write_bytes(bytes(80 * MIB - 2 * MIB))
-        if victim is Victim.TOOL:
+        run = Run(full, guest, what="bitmap", state=State.READING, phase="done")
+        assert run.wait_reached(), run.output
+        with contextlib.suppress(OSError):
+            (small / "filler").write_bytes(bytes(80 * MIB))
+        wait_for("QEMU pauses the guest", lambda: guest.domain().state() == [
+            libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR], PATIENCE_S)
+        if step is None:
+            assert run.go_on() == OverlayFull.exit_code, run.output
+        else:
             run.kill()
-        pause_by_writing(guest)
-        if victim is None:
-            assert run.go_on() != 0
-        assert recover(place, guest).returncode == 0
-        assert_nothing_left(place, guest, store)
-    assert_goes_on(place, guest, store, tmp_path)
-
-
-def pause_by_writing(guest: DiskGuest) -> None:
-    """Overwrite more than the scratch file has room for."""
-    raise NotImplementedError
+            run = Run(full, guest, what="recover", state=step[0], phase=step[1])
+            assert run.wait_reached(), run.output
+            run.kill()
+        answer = recover(place, guest)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert_whole(place, guest, store)

@@ -12,18 +12,19 @@ import pytest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.block.anchor import Anchor
 from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.limits import Limits
-from stillframe.capture.plan import Wishes
-from stillframe.capture.run import Capture, Tools
+from stillframe.capture.plan import Wishes, make_plan
+from stillframe.capture.run import Capture, Tools, captured
 from stillframe.capture.states import Quiesce, State
 from stillframe.clock import SystemClock
 from stillframe.errors import CopyFailed, GuestBusy, GuestUnfit, Interrupted, ShutdownImpossible
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
-from tests.pull_store import PullStore, Taken
+from tests.pull_store import PullStore, Taken, never
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
@@ -506,3 +507,55 @@ def test_libvirtd_is_killed_in_mid_job(desk: MakeDesk) -> None:
     assert one.take(kill).notes == {"vda": ""}
     one.write_some(2)
     assert one.take().notes == {"vda": ""}
+
+
+def test_a_disk_that_was_cut_and_made_larger_again(desk: MakeDesk) -> None:
+    """It has the old size, and zeroes where data was."""
+    one = desk()
+    one.guest.write("vda", 22 * MIB, MIB, 0x22)
+    one.take()
+    for size_bytes in (20 * MIB, _SIZE_BYTES):
+        one.guest.domain().blockResize("vda", size_bytes, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        one.guest.model("vda").resize(size_bytes)
+    one.write_some(1)
+    one.take()
+
+
+def test_an_overlay_that_came_and_went_in_between(desk: MakeDesk, overlays_dir: Path) -> None:
+    one = desk()
+    one.take()
+    one.write_some(1)
+    overlay = overlays_dir / "theirs.qcow2"
+    one.guest.domain().snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
+        "</disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)
+    one.write_some(2)
+    one.guest.domain().blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    wait_for("the commit is ready", lambda: "ready='yes'" in one.guest.domain().XMLDesc(), PATIENCE_S)
+    one.write_some(3)
+    one.guest.domain().blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    wait_for("the mirror is gone", lambda: "<mirror" not in one.guest.domain().XMLDesc(), PATIENCE_S)
+    one.write_some(4)
+    one.take()
+
+
+def test_a_capture_by_overlay_in_between(desk: MakeDesk) -> None:
+    one = desk()
+    one.take()
+    one.write_some(1)
+    with captured(make_plan(one.domain, one.wishes), one.tools, "elsewhere", never):
+        one.write_some(2)
+    one.write_some(3)
+    assert one.take().notes == {"vda": ""}
+
+
+@pytest.mark.parametrize("kind", [Kind.BLOCK, Kind.NBD])
+def test_disks_without_a_folder_of_their_own(desk: MakeDesk, kind: Kind) -> None:
+    """They are raw in the lab, and pulled whole; their scratch files lie in the overlays' folder."""
+    one = desk(DiskSpec("vda", size_bytes=_SIZE_BYTES), DiskSpec("vdb", kind, _SIZE_BYTES))
+    for number in range(1, 3):
+        one.write_some(number)
+        taken = one.take()
+        assert taken.notes["vda"] == ""
+        assert "raw" in taken.notes["vdb"]

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from stillframe.capture.bitmap_choice import (
 )
 from stillframe.capture.end_pull import EndPull
 from stillframe.capture.forward import Forward, brought_back
-from stillframe.capture.growth import Watermark, plan_watermarks
+from stillframe.capture.growth import plan_watermarks
 from stillframe.capture.journal import DiskRecord, PullRecord
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Plan
@@ -48,6 +49,7 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.hypervisor.backup_xml import PulledDisk, checkpoint_xml, job_socket, pull_xml, redefinition
+from stillframe.hypervisor.codes import TIMED_OUT
 from stillframe.hypervisor.domain import qemu_pid
 from stillframe.hypervisor.model import Power
 
@@ -103,9 +105,11 @@ class _Run(Forward):
         self._earlier = earlier
         self._choices = choices
         scratch = [_scratch_path(plan.domain.name, disk, "new") for disk in plan.disks]
-        plan_watermarks(scratch, plan.limits)  # refused before anything is written down
+        marks = plan_watermarks(scratch, plan.limits, "scratch files")  # refused before a run is begun
         super().__init__(plan, tools.journal, tools.clock, tools.watcher.say, destination, stop)
-        self._watermarks: tuple[Watermark, ...] = plan_watermarks(pull_of(self.record).scratch, plan.limits)
+        named = dict(zip(scratch, pull_of(self.record).scratch, strict=True))
+        self._watermarks = tuple(
+            replace(mark, paths=tuple(map(named.__getitem__, mark.paths))) for mark in marks)
 
     def _pull_record(self, run_id: str) -> PullRecord | None:
         plan, short = self._plan, hashlib.sha256(run_id.encode()).hexdigest()[:_HASH_LETTERS]
@@ -253,7 +257,7 @@ class _Run(Forward):
         return ""
 
     def _refuse_other_job(self, error: HypervisorError) -> None:
-        if self._domain.has_job():
+        if error.libvirt_code == TIMED_OUT or self._domain.has_job():
             raise GuestBusy(
                 f"Another job (a backup, a migration or a save) runs on {self.record.name}.",
                 f"virsh domjobinfo {self.record.name}   # wait for its end, then run again") from error
