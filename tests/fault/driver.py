@@ -1,9 +1,10 @@
 """One run in a process of its own that stops itself (SIGSTOP) at a given step of the journal.
 
-    python tests/fault/driver.py mirror|backup|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE \
+    python -m tests.fault.driver mirror|backup|bitmap|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE \
         STATE PHASE LIMIT
 
-For a backup, DEST is the repository, which PASSPHRASE opens. STATE and PHASE ("intent" or "done") say
+For a backup, DEST is the repository, which PASSPHRASE opens; for bitmap, a PullStore.
+STATE and PHASE ("intent" or "done") say
 where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays' limit
 in bytes, 0 for none. The exit code is the error's, 0 for none; the error is printed.
 """
@@ -35,6 +36,7 @@ from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.opened import Secret, open_repository
 from stillframe.storage.local import LocalStorage
 from stillframe.units import MIB
+from tests.pull_store import PullStore
 
 PASSPHRASE = b"correct horse"
 HOST = "lab"
@@ -79,6 +81,9 @@ def main() -> int:
         if what == "recover":
             with domain_lock(journal.folder, domain.uuid, domain.name, "recover", clock):
                 recover_domain(domain, tools, limits)
+        elif what == "bitmap":
+            PullStore(Path(destination)).take(
+                domain, tools, Wishes(Quiesce(quiesce), Path(overlays), limits=limits))
         elif what == "backup":
             back_up(domain, Path(destination), Wishes(Quiesce(quiesce), Path(overlays), limits=limits), tools)
         else:

@@ -50,7 +50,7 @@ class Run:
         state: State | None = None, phase: str = "-", overlay_limit_bytes: int = 0,
     ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("driver.py")), what, guest.name,
+            [sys.executable, "-m", "tests.fault.driver", what, guest.name,
              str(place.destination), str(place.state_dir), str(place.overlays), quiesce,
              state.value if state else "-", phase, str(overlay_limit_bytes)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stillframe.capture.states import State
+from stillframe.capture.states import PULL_STATES, State
 
 Step = tuple[State, str]
 
@@ -29,7 +29,7 @@ def steps_of(states: frozenset[State]) -> list[Step]:
 
 def plain_steps() -> list[Step]:
     """Return the steps that any guest goes through, without an agent or a shutdown."""
-    return steps_of(frozenset(State) - AGENT - SHUTDOWN - RESTART)
+    return steps_of(frozenset(State) - AGENT - SHUTDOWN - RESTART - PULL_STATES)
 
 
 def name_of(step: object) -> str:

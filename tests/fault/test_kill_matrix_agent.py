@@ -14,7 +14,7 @@ from lab.daemons import LibvirtDaemons
 from lab.dbguest import DbGuest, check_images
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.journal import Journal
-from stillframe.capture.states import State
+from stillframe.capture.states import PULL_STATES, State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
@@ -27,7 +27,8 @@ _VICTIMS = [pytest.param(victim, id=victim.value) for victim in Victim]
 
 
 def test_the_matrix_leaves_no_step_out() -> None:
-    cells = [*plain_steps(), *steps_of(AGENT), *steps_of(SHUTDOWN), *steps_of(RESTART)]
+    cells = [*plain_steps(), *steps_of(AGENT), *steps_of(SHUTDOWN), *steps_of(RESTART),
+        *steps_of(PULL_STATES)]  # these in test_kill_matrix_pull
     assert sorted(map(name_of, cells)) == sorted(map(name_of, all_steps()))
 
 

@@ -28,6 +28,11 @@ _STATUS_WINDOW_BYTES = GIB
 _REQUEST_LIMIT_BYTES = 32 * MIB
 _POLL_S = 0.01
 _ALLOCATION = "base:allocation"
+_DIRTY = "qemu:dirty-bitmap:"
+_STATE_DIRTY = 1
+#: A read is split into pieces of at least this much, which are on their way together.
+_PIECE_BYTES = MIB // 4
+_IN_FLIGHT = 16
 # Bits of base:allocation. A hole that does not read as zeroes is data: only ZERO counts.
 _STATE_HOLE = 1
 _STATE_ZERO = 2
@@ -107,14 +112,31 @@ def open_reader(
                     yield CountingReader(reader, dirty)
 
 
+@contextlib.contextmanager
+def open_export(socket: str, export: str, name: str, *, bitmap: str = "") -> Iterator[DiskReader]:
+    """Open an export of a QEMU that runs: a disk as it was when a backup job began.
+
+    *name* is for people. With *bitmap*, the export's dirty bitmap of that name says what changed since the
+    moment that it counts from. Raises CopyFailed.
+    """
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.closing(_Handle(socket, name, export)))
+        dirty = stack.enter_context(
+            contextlib.closing(_Handle(socket, name, export, _DIRTY + bitmap))) if bitmap else None
+        yield ExportReader(socket, name, first, export, dirty)
+
+
 class NbdReader:
     """A DiskReader over an NBD server's unix socket; content comes from the descriptor, if there is one."""
 
-    def __init__(self, socket: str, name: str, first: _Handle, fd: int | None = None) -> None:
+    def __init__(
+        self, socket: str, name: str, first: _Handle, fd: int | None = None, export: str = ""
+    ) -> None:
         self._socket = socket
         self._name = name
         self._first = first
         self._fd = fd
+        self._export = export
         self.size_bytes = first.size_bytes()
 
     def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
@@ -132,30 +154,79 @@ class NbdReader:
         if self._fd is not None:
             yield _RawFile(self._fd, self._name)
             return
-        with contextlib.closing(_Handle(self._socket, self._name)) as handle:
+        with contextlib.closing(_Handle(self._socket, self._name, self._export)) as handle:
             yield handle
 
     def _raw_extents(self, offset: int, end: int) -> Iterator[Extent]:
+        for at, length, flags in _status(self._first, offset, end):
+            yield Extent(at, length, _kind(flags))
+
+
+class ExportReader(NbdReader):
+    """A DiskReader over an export of a backup job, whose guest writes on. Make it with open_export."""
+
+    def __init__(
+        self, socket: str, name: str, first: _Handle, export: str, dirty: _Handle | None
+    ) -> None:
+        super().__init__(socket, name, first, export=export)
+        self._dirty = dirty
+
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader. For one thread at a time, and not together with extents()."""
+        return None if self._dirty is None else merged(self._dirty_extents(self._dirty))
+
+    def _dirty_extents(self, dirty: _Handle) -> Iterator[Extent]:
+        for offset, length, flags in _status(dirty, 0, self.size_bytes, needed=True):
+            if flags & _STATE_DIRTY:
+                # What is dirty and reads as zero is a change, too: what was there before must go.
+                yield from self._raw_extents(offset, offset + length)
+
+    def _raw_extents(self, offset: int, end: int) -> Iterator[Extent]:
+        """Yield extents, believing a zero only if it is said twice.
+
+        QEMU keeps the guest's writes apart from reads of the export, but not from questions about it (seen
+        in the source of 7.2). An answer may be made of the scratch file before, and of the disk after, a
+        zero came to where data was. By the time of a second question the scratch file holds what was there.
+        """
         while offset < end:
-            # A server may answer for less than was asked, or for more; both are allowed to it.
-            for length, flags in self._first.block_status(offset, min(end - offset, _STATUS_WINDOW_BYTES)):
-                length = min(length, end - offset)  # noqa: PLW2901 -- clip the last one
-                if length == 0:
-                    break
-                yield Extent(offset, length, _kind(flags))
-                offset += length
+            stop = min(end, offset + _STATUS_WINDOW_BYTES)
+            first = list(_status(self._first, offset, stop))
+            for at, length, flags in first:
+                if not flags & _STATE_ZERO:
+                    yield Extent(at, length, Kind.DATA)
+                    continue
+                for again, part, said in _status(self._first, at, at + length):
+                    yield Extent(again, part, _kind(flags & said))
+            offset = stop
+
+
+def _status(
+    handle: _Handle, offset: int, end: int, *, needed: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (offset, length, flags) of what the handle's context says, without gaps."""
+    while offset < end:
+        # A server may answer for less than was asked, or for more; both are allowed to it.
+        window = min(end - offset, _STATUS_WINDOW_BYTES)
+        for length, flags in handle.block_status(offset, window, needed=needed):
+            length = min(length, end - offset)  # noqa: PLW2901 -- clip the last one
+            if length == 0:
+                break
+            yield offset, length, flags
+            offset += length
 
 
 class _Handle:
     """One libnbd handle. Every error of the library comes out as CopyFailed."""
 
-    def __init__(self, socket: str, name: str) -> None:
+    def __init__(self, socket: str, name: str, export: str = "", context: str = _ALLOCATION) -> None:
         import nbd
 
         self._nbd: Any = nbd
         self._name = name
+        self._context = context
         handle = nbd.NBD()
-        handle.add_meta_context(_ALLOCATION)
+        handle.set_export_name(export)
+        handle.add_meta_context(context)
         handle.set_pread_initialize(False)  # a failed read is an error here, its buffer never used
         self._handle: Any = handle
         self._try("connecting", lambda: handle.connect_unix(socket))
@@ -167,14 +238,19 @@ class _Handle:
         assert len(buffer) <= _REQUEST_LIMIT_BYTES
         self._try(f"reading {len(buffer)} bytes at {offset_bytes}", lambda: self._pread(buffer, offset_bytes))
 
-    def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return (length, flags) pairs that begin at *offset*: at least one, of any total length."""
-        if not self._handle.can_meta_context(_ALLOCATION):
+    def block_status(self, offset: int, length: int, *, needed: bool = False) -> list[tuple[int, int]]:
+        """Return (length, flags) pairs that begin at *offset*: at least one, of any total length.
+
+        A server without the context gives no flags; where they are *needed*, that raises CopyFailed.
+        """
+        if not self._handle.can_meta_context(self._context):
+            if needed:
+                raise self._failed(f"asking for {self._context}", "the server does not have it")
             return [(length, 0)]
         pairs: list[tuple[int, int]] = []
 
         def take(context: str, _offset: int, entries: list[int], _error: Any) -> int:
-            if context == _ALLOCATION:
+            if context == self._context:
                 pairs.extend(zip(entries[::2], entries[1::2], strict=True))
             return 0
 
@@ -192,10 +268,27 @@ class _Handle:
         self._handle = None  # this binding closes a handle when nothing refers to it any more
 
     def _pread(self, buffer: memoryview, offset: int) -> None:
-        # The synchronous call would allocate its own buffer; this one fills ours in place.
-        cookie = self._handle.aio_pread(self._nbd.Buffer.from_buffer(buffer), offset)
-        while not self._handle.aio_command_completed(cookie):
-            self._handle.poll(-1)
+        # The synchronous call would allocate its own buffer; these fill ours in place, several at a time.
+        step = max(_PIECE_BYTES, len(buffer) // _IN_FLIGHT)
+        waiting = [
+            self._handle.aio_pread(self._nbd.Buffer.from_buffer(buffer[at : at + step]), offset + at)
+            for at in range(0, len(buffer), step)
+        ]
+        failed = None
+        while waiting:
+            try:
+                if self._handle.aio_command_completed(waiting[-1]):
+                    waiting.pop()
+                else:
+                    self._handle.poll(-1)
+            except self._nbd.Error as error:
+                if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+                    raise
+                # The others may still be writing into the buffer: their ends are waited for.
+                failed = failed or error
+                waiting.pop()
+        if failed is not None:
+            raise failed
 
     def _try(self, doing: str, call: Callable[[], Any]) -> Any:
         try:

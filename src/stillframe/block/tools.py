@@ -142,6 +142,16 @@ def commit_offline(overlay_path: str, base: ImagePlace, *, timeout_s: float) -> 
         _fsync(base.path)
 
 
+def remove_bitmap(image: ImagePlace, name: str, *, timeout_s: float = _INFO_TIMEOUT_S) -> None:
+    """Delete the persistent bitmap called *name*, if there is one, from a qcow2 that nobody uses.
+
+    QEMU's locks are taken. Raises ProgramFailed, ProgramTimedOut.
+    """
+    if any(found == name for found, _flags in image_info(image).bitmaps):
+        process.run(
+            ["qemu-img", "bitmap", "--remove", image.json_name(), name], timeout_s=timeout_s)
+
+
 def _info(entry: dict[str, Any]) -> ImageInfo:
     data = entry.get("format-specific", {}).get("data", {})
     bitmaps = tuple(

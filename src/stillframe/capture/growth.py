@@ -24,11 +24,12 @@ _NETWORK = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Watermark:
-    """For one file system: the overlays on it, and when the copy is given up, in bytes."""
+    """For one file system: the overlays (or scratch files) on it, and when the copy is given up, in bytes."""
 
     paths: tuple[str, ...]
     limit_bytes: int
     reserve_bytes: int
+    what: str = "overlays"
 
     def reached(self) -> OverlayFull | None:
         """Return the error to stop with if the overlays are too large or the space too small."""
@@ -37,14 +38,16 @@ class Watermark:
         if used < self.limit_bytes and free > self.reserve_bytes:
             return None
         return OverlayFull(
-            f"The copy was given up: the overlays hold {size_text(used)} "
+            f"The copy was given up: the {self.what} hold {size_text(used)} "
             f"(limit {size_text(self.limit_bytes)}), {size_text(free)} are free "
             f"(at least {size_text(self.reserve_bytes)} are kept).",
             "run again with --overlay-dir on a larger file system, or a higher --overlay-limit",
         )
 
 
-def plan_watermarks(paths: Sequence[str], limits: Limits) -> tuple[Watermark, ...]:
+def plan_watermarks(
+    paths: Sequence[str], limits: Limits, what: str = "overlays"
+) -> tuple[Watermark, ...]:
     """Return one watermark for each file system that *paths* (not yet existing) will be on.
 
     Raises OverlaySpace when less than the required space is free.
@@ -59,12 +62,12 @@ def plan_watermarks(paths: Sequence[str], limits: Limits) -> tuple[Watermark, ..
         needed = max(limits.min_free_bytes, (limits.overlay_bytes or 0) + limits.reserve_bytes)
         if free < needed:
             raise OverlaySpace(
-                f"Only {size_text(free)} are free in {folder} for the overlay; "
+                f"Only {size_text(free)} are free in {folder} for the {what}; "
                 f"{size_text(needed)} are required.",
                 "free some space, or choose --overlay-dir, --min-free or --overlay-limit",
             )
         limit = free // 2 if limits.overlay_bytes is None else limits.overlay_bytes
-        marks.append(Watermark(tuple(group), limit, limits.reserve_bytes))
+        marks.append(Watermark(tuple(group), limit, limits.reserve_bytes, what))
     return tuple(marks)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe.block.image import FileIdentity, ImagePlace
+from stillframe.capture.method import Method
 from stillframe.capture.states import TRANSITIONS, DiskPhase, Quiesce, State
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import GuestState, StateFolderUnusable
@@ -69,6 +70,24 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
         return Source(self.base_kind, self.base_format, "", xml=self.base_source_xml)
 
 
+class PullRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run of the bitmap method makes in the guest, and which checkpoints it leaves behind.
+
+    *checkpoint* is made by the run; once its copy is durable, those in *older* are deleted (all made by runs
+    for the same destination), else the new one. *folder* is made for the socket, "" if libvirt's own is
+    used. *scratch* are the scratch files, *qemu_files* QEMU's names for the disks' images. *begun*: the job
+    may have been begun.
+    """
+
+    checkpoint: str
+    older: tuple[str, ...]
+    socket: str
+    folder: str
+    scratch: tuple[str, ...]
+    qemu_files: tuple[str, ...]
+    begun: bool = False
+
+
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One run, as the journal knows it. Times are RFC 3339 in UTC.
 
@@ -86,6 +105,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     began_at: str
     pid: int
     disks: tuple[DiskRecord, ...]
+    method: Method = Method.OVERLAY
+    pull: PullRecord | None = None
     snapshot_begun: bool = False
     freeze_begun: bool = False
     thaw_verified: bool = False
@@ -228,6 +249,11 @@ class Journal:
         """Return the newest runs, newest first, at most *limit*."""
         rows = self._read("select body from run order by id desc limit ?", (limit,))
         return [_decode(row[0]) for row in rows]
+
+    def runs_for(self, uuid: str, destination: str) -> list[RunRecord]:
+        """Return the runs of one domain for one destination, newest first, as far back as they are kept."""
+        rows = self._read("select body from run where uuid = ? order by id desc", (uuid,))
+        return [run for row in rows if (run := _decode(row[0])).destination == destination]
 
     def history(self, run_id: str) -> list[Step]:
         """Return all steps of a run in order."""

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from stillframe.capture.bring_back import BringBack
 from stillframe.capture.decide import Decision, decide
+from stillframe.capture.decide_pull import PullDecision, decide_pull
+from stillframe.capture.end_pull import EndPull
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.limits import Limits
+from stillframe.capture.method import Method
 from stillframe.capture.run import Tools
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
@@ -34,17 +37,26 @@ def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recover
     recovered = []
     for left in tools.journal.open_runs(domain.uuid):
         tools.watcher.say(f"an earlier run of {left.name} ended while {left.state.value}: recovering")
-        back = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher)
+        back = _back(left, domain, tools, limits)
         recovered.append(Recovered(back.finish(left), tuple(back.did)))
     return recovered
 
 
-def next_steps(domain: Domain, tools: Tools, limits: Limits) -> list[tuple[RunRecord, Decision]]:
+def _back(run: RunRecord, domain: Domain, tools: Tools, limits: Limits) -> BringBack | EndPull:
+    kind = EndPull if run.method is Method.BITMAP else BringBack
+    return kind(tools.journal, domain, tools.clock, limits, tools.watcher)
+
+
+def next_steps(
+    domain: Domain, tools: Tools, limits: Limits
+) -> list[tuple[RunRecord, Decision | PullDecision]]:
     """Return for every open run of *domain* what recover would do first, without doing it."""
-    return [
-        (run, decide(run, BringBack(tools.journal, domain, tools.clock, limits, tools.watcher).look(run)))
-        for run in tools.journal.open_runs(domain.uuid)
-    ]
+    steps: list[tuple[RunRecord, Decision | PullDecision]] = []
+    for run in tools.journal.open_runs(domain.uuid):
+        back = _back(run, domain, tools, limits)
+        steps.append((run, decide_pull(run, back.look(run)) if isinstance(back, EndPull)
+                      else decide(run, back.look(run))))
+    return steps
 
 
 def domain_of(connection: Connection, run: RunRecord) -> Domain:

@@ -7,7 +7,6 @@ is back on its own images, whatever happened inside.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +18,17 @@ from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.block.reader import DiskReader, open_reader
 from stillframe.block.tools import create_overlay
 from stillframe.capture.bring_back import BringBack, Watcher
-from stillframe.capture.guard import Guard, guarded
-from stillframe.capture.journal import DiskRecord, Journal, RunRecord, new_run_id
+from stillframe.capture.forward import Forward, brought_back
+from stillframe.capture.journal import DiskRecord, Journal
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Plan
-from stillframe.capture.states import BEFORE_RELEASE, Consistency, DiskPhase, Quiesce, State
-from stillframe.capture.thaw import thaw_until_verified
+from stillframe.capture.states import Consistency, DiskPhase, Quiesce, State
 from stillframe.clock import Clock, Deadline, utc_text
 from stillframe.errors import (
     ConnectionLost,
     CopyFailed,
-    FreezeFailed,
     GuestState,
     HypervisorError,
-    NeedsAttention,
     OverlayTaken,
     ProgramFailed,
     ShutdownTimedOut,
@@ -40,7 +36,6 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.hypervisor.model import Power
-from stillframe.process import boot_id
 
 _POLL_S = 0.25
 
@@ -103,51 +98,16 @@ def captured(plan: Plan, tools: Tools, destination: str, stop: Stop) -> Iterator
     images, and no overlay is left; only NeedsAttention says otherwise.
     Raises RunFailed and what the block raises.
     """
-    run = _Run(plan, tools, destination, stop)
+    run = _Run(plan, tools.journal, tools.clock, tools.watcher.say, destination, stop)
     back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
-    try:
+    with brought_back(run, back.finish, GuestState.OVERLAID):
         yield run.take()
-    except BaseException as error:
-        _end(back, run, error)
-        if isinstance(error, StillframeError):
-            error.guest = GuestState.SAFE
-        raise
-    _end(back, run, None)
 
 
-def _end(back: BringBack, run: _Run, cause: BaseException | None) -> None:
-    """Release the bases and bring the guest back; NeedsAttention tells of *cause* as well."""
-    try:
-        if cause is None:
-            run.release()
-        else:
-            run.give_up(cause)
-        run.record = back.finish(run.record)
-    except StillframeError as error:
-        failed = f"The run failed: {_words(cause)}\nThen, bringing the guest back: " if cause else ""
-        next_command = error.next_command or f"stillframe recover {run.record.name}"
-        guest = error.guest if isinstance(error, NeedsAttention) else GuestState.OVERLAID
-        raise NeedsAttention(f"{failed}{error.message}", next_command, guest) from (cause or error)
+class _Run(Forward):
+    """The forward half, step by step."""
 
-
-class _Run:
-    """The forward half, step by step. *record* is always what the journal has."""
-
-    def __init__(self, plan: Plan, tools: Tools, destination: str, stop: Stop) -> None:
-        self._plan = plan
-        self._domain = plan.domain
-        self._journal = tools.journal
-        self._clock = tools.clock
-        self._say = tools.watcher.say
-        self._stop = stop
-        self._warnings = list(plan.warnings)
-        self._frozen_s = 0.0
-        self.record = self._journal.begin(RunRecord(
-            id=new_run_id(tools.clock, plan.domain.uuid), uuid=plan.domain.uuid, name=plan.domain.name,
-            uri=plan.domain.connection.uri, destination=destination, quiesce=plan.quiesce,
-            state=State.PLANNED, began_at=utc_text(tools.clock.now()), pid=os.getpid(),
-            boot_id=boot_id(), disks=plan.disks,
-        ))
+    method = Method.OVERLAY
 
     def take(self) -> Capture:
         """Put the overlays on; return the capture. Raises RunFailed."""
@@ -157,8 +117,8 @@ class _Run:
         elif self._plan.quiesce is Quiesce.SHUTDOWN:
             consistency = self._take_shut_down()
         else:
-            self._put_overlays_on()
-            self._verify_overlaid()
+            self._take_moment()
+            self._verify_moment()
             consistency = Consistency.CRASH
         self._enter(State.COPYING, consistency=consistency.value)
         self._remember_bases()
@@ -189,28 +149,7 @@ class _Run:
                     "find out which program writes to it (fuser -v), then run again",
                 )
 
-    def release(self) -> None:
-        """Write down that the copy is durable."""
-        self._enter(State.RELEASED, "the copy is durable")
-
-    def give_up(self, error: BaseException) -> None:
-        """Write down that the copy was given up, and why."""
-        record = self.record = self._journal.current(self.record)
-        if record.state in BEFORE_RELEASE:
-            self._enter(State.RELEASED, "given up", given_up=_words(error))
-
     # --- steps --------------------------------------------------------------------------------
-
-    def _enter(self, state: State, detail: str = "", **changes: object) -> None:
-        self.record = self._journal.enter(self.record, state, detail, **changes)
-
-    def _done(self, detail: str = "", **changes: object) -> None:
-        self.record = self._journal.done(self.record, detail, **changes)
-
-    def _check_stop(self) -> None:
-        error = self._stop()
-        if error is not None:
-            raise error
 
     def _create_overlays(self) -> None:
         self._check_stop()
@@ -230,71 +169,6 @@ class _Run:
                 msgspec.structs.replace(disk, overlay_identity=file_identity(disk.overlay_path))
             )
         self._done(disks=tuple(made))
-
-    def _take_frozen(self) -> Consistency:
-        limits = self._plan.limits
-        self._check_stop()
-        with guarded(
-            self._domain, self._journal, self.record.id, limits.freeze_s, self._clock
-        ) as guard:
-            self._enter(State.FREEZING, freeze_begun=True)
-            began_s = self._clock.monotonic_s()
-            frozen = self._freeze(guard)
-            self._done(f"{frozen} file systems frozen")
-            self._put_overlays_on()
-            # Thawed first, looked at afterwards: the guest must not wait for our looking.
-            consistency = self._thaw(guard, frozen, began_s)
-        self._verify_overlaid()
-        return consistency
-
-    def _freeze(self, guard: Guard) -> int:
-        self._say("freezing the guest's file systems")
-        try:
-            return self._domain.freeze(max(1, round(self._plan.limits.freeze_s / 2)))
-        except HypervisorError as error:
-            # The agent may still carry the freeze out later: only a verified thaw ends this.
-            self._say("the freeze failed; thawing")
-            if self._verify_thaw(guard):
-                raise FreezeFailed(
-                    f"The guest agent of {self.record.name} did not freeze in time: {error.message} "
-                    "The guest is thawed.",
-                    "look at the agent inside the guest; or "
-                    + self._plan.wishes.again(self.record.name, "--quiesce none"),
-                ) from error
-            raise FreezeFailed(
-                f"The guest agent of {self.record.name} did not freeze in time and does not answer: "
-                "a late freeze may still come, and a guard goes on thawing for an hour.",
-                f"stillframe recover {self.record.name}", GuestState.UNKNOWN,
-            ) from error
-
-    def _thaw(self, guard: Guard, frozen: int, began_s: float) -> Consistency:
-        self._enter(State.THAWING)
-        thawed = 0
-        with contextlib.suppress(HypervisorError):
-            thawed = self._domain.thaw(max(1, round(self._plan.limits.agent_s)))
-        frozen_s = self._clock.monotonic_s() - began_s
-        if not self._verify_thaw(guard):
-            self._warnings.append("the guest agent does not confirm the thaw; a guard goes on trying")
-        self._done(f"frozen for {frozen_s:.3f} s, {thawed} file systems thawed")
-        self._frozen_s = frozen_s
-        if frozen == 0:
-            self._warnings.append("the agent froze no file system: the copy is only crash-consistent")
-            return Consistency.CRASH
-        if thawed == 0 or frozen_s > self._plan.limits.freeze_s:
-            # Windows ends a freeze by itself after ten seconds, our guard after its deadline.
-            self._warnings.append(
-                "the guest was thawed before the capture was over: the copy is only crash-consistent"
-            )
-            return Consistency.CRASH
-        return Consistency.FILESYSTEM
-
-    def _verify_thaw(self, guard: Guard) -> bool:
-        limits = self._plan.limits
-        if not thaw_until_verified(self._domain, self._clock, limits.thaw_s, limits.agent_s):
-            return False
-        self.record = self._journal.note(self.record, "thaw verified", thaw_verified=True)
-        guard.dismiss()
-        return True
 
     def _take_shut_down(self) -> Consistency:
         limits = self._plan.limits
@@ -316,14 +190,14 @@ class _Run:
                 )
             self._domain.connection.wait_change(_POLL_S)
         self._done("shut off")
-        self._put_overlays_on()
-        self._verify_overlaid()
+        self._take_moment()
+        self._verify_moment()
         self._enter(State.STARTING)
         self._domain.start()
         self._done(start_verified=True)
         return Consistency.SHUTDOWN
 
-    def _put_overlays_on(self) -> None:
+    def _take_moment(self) -> None:
         self._check_stop()
         self._enter(State.SNAPSHOT, snapshot_begun=True)
         overlays = {disk.target: disk.overlay_path for disk in self.record.disks}
@@ -339,7 +213,7 @@ class _Run:
             ) from error
         self._done(captured_at=utc_text(self._clock.now()))
 
-    def _verify_overlaid(self) -> None:
+    def _verify_moment(self) -> None:
         """Look whether the guest writes to the overlays. Raises SnapshotFailed."""
         view = self._domain.view()
         for disk in self.record.disks:
@@ -369,10 +243,3 @@ def _identity(base: ImagePlace) -> FileIdentity | None:
     except OSError as error:
         raise CopyFailed(f"The base {base.text()} can't be looked at: {error}",
                          f"ls -l {base.text()}") from error
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, StillframeError):
-        return error.message
-    return f"{type(error).__name__}: {error}"
-

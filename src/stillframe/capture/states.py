@@ -1,4 +1,4 @@
-"""The states of a run of the overlay method, and which may follow which.
+"""The states of a run, and which may follow which.
 
 A state is entered (durably, see journal) *before* the step it is named after is taken.
 docs/CAPTURE.md shows the same table; a test compares the two.
@@ -27,6 +27,12 @@ class State(enum.Enum):
     RESUMING = "resuming"  # letting the CPUs go on
     CLEANING = "cleaning"  # deleting the overlay files
     RESTARTING = "restarting"  # starting a guest that stillframe had shut down and left off
+    REDEFINING = "redefining"  # telling libvirt of a checkpoint that it lost (method bitmap)
+    BEGINNING = "beginning"  # beginning the backup job and its checkpoint, all disks at one moment
+    READING = "reading"  # the disks are read as they were at that moment
+    ENDING = "ending"  # ending the backup job
+    FORGETTING = "forgetting"  # deleting checkpoints that nothing will count from
+    SWEEPING = "sweeping"  # deleting scratch files and the socket
     DONE = "done"  # nothing of the run is left
 
 
@@ -37,31 +43,45 @@ _BACK = frozenset({
     _S.COMMITTING, _S.SUSPENDING, _S.PIVOTING, _S.RESUMING, _S.CLEANING, _S.RESTARTING, _S.DONE,
 })
 
+#: The same for a backup job: what follows its release.
+_PULLED = frozenset({_S.ENDING, _S.RESUMING, _S.FORGETTING, _S.SWEEPING, _S.DONE})
+
 #: From each state, the states that may be entered next. Giving up leads to RELEASED from
 #: anywhere before it.
 TRANSITIONS: dict[State, frozenset[State]] = {
-    _S.PLANNED: frozenset({_S.OVERLAYS, _S.RELEASED}),
+    _S.PLANNED: frozenset({_S.OVERLAYS, _S.FREEZING, _S.REDEFINING, _S.BEGINNING, _S.RELEASED}),
     _S.OVERLAYS: frozenset({_S.SHUTTING_DOWN, _S.FREEZING, _S.SNAPSHOT, _S.RELEASED}),
     _S.SHUTTING_DOWN: frozenset({_S.SNAPSHOT, _S.RELEASED}),
-    _S.FREEZING: frozenset({_S.SNAPSHOT, _S.RELEASED}),
+    _S.FREEZING: frozenset({_S.SNAPSHOT, _S.BEGINNING, _S.RELEASED}),
     _S.SNAPSHOT: frozenset({_S.THAWING, _S.STARTING, _S.COPYING, _S.RELEASED}),
-    _S.THAWING: frozenset({_S.COPYING, _S.RELEASED}),
+    _S.THAWING: frozenset({_S.COPYING, _S.READING, _S.RELEASED}),
     _S.STARTING: frozenset({_S.COPYING, _S.RELEASED}),
     _S.COPYING: frozenset({_S.RELEASED}),
-    _S.RELEASED: _BACK,
+    _S.REDEFINING: frozenset({_S.FREEZING, _S.BEGINNING, _S.RELEASED}),
+    _S.BEGINNING: frozenset({_S.THAWING, _S.READING, _S.RELEASED}),
+    _S.READING: frozenset({_S.RELEASED}),
+    _S.RELEASED: _BACK | _PULLED,
     _S.COMMITTING: _BACK,
     _S.SUSPENDING: _BACK,
     _S.PIVOTING: _BACK,
-    _S.RESUMING: _BACK,
+    _S.RESUMING: _BACK | _PULLED,
     _S.CLEANING: _BACK,
     _S.RESTARTING: _BACK,
+    _S.ENDING: _PULLED,
+    _S.FORGETTING: _PULLED,
+    _S.SWEEPING: _PULLED,
     _S.DONE: frozenset(),
 }
 
-#: In these states the copy may still need the bases: nothing may be committed.
+#: In these states the copy may still need the bases (or the job): nothing may be committed or ended.
 BEFORE_RELEASE = frozenset({
     _S.PLANNED, _S.OVERLAYS, _S.SHUTTING_DOWN, _S.FREEZING, _S.SNAPSHOT, _S.THAWING, _S.STARTING,
-    _S.COPYING,
+    _S.COPYING, _S.REDEFINING, _S.BEGINNING, _S.READING,
+})
+
+#: The states that only runs of the bitmap method come to.
+PULL_STATES = frozenset({
+    _S.REDEFINING, _S.BEGINNING, _S.READING, _S.ENDING, _S.FORGETTING, _S.SWEEPING,
 })
 
 

@@ -1,11 +1,13 @@
 """Mending libvirt's own status file of a running guest, where libvirt itself never will.
 
-Two kinds of damage, both left by a libvirtd that was killed at the wrong instant:
+Three kinds of damage, both left by a libvirtd that was killed at the wrong instant:
 
 - `<mirror job=''>`: libvirtd can't read the file when it comes back ("unknown mirror job type
   ''") and shows the guest as shut off while its QEMU runs.
 - It had dismissed a pivoted commit in QEMU but not yet written that down: the live XML names the
   overlay for ever, while QEMU is on the base.
+- It had begun a backup job but not yet written down which: calls for the guest time out, and the job can't
+  be ended ("backup job data missing").
 
 The file can only be changed while libvirtd is stopped.
 """
@@ -54,6 +56,7 @@ def repair_status_file(name: str, runs: Sequence[RunRecord], folder: Path = _FOL
         for disk in run.disks if disk.phase is DiskPhase.ON_BASE
     }
     mended += [_put_on_base(disk) for disk in tree.iter("disk") if _is_behind(disk, tree, overlays)]
+    mended += _drop_lost_backup(tree)
     if not mended:
         return f"{path} has nothing that stillframe knows how to mend; nothing was changed"
     shutil.copy2(path, path.with_suffix(".xml.stillframe-before"))
@@ -109,6 +112,19 @@ def _put_on_base(disk: ET.Element) -> str:
     disk.insert(place, base)
     disk.insert(place + 1, ET.Element("backingStore") if deeper is None else deeper)
     return f"{_target(disk)}: it is on its base"
+
+
+def _drop_lost_backup(tree: ET.ElementTree[ET.Element]) -> list[str]:
+    """Remove a backup job that libvirt has no data of; what QEMU runs of it, `recover` closes there."""
+    if tree.find(".//domainbackup") is not None:
+        return []
+    lost = [
+        (parent, job) for parent in tree.iter() for job in parent.findall("job")
+        if job.get("async") == "backup"
+    ]
+    for parent, job in lost:
+        parent.remove(job)
+    return ["a backup job without data was removed"] if lost else []
 
 
 def _target(disk: ET.Element) -> str:

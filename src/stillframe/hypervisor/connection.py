@@ -85,6 +85,13 @@ class Connection:
         """Make the connection anew if it is broken; raises NoHypervisor after the reconnect time."""
         self.look(lambda connect: connect.getLibVersion())
 
+    def try_again(self) -> None:
+        """Make the connection anew if libvirt answers now; waits for nothing and raises nothing."""
+        with contextlib.suppress(NoHypervisor, NotPermitted), self._lock:
+            opened = self._open()
+            self.close()
+            self._connect = opened
+
     def wait_change(self, timeout_s: float) -> None:
         """Return when an event came, at the latest after *timeout_s*."""
         self.clock.wait(self._changed, timeout_s)

@@ -34,6 +34,8 @@ _ENDINGS = {
     libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: Ending.SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_SAVED: Ending.SAVED,
     libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN: Ending.UNKNOWN, libvirt.VIR_DOMAIN_SHUTOFF_DAEMON: Ending.UNKNOWN,
 }
+#: QEMU's user owns the folders in here, its confinement lets it write there, and libvirt removes them.
+_RUN_FOLDERS = Path("/var/lib/libvirt/qemu")
 
 
 class Domain:
@@ -138,6 +140,73 @@ class Domain:
         by_agent = self.agent_answers(agent_timeout_s)
         how = libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT if by_agent else libvirt.VIR_DOMAIN_SHUTDOWN_DEFAULT
         self._act(lambda domain: domain.shutdownFlags(how))
+
+    # --- checkpoints and backup jobs -------------------------------------------------------------
+
+    def glance_at_power(self) -> Power | None:
+        """Return whether the domain runs; None, without waiting, while libvirt is not there."""
+        try:
+            return self._act(lambda domain: _power(domain, self.name))
+        except GuestUnknown:
+            return Power.GONE
+        except ConnectionLost:
+            self.connection.try_again()
+        except HypervisorError:
+            pass
+        return None
+
+    def has_job(self) -> bool:
+        """Return whether libvirt shows a job (a backup, a migration, a save) on the domain."""
+        return self._look(lambda domain: bool(domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE))
+
+    def backup_job(self) -> str:
+        """Return the XML of the backup job that runs, "" if none does."""
+
+        def ask(domain: libvirt.virDomain) -> str:
+            try:
+                return str(domain.backupGetXMLDesc(0))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                    return ""
+                raise
+
+        return self._look(ask)
+
+    def begin_backup(self, backup: str, checkpoint: str) -> None:
+        """Begin a backup job and make a checkpoint (unless "") at one and the same moment, both given as XML.
+
+        Raises HypervisorError; ConnectionLost if it may or may not have begun.
+        """
+        self._act(lambda domain: domain.backupBegin(backup, checkpoint or None, 0))
+
+    def abort_job(self) -> None:
+        """Ask for the end of whatever job runs on the domain; it is over somewhat later."""
+        self._act(lambda domain: domain.abortJob())
+
+    def checkpoints(self) -> frozenset[str]:
+        """Return the names of all checkpoints that libvirt knows of the domain."""
+        return self._look(lambda domain: frozenset(each.getName() for each in domain.listAllCheckpoints()))
+
+    def checkpoint_xml(self, name: str) -> str:
+        """Return libvirt's XML of the checkpoint, which can define it again."""
+        return self._look(lambda domain: str(domain.checkpointLookupByName(name).getXMLDesc(0)))
+
+    def redefine_checkpoint(self, text: str) -> None:
+        """Tell libvirt of a checkpoint whose bitmaps are in the images; libvirt checks that they are."""
+        flags = (libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+                 | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE)
+        self._act(lambda domain: domain.checkpointCreateXML(text, flags))
+
+    def delete_checkpoint(self, name: str, *, bitmaps: bool) -> None:
+        """Delete the checkpoint, with its *bitmaps* or without."""
+        flags = 0 if bitmaps else libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
+        self._act(lambda domain: domain.checkpointLookupByName(name).delete(flags))
+
+    def run_folder(self) -> Path | None:
+        """Return the folder that libvirt made for this run of the guest alone; None if it is not known."""
+        number = self._look(lambda domain: domain.ID())
+        found = list(_RUN_FOLDERS.glob(f"domain-{number}-*")) if number >= 0 else []
+        return found[0] if len(found) == 1 else None
 
     def define(self, text: str) -> None:
         """Make *text* the domain's inactive XML."""

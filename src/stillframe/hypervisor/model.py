@@ -121,10 +121,23 @@ class BlockJob:
 
 @dataclass(frozen=True, slots=True)
 class QemuDisk:
-    """What QEMU itself says of a disk: file names from top to bottom, and the top's node name."""
+    """What QEMU itself says of a disk: file names from top to bottom, and the top's node name.
+
+    *compat* is the version that a qcow2 top says of itself ("0.10" is version 2), "" for another format.
+    """
 
     node: str
     files: tuple[str, ...]
+    compat: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuBitmap:
+    """A dirty bitmap of a node. *usable*: it is persistent, it records, and what it holds is whole."""
+
+    name: str
+    usable: bool
+    inconsistent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,7 @@ class QemuNode:
     name: str
     driver: str
     file: str
+    bitmaps: tuple[QemuBitmap, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +168,13 @@ class QemuView:
     disks: Mapping[str, QemuDisk]
     nodes: tuple[QemuNode, ...]
     jobs: tuple[QemuJob, ...]
+
+    def bitmaps(self, file: str) -> Mapping[str, QemuBitmap]:
+        """Return the bitmaps of the image over *file* (as QEMU names it), by name."""
+        return {
+            bitmap.name: bitmap for node in self.nodes if node.file == file and node.driver == "qcow2"
+            for bitmap in node.bitmaps
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ libvirt itself no longer knows of the overlay.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import libvirt_qemu
 
 from stillframe.errors import HypervisorError
-from stillframe.hypervisor.model import QemuDisk, QemuJob, QemuNode, QemuView
+from stillframe.hypervisor.model import QemuBitmap, QemuDisk, QemuJob, QemuNode, QemuView
 
 #: Runs one QMP command and returns what is under "return".
 Qmp = Callable[[str, Mapping[str, Any]], Any]
@@ -80,6 +80,33 @@ def drop_nodes(qmp: Qmp, names: tuple[str, ...]) -> None:
         qmp("blockdev-del", {"node-name": name})
 
 
+def delete_bitmap(qmp: Qmp, files: Container[str], name: str) -> None:
+    """Delete the bitmap called *name* from all images over *files*. Raises HypervisorError."""
+    for node in _nodes(qmp):
+        if node.file in files and any(bitmap.name == name for bitmap in node.bitmaps):
+            qmp("block-dirty-bitmap-remove", {"node": node.name, "name": name})
+
+
+def close_exports(qmp: Qmp, nodes: tuple[str, ...], *, server: bool) -> None:
+    """End exports of *nodes* and jobs that write to them, then close them; the NBD *server*, too, if asked.
+
+    For a backup job that libvirt has lost. Raises HypervisorError where something does not end at once; it
+    can be repeated.
+    """
+    for export in qmp("query-block-exports", {}):
+        if export["node-name"] in nodes:
+            qmp("block-export-del", {"id": export["id"], "mode": "hard"})
+    if server:
+        qmp("nbd-server-stop", {})
+    for job in qmp("query-jobs", {}):
+        # libvirt names the job after the disk and the disk's own node, and not after the scratch.
+        if job["type"] == "backup" and job["status"] == "concluded":
+            qmp("job-dismiss", {"id": job["id"]})
+        elif job["type"] == "backup":
+            qmp("block-job-cancel", {"device": job["id"], "force": True})
+    drop_nodes(qmp, nodes)
+
+
 def nodes_of(qmp: Qmp, file: str) -> tuple[str, ...]:
     """Return the names of all nodes over *file*, format before storage."""
     found = [node for node in _nodes(qmp) if node.file == file]
@@ -100,18 +127,29 @@ def plain_file(name: str) -> str:
 
 def _nodes(qmp: Qmp) -> tuple[QemuNode, ...]:
     return tuple(
-        QemuNode(node["node-name"], node["drv"], plain_file(node["file"]))
+        QemuNode(node["node-name"], node["drv"], plain_file(node["file"]), _bitmaps(node))
         for node in qmp("query-named-block-nodes", {"flat": True})
+    )
+
+
+def _bitmaps(node: Mapping[str, Any]) -> tuple[QemuBitmap, ...]:
+    return tuple(
+        QemuBitmap(
+            bitmap["name"], inconsistent=bool(bitmap.get("inconsistent")),
+            usable=bool(bitmap["persistent"] and bitmap["recording"] and not bitmap.get("inconsistent")),
+        )
+        for bitmap in node.get("dirty-bitmaps", ()) if bitmap.get("name")
     )
 
 
 def _read_disk(inserted: Mapping[str, Any]) -> QemuDisk:
     files = []
     image: Mapping[str, Any] | None = inserted.get("image")
+    about = (image or {}).get("format-specific", {}).get("data", {})
     while image is not None:
         files.append(plain_file(str(image.get("filename", ""))))
         image = image.get("backing-image")
-    return QemuDisk(str(inserted.get("node-name", "")), tuple(files))
+    return QemuDisk(str(inserted.get("node-name", "")), tuple(files), str(about.get("compat", "")))
 
 
 def fsfreeze_status(look: Callable[[Callable[[Any], str]], str], timeout_s: int) -> str:
