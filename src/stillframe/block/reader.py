@@ -27,6 +27,9 @@ _STATUS_WINDOW_BYTES = GIB
 _REQUEST_LIMIT_BYTES = 32 * MIB
 _POLL_S = 0.01
 _ALLOCATION = "base:allocation"
+#: Which image of the chain holds a stretch: 0 none, 1 the topmost, more those below it.
+_DEPTH = "qemu:allocation-depth"
+_DEPTH_TOP = 1
 # Bits of base:allocation. A hole that does not read as zeroes is data: only ZERO counts.
 _STATE_HOLE = 1
 _STATE_ZERO = 2
@@ -77,9 +80,12 @@ class DiskReader(Protocol):
 
 @contextlib.contextmanager
 def open_reader(
-    place: ImagePlace, *, clock: Clock, connections: int = 4, timeout_s: float = 30.0
+    place: ImagePlace, *, clock: Clock, connections: int = 4, timeout_s: float = 30.0,
+    top_changed: bool = False,
 ) -> Iterator[DiskReader]:
     """Open the image and its whole backing chain for reading, for the length of the block.
+
+    *top_changed*: what changed, for the reader, is what the topmost image itself holds.
 
     At most *connections* connections can be open at a time, plus one for extents. Raises
     CopyFailed when QEMU refuses (the message says why: locked by a writer, missing, no rights)
@@ -90,13 +96,15 @@ def open_reader(
         socket = os.path.join(folder, "socket")
         command = [
             "qemu-nbd", "--read-only", "--persistent", "--shared", str(connections + 1),
-            "--aio=threads", "--socket", socket, _locked_name(place),
+            "--aio=threads", "--socket", socket, *(["--allocation-depth"] if top_changed else []),
+            _locked_name(place),
         ]
         before = _identity(place)
         with process.running(command, environment=_KEEP_BUFFERS) as server:
             _wait_until_ready(server, socket, place, Deadline(clock, timeout_s), clock)
-            with contextlib.closing(_Handle(socket, place.text())) as first, _raw_file(place, before) as fd:
-                yield NbdReader(socket, place.text(), first, fd)
+            first = _Handle(socket, place.text(), _DEPTH if top_changed else "")
+            with contextlib.closing(first), _raw_file(place, before) as fd:
+                yield (TopReader if top_changed else NbdReader)(socket, place.text(), first, fd)
 
 
 class NbdReader:
@@ -138,16 +146,40 @@ class NbdReader:
                 offset += length
 
 
+class TopReader(NbdReader):
+    """A reader of a chain that tells what its topmost image holds itself: that is what changed.
+
+    A cluster that was zeroed or discarded is held there, too, as a cluster that reads as zero.
+    """
+
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader. One walk at a time, and none together with extents()."""
+        return merged(self._raw_changed())
+
+    def _raw_changed(self) -> Iterator[Extent]:
+        offset = 0
+        while offset < self.size_bytes:
+            window = min(self.size_bytes - offset, _STATUS_WINDOW_BYTES)
+            for length, flags, depth in self._first.block_statuses(offset, window):
+                length = min(length, self.size_bytes - offset)  # noqa: PLW2901 -- clip the last one
+                if length and depth == _DEPTH_TOP:
+                    yield Extent(offset, length, _kind(flags))
+                offset += length
+
+
 class _Handle:
     """One libnbd handle. Every error of the library comes out as CopyFailed."""
 
-    def __init__(self, socket: str, name: str) -> None:
+    def __init__(self, socket: str, name: str, also: str = "") -> None:
         import nbd
 
         self._nbd: Any = nbd
         self._name = name
+        self._also = also
         handle = nbd.NBD()
         handle.add_meta_context(_ALLOCATION)
+        if also:
+            handle.add_meta_context(also)
         handle.set_pread_initialize(False)  # a failed read is an error here, its buffer never used
         self._handle: Any = handle
         self._try("connecting", lambda: handle.connect_unix(socket))
@@ -161,12 +193,22 @@ class _Handle:
 
     def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Return (length, flags) pairs that begin at *offset*: at least one, of any total length."""
-        if not self._handle.can_meta_context(_ALLOCATION):
-            return [(length, 0)]
+        return self._status(_ALLOCATION, offset, length) or [(length, 0)]
+
+    def block_statuses(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Return (length, flags, what the other context says), as block_status does. Raises CopyFailed."""
+        if not self._handle.can_meta_context(self._also):
+            raise self._failed(f"asking for {self._also}", "the server does not offer it")
+        also = self._status(self._also, offset, length)
+        return list(zipped(self.block_status(offset, length), also))
+
+    def _status(self, wanted: str, offset: int, length: int) -> list[tuple[int, int]]:
+        if not self._handle.can_meta_context(wanted):
+            return []
         pairs: list[tuple[int, int]] = []
 
         def take(context: str, _offset: int, entries: list[int], _error: Any) -> int:
-            if context == _ALLOCATION:
+            if context == wanted:
                 pairs.extend(zip(entries[::2], entries[1::2], strict=True))
             return 0
 
@@ -197,6 +239,21 @@ class _Handle:
 
     def _failed(self, doing: str, why: str) -> CopyFailed:
         return _read_failed(self._name, doing, why)
+
+
+def zipped(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield (length, value of *first*, value of *second*) for two lists of (length, value) from one offset.
+
+    It ends where the shorter of the two does.
+    """
+    left, right = iter(first), iter(second)
+    one, two = next(left, None), next(right, None)
+    while one is not None and two is not None:
+        length = min(one[0], two[0])
+        if length:
+            yield length, one[1], two[1]
+        one = (one[0] - length, one[1]) if one[0] > length else next(left, None)
+        two = (two[0] - length, two[1]) if two[0] > length else next(right, None)
 
 
 class _RawFile:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stillframe.capture.journal import DiskRecord, RunRecord
-from stillframe.capture.states import BEFORE_RELEASE, DiskPhase
+from stillframe.capture.states import BEFORE_RELEASE, KEPT, DiskPhase
 from stillframe.hypervisor.model import Power
 
 Targets = tuple[str, ...]
@@ -108,11 +108,13 @@ class Why(enum.Enum):
     FILE_GONE = "a needed file is not there"
     DIVERGED = "base and overlay each hold writes that the other lacks"
     LIVE_VIEW = "libvirt's live view is wrong for good"
+    STALE_CHAIN = "libvirt's live view names an image below the one in use that QEMU has no more"
     IO_ERROR = "paused by an I/O error"
     MANAGED_SAVE = "a managed save image belongs to the overlay"
     UNPLUGGED = "the disk was unplugged"
     NAMED_ELSEWHERE = "another guest's chain names the overlay"
     FROZEN = "perhaps frozen"
+    STANDS = "the overlays are to stay"
 
 
 class Action(enum.Enum):
@@ -155,6 +157,8 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
         return _ask((), "libvirt takes the guest for shut off, but its QEMU still runs", Why.HIDDEN)
     if sight.shutdown_pending and sight.power is Power.RUNNING and not sight.waited_out:
         return Decision(Action.WAIT, (), "the guest was asked to shut down and may still do so")
+    if record.state in KEPT:
+        return _ask((), "the guest stands on its overlays by intention", Why.STANDS)  # see standing_decide
     if record.state in BEFORE_RELEASE:
         return Decision(Action.RELEASE, (), f"the run ended while {record.state.value}")
     if _maybe_frozen(record, sight):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillframe.capture.bring_back import BringBack
-from stillframe.capture.decide import Decision, decide
+from stillframe.capture.decide import decide
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.limits import Limits
 from stillframe.capture.run import Tools
+from stillframe.capture.standing_decide import decide_lowering
+from stillframe.capture.standing_lower import LowerRun
+from stillframe.capture.states import KEPT
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
 
@@ -26,25 +29,43 @@ class Recovered:
         return [f"recovered run {self.run.id}:", *(f"  {word}" for word in self.words)]
 
 
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """What recover would do first: in words, on which disks, and why."""
+
+    words: str
+    targets: tuple[str, ...]
+    reason: str
+
+
 def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recovered]:
     """Bring *domain* back from every run that was left open. Needs the domain's lock.
 
-    Raises NeedsAttention where only a person may choose; nothing is changed then.
+    Overlays that it stands on by intention are left alone; a run that was to leave such ones behind is
+    taken to where they stand. Raises NeedsAttention where only a person may choose; nothing is changed then.
     """
     recovered = []
     for left in tools.journal.open_runs(domain.uuid):
         tools.watcher.say(f"an earlier run of {left.name} ended while {left.state.value}: recovering")
-        back = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher)
+        kind = LowerRun if left.state in KEPT else BringBack
+        back = kind(tools.journal, domain, tools.clock, limits, tools.watcher)
         recovered.append(Recovered(back.finish(left), tuple(back.did)))
     return recovered
 
 
-def next_steps(domain: Domain, tools: Tools, limits: Limits) -> list[tuple[RunRecord, Decision]]:
+def next_steps(domain: Domain, tools: Tools, limits: Limits) -> list[tuple[RunRecord, NextStep]]:
     """Return for every open run of *domain* what recover would do first, without doing it."""
-    return [
-        (run, decide(run, BringBack(tools.journal, domain, tools.clock, limits, tools.watcher).look(run)))
-        for run in tools.journal.open_runs(domain.uuid)
-    ]
+    return [(run, _next_step(run, domain, tools, limits)) for run in tools.journal.open_runs(domain.uuid)]
+
+
+def _next_step(run: RunRecord, domain: Domain, tools: Tools, limits: Limits) -> NextStep:
+    if run.state in KEPT:
+        lower = LowerRun(tools.journal, domain, tools.clock, limits, tools.watcher)
+        step = decide_lowering(run, lower.look(run))
+        return NextStep(step.step.value, step.targets, step.reason)
+    back = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher)
+    decision = decide(run, back.look(run))
+    return NextStep(decision.action.value, decision.targets, decision.reason)
 
 
 def domain_of(connection: Connection, run: RunRecord) -> Domain:

@@ -45,6 +45,8 @@ from stillframe.process import boot_id
 _POLL_S = 0.25
 
 Stop = Callable[[], StillframeError | None]
+#: Takes a run that was released to its end; returns its record.
+Finish = Callable[[RunRecord], RunRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +105,26 @@ def captured(plan: Plan, tools: Tools, destination: str, stop: Stop) -> Iterator
     images, and no overlay is left; only NeedsAttention says otherwise.
     Raises RunFailed and what the block raises.
     """
-    run = _Run(plan, tools, destination, stop)
+    run = OverlayRun(plan, tools, destination, stop)
     back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
     try:
         yield run.take()
     except BaseException as error:
-        _end(back, run, error)
+        end_run(back.finish, run, error)
         if isinstance(error, StillframeError):
             error.guest = GuestState.SAFE
         raise
-    _end(back, run, None)
+    end_run(back.finish, run, None)
 
 
-def _end(back: BringBack, run: _Run, cause: BaseException | None) -> None:
+def end_run(finish: Finish, run: OverlayRun, cause: BaseException | None) -> None:
     """Release the bases and bring the guest back; NeedsAttention tells of *cause* as well."""
     try:
         if cause is None:
             run.release()
         else:
             run.give_up(cause)
-        run.record = back.finish(run.record)
+        run.record = finish(run.record)
     except StillframeError as error:
         failed = f"The run failed: {_words(cause)}\nThen, bringing the guest back: " if cause else ""
         next_command = error.next_command or f"stillframe recover {run.record.name}"
@@ -130,10 +132,12 @@ def _end(back: BringBack, run: _Run, cause: BaseException | None) -> None:
         raise NeedsAttention(f"{failed}{error.message}", next_command, guest) from (cause or error)
 
 
-class _Run:
+class OverlayRun:
     """The forward half, step by step. *record* is always what the journal has."""
 
-    def __init__(self, plan: Plan, tools: Tools, destination: str, stop: Stop) -> None:
+    def __init__(
+        self, plan: Plan, tools: Tools, destination: str, stop: Stop, follows: str = ""
+    ) -> None:
         self._plan = plan
         self._domain = plan.domain
         self._journal = tools.journal
@@ -146,7 +150,7 @@ class _Run:
             id=new_run_id(tools.clock, plan.domain.uuid), uuid=plan.domain.uuid, name=plan.domain.name,
             uri=plan.domain.connection.uri, destination=destination, quiesce=plan.quiesce,
             state=State.PLANNED, began_at=utc_text(tools.clock.now()), pid=os.getpid(),
-            boot_id=boot_id(), disks=plan.disks,
+            boot_id=boot_id(), disks=plan.disks, follows=follows,
         ))
 
     def take(self) -> Capture:
@@ -164,11 +168,12 @@ class _Run:
         self._remember_bases()
         return Capture(
             self.record.id, self.record.captured_at, consistency,
-            tuple(self._still(disk) for disk in self.record.disks),
+            tuple(self.still(disk) for disk in self.record.disks),
             tuple(self._warnings), self._frozen_s, self.stop, self.check_still,
         )
 
-    def _still(self, disk: DiskRecord) -> StillDisk:
+    def still(self, disk: DiskRecord) -> StillDisk:
+        """Return how one disk is read at the captured moment."""
         return StillDisk(disk.target, disk.base, disk.size_bytes, Method.OVERLAY,
                          partial(open_reader, disk.base, clock=self._clock))
 

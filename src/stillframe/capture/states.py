@@ -27,6 +27,9 @@ class State(enum.Enum):
     RESUMING = "resuming"  # letting the CPUs go on
     CLEANING = "cleaning"  # deleting the overlay files
     RESTARTING = "restarting"  # starting a guest that stillframe had shut down and left off
+    LOWERING = "lowering"  # the copy is durable, its overlays stay; older ones are committed down
+    SHEDDING = "shedding"  # deleting the older overlays, whose data is in the bases
+    STANDING = "standing"  # the guest stays on the overlays, by intention, until the next run or `settle`
     DONE = "done"  # nothing of the run is left
 
 
@@ -38,7 +41,8 @@ _BACK = frozenset({
 })
 
 #: From each state, the states that may be entered next. Giving up leads to RELEASED from
-#: anywhere before it.
+#: anywhere before it. A standing run goes to RELEASED when it is settled, and to DONE when the next one
+#: has taken its place.
 TRANSITIONS: dict[State, frozenset[State]] = {
     _S.PLANNED: frozenset({_S.OVERLAYS, _S.RELEASED}),
     _S.OVERLAYS: frozenset({_S.SHUTTING_DOWN, _S.FREEZING, _S.SNAPSHOT, _S.RELEASED}),
@@ -47,7 +51,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     _S.SNAPSHOT: frozenset({_S.THAWING, _S.STARTING, _S.COPYING, _S.RELEASED}),
     _S.THAWING: frozenset({_S.COPYING, _S.RELEASED}),
     _S.STARTING: frozenset({_S.COPYING, _S.RELEASED}),
-    _S.COPYING: frozenset({_S.RELEASED}),
+    _S.COPYING: frozenset({_S.RELEASED, _S.LOWERING, _S.STANDING}),
     _S.RELEASED: _BACK,
     _S.COMMITTING: _BACK,
     _S.SUSPENDING: _BACK,
@@ -55,6 +59,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     _S.RESUMING: _BACK,
     _S.CLEANING: _BACK,
     _S.RESTARTING: _BACK,
+    _S.LOWERING: frozenset({_S.LOWERING, _S.SHEDDING, _S.STANDING}),
+    _S.SHEDDING: frozenset({_S.LOWERING, _S.SHEDDING, _S.STANDING}),
+    _S.STANDING: frozenset({_S.RELEASED, _S.DONE}),
     _S.DONE: frozenset(),
 }
 
@@ -63,6 +70,9 @@ BEFORE_RELEASE = frozenset({
     _S.PLANNED, _S.OVERLAYS, _S.SHUTTING_DOWN, _S.FREEZING, _S.SNAPSHOT, _S.THAWING, _S.STARTING,
     _S.COPYING,
 })
+
+#: In these states the overlays of the run are to stay (standing.py): nothing may commit them.
+KEPT = frozenset({_S.LOWERING, _S.SHEDDING, _S.STANDING})
 
 
 class DiskPhase(enum.Enum):

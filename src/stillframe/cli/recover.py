@@ -137,7 +137,7 @@ def _domains(session: Session, names: Sequence[str]) -> dict[Domain, set[str]]:
 
 def _plan(session: Session, domain: Domain, limits: Limits) -> list[str]:
     return [
-        f"run {run.id} ({run.state.value}): would {step.action.value}"
+        f"run {run.id} ({run.state.value}): would {step.words}"
         f"{' on ' + ', '.join(step.targets) if step.targets else ''}, because {step.reason}"
         for run, step in next_steps(domain, session.tools, limits)
     ]
