@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import libvirt
-import msgspec
 import pytest
 
 from lab.daemons import LibvirtDaemons
@@ -260,7 +259,6 @@ def test_killed_and_started_while_it_stands(
     write(guest, 2 * MIB, 0xA2)
     daemons.kill_libvirtd()
     daemons.start()
-    kept.tools.journal.standing(guest.domain().UUIDString())
     kept.take(guest)
     assert not any(kept.notes.values())
     assert_standing(guest, kept)
@@ -396,7 +394,6 @@ def test_recover_leaves_a_standing_guest_alone(guest: DiskGuest, kept: Kept) -> 
     assert kept.tools.journal.standing(guest.domain().UUIDString()) == before
     assert before is not None
     assert before.state is State.STANDING
-    assert msgspec.structs.replace(before, state=State.DONE) != before
     assert_standing(guest, kept)
 
 

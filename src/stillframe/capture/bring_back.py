@@ -408,7 +408,7 @@ class BringBack:
         record = self._journal.enter(record, State.COMMITTING, "offline", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
-            if not known.base.kind.is_local:  # libvirt may have spelt it its own way: qemu-img is to have ours
+            if not known.base.kind.is_local:  # libvirt may have spelt it its own way
                 stand_on(known.overlay_path, known.base)
             commit_offline(known.overlay_path, known.base, timeout_s=_OFFLINE_S)
             self._compared[target] = True
