@@ -4,9 +4,9 @@
         STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE LIMIT
 
 For a backup, DEST is the repository, which PASSPHRASE opens. `standing` leaves the guest on overlays, and
-makes DEST/current the images of that moment; with `-fail`, the copy is given up. STATE and PHASE
-("intent" or "done") say where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays' limit
-in bytes, 0 for none. The exit code is the error's, 0 for none; the error is printed.
+makes DEST/current the images of that moment; with `-fail`, the copy is given up. STATE and PHASE ("intent"
+or "done") say where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays'
+limit in bytes, 0 for none. The exit code is the error's, 0 for none; the error is printed.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillframe.backup.run import refuse_place
+from stillframe.capture.explain import attention
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan, make_plan
+from stillframe.capture.standing import how_it_stands
 from stillframe.cli.address import local_folder
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
@@ -89,10 +91,17 @@ def _examine(
             f"A run of {domain.name} ended while {left[0].state.value} and was not recovered.",
             f"stillframe recover {domain.name}",
         )
-    plan = make_plan(domain, for_guest(session.settings, domain.name, options))
+    standing = session.journal.standing(domain.uuid)
+    plan = make_plan(domain, for_guest(session.settings, domain.name, options), standing)
+    problem = None if standing is None else how_it_stands(standing, domain, session.tools)
+    if standing is not None and problem is not None:
+        raise attention(standing, problem)
     if repository is not None:
         refuse_place(repository, plan)
     session.screen.result(f"{domain.name}: can be captured by the overlay method")
+    if standing is not None:
+        session.screen.result(
+            f"  it stands on the overlays of run {standing.id} by intention, since {standing.captured_at}")
     for line in _plan_lines(plan):
         session.screen.result(f"  {line}")
     return {
@@ -103,6 +112,7 @@ def _examine(
             for disk in plan.disks
         ],
         "excluded": [{"target": each.target, "reason": each.reason} for each in plan.excluded],
+        "standing": "" if standing is None else standing.id,
     }
 
 

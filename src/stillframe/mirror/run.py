@@ -71,7 +71,7 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     purpose = f"mirror to {job.destination}"
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, purpose, tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
-        plan = make_plan(domain, job.wishes)
+        plan = make_plan(domain, job.wishes, tools.journal.standing(domain.uuid))
         path = _destination_folder(job, plan)
         folder = MirrorFolder(path, clock=tools.clock)
         with folder.lock(f"mirror of {domain.name}"):
