@@ -89,13 +89,15 @@ def struck(
 
 def goes_on(place: Place, guest: DiskGuest, moments: Path) -> None:
     """Whatever happened, the next runs are right, and the guest can be settled."""
+    outputs = []
     for pattern in (0x51, 0x52):
         write_some(guest, pattern)
         again = Run(place, guest, what="standing")
         assert again.end() == 0, again.output
+        outputs.append(again.output)
         assert copied(place, guest) == held(guest, moments, f"after-{pattern}")
         assert_only(place, guest, standing=True)
-    assert again.output.count("by changes") == len(guest.disks)
+    assert outputs[-1].count("by changes") == len(guest.disks)
     settled = Run(place, guest, what="settle")
     assert settled.end() == 0, settled.output
     assert_only(place, guest, standing=False)

@@ -157,13 +157,11 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
         return _ask((), "libvirt takes the guest for shut off, but its QEMU still runs", Why.HIDDEN)
     if sight.shutdown_pending and sight.power is Power.RUNNING and not sight.waited_out:
         return Decision(Action.WAIT, (), "the guest was asked to shut down and may still do so")
-    if record.state in KEPT:
-        return _ask((), "the guest stands on its overlays by intention", Why.STANDS)  # see standing_decide
     if record.state in BEFORE_RELEASE:
         return Decision(Action.RELEASE, (), f"the run ended while {record.state.value}")
     if _maybe_frozen(record, sight):
         return Decision(Action.THAW, (), "the guest may be frozen")
-    decision = _decide_disks(record, sight) or _decide_end(record, sight)
+    decision = _decide_kept(record) or _decide_disks(record, sight) or _decide_end(record, sight)
     if decision.action is Action.ASK and may_resume(record, sight):
         return Decision(Action.RESUME, (), f"a person is needed, and stillframe had stopped the CPUs: "
                         f"{decision.reason}")
@@ -172,6 +170,13 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
 
 def _ask(targets: Targets, reason: str, why: Why) -> Decision:
     return Decision(Action.ASK, targets, reason, why)
+
+
+def _decide_kept(record: RunRecord) -> Decision | None:
+    """Leave overlays alone that are to stay: standing_decide is there for them."""
+    if record.state not in KEPT:
+        return None
+    return _ask((), "the guest stands on its overlays by intention", Why.STANDS)
 
 
 def settled(disk: DiskSight) -> bool:

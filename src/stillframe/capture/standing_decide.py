@@ -125,6 +125,8 @@ def decide_lowering(record: RunRecord, view: LowerView) -> Lowering:
             return problem
     if pending and view.power.has_qemu:
         return _decide_running(record, view, pending)
+    if pending and view.power is Power.GONE:
+        return _ask(_pick(pending), "the guest is not defined any more", Why.UNCERTAIN)
     if pending:
         return _decide_off(view, pending)
     return _decide_end(record, view)
