@@ -24,7 +24,7 @@ import msgspec
 from stillframe.backup.run import BackupJob, backup_guest
 from stillframe.block.anchor import Anchor
 from stillframe.capture.bring_back import Watcher
-from stillframe.capture.journal import Journal
+from stillframe.capture.journal import Journal, in_repository
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Wishes, make_plan
@@ -79,7 +79,8 @@ def stand(domain: Domain, destination: Path, wishes: Wishes, tools: Tools, *, fa
     if current.exists():
         anchor = msgspec.json.decode((current / "anchor.json").read_bytes(), type=Anchor)
     plan = make_plan(domain, wishes, tools.journal.standing(domain.uuid))
-    with captured_by_standing_overlay(plan, tools, str(destination), lambda: None, anchor) as capture:
+    where = in_repository(str(destination))  # whose folder recover does not look into
+    with captured_by_standing_overlay(plan, tools, where, lambda: None, anchor) as capture:
         if fail:
             raise Interrupted("given up by the test")
         new = destination / capture.run_id
