@@ -1,34 +1,39 @@
 """One run in a process of its own that stops itself (SIGSTOP) at a given step of the journal.
 
-    python -m tests.fault.driver mirror|backup|bitmap|recover GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE \
-        STATE PHASE LIMIT
+    python -m tests.fault.driver WHAT GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE LIMIT
 
-For a backup, DEST is the repository, which PASSPHRASE opens; for bitmap, a PullStore.
-STATE and PHASE ("intent" or "done") say
-where; "-" runs through. `reached` is printed just before stopping. LIMIT is the overlays' limit
-in bytes, 0 for none. The exit code is the error's, 0 for none; the error is printed.
+WHAT is mirror, backup, bitmap, recover, standing, standing-fail or settle.
+For a backup, DEST is the repository, which PASSPHRASE opens; for bitmap, a PullStore. `standing` leaves the
+guest on overlays, and makes DEST/current the images of that moment; with `-fail`, the copy is given up. STATE
+and PHASE ("intent" or "done") say where; "-" runs through. `reached` is printed just before stopping. LIMIT
+is the overlays' limit in bytes, 0 for none. The exit code is the error's, 0 for none; the error is printed.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from stillframe.backup.run import BackupJob, backup_guest
+from stillframe.block.anchor import Anchor
 from stillframe.capture.bring_back import Watcher
-from stillframe.capture.journal import Journal
+from stillframe.capture.journal import Journal, in_repository
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.plan import Wishes
+from stillframe.capture.plan import Wishes, make_plan
 from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Tools
+from stillframe.capture.standing import captured_by_standing_overlay, settle
 from stillframe.capture.states import Quiesce, State
 from stillframe.clock import SystemClock
-from stillframe.errors import StillframeError
+from stillframe.errors import Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.mirror.run import MirrorJob, mirror_guest
@@ -68,6 +73,39 @@ def back_up(domain: Domain, repository: Path, wishes: Wishes, tools: Tools) -> N
     print(f"snapshot {result.snapshot}", flush=True)
 
 
+def stand(domain: Domain, destination: Path, wishes: Wishes, tools: Tools, *, fail: bool) -> None:
+    """Capture the guest by standing overlays into images that are replaced all at once."""
+    current = destination / "current"
+    anchor = None
+    if current.exists():
+        anchor = msgspec.json.decode((current / "anchor.json").read_bytes(), type=Anchor)
+    plan = make_plan(domain, wishes, tools.journal.standing(domain.uuid))
+    where = in_repository(str(destination))  # whose folder recover does not look into
+    with captured_by_standing_overlay(plan, tools, where, lambda: None, anchor) as capture:
+        if fail:
+            raise Interrupted("given up by the test")
+        new = destination / capture.run_id
+        new.mkdir()
+        for disk in capture.disks:
+            old, image = current / f"{disk.target}.img", new / f"{disk.target}.img"
+            with disk.read() as reader, reader.connect() as connection:
+                changed = reader.changed()
+                shutil.copy2(old, image) if changed is not None else image.touch()
+                with image.open("r+b") as file:
+                    file.truncate(reader.size_bytes)
+                    for extent in reader.extents() if changed is None else changed:
+                        buffer = bytearray(extent.length_bytes)
+                        if not extent.kind.reads_as_zero:
+                            connection.pread_into(memoryview(buffer), extent.offset_bytes)
+                        os.pwrite(file.fileno(), buffer, extent.offset_bytes)
+            print(f"{disk.target}: {'whole' if changed is None else 'by changes'}, {disk.note}", flush=True)
+        capture.check_still()
+        (new / "anchor.json").write_bytes(msgspec.json.encode(capture.anchor))
+        link = destination / "next"
+        link.symlink_to(new.name)
+        link.replace(current)
+
+
 def main() -> int:
     """Do the run."""
     what, guest, destination, state_dir, overlays, quiesce, state, phase, limit = sys.argv[1:]
@@ -84,6 +122,14 @@ def main() -> int:
         elif what == "bitmap":
             PullStore(Path(destination)).take(
                 domain, tools, Wishes(Quiesce(quiesce), Path(overlays), limits=limits))
+        elif what in ("standing", "standing-fail", "settle"):
+            with domain_lock(journal.folder, domain.uuid, domain.name, what, clock):
+                recover_domain(domain, tools, limits)
+                if what == "settle":
+                    settle(domain, tools, limits)
+                else:
+                    wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits)
+                    stand(domain, Path(destination), wishes, tools, fail=what == "standing-fail")
         elif what == "backup":
             back_up(domain, Path(destination), Wishes(Quiesce(quiesce), Path(overlays), limits=limits), tools)
         else:

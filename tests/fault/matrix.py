@@ -7,11 +7,15 @@ from stillframe.capture.states import PULL_STATES, State
 Step = tuple[State, str]
 
 #: These only mark a place: nothing is done in them whose outcome could be written down.
-NO_OUTCOME = frozenset({State.PLANNED, State.RELEASED, State.DONE})
+NO_OUTCOME = frozenset({State.PLANNED, State.RELEASED, State.STANDING, State.DONE})
 #: Steps that need a guest agent, a guest that shuts down, and one that was left shut down.
 AGENT = frozenset({State.FREEZING, State.THAWING})
 SHUTDOWN = frozenset({State.SHUTTING_DOWN, State.STARTING})
 RESTART = frozenset({State.RESTARTING})
+#: Steps of a run whose overlays stay, from the moment when its copy is durable.
+KEPT = frozenset({State.LOWERING, State.SHEDDING, State.STANDING})
+#: Steps of a run, of either kind, until its copy is durable or given up.
+FORWARD = frozenset({State.PLANNED, State.OVERLAYS, State.SNAPSHOT, State.COPYING})
 
 
 def all_steps() -> list[Step]:
@@ -29,7 +33,17 @@ def steps_of(states: frozenset[State]) -> list[Step]:
 
 def plain_steps() -> list[Step]:
     """Return the steps that any guest goes through, without an agent or a shutdown."""
-    return steps_of(frozenset(State) - AGENT - SHUTDOWN - RESTART - PULL_STATES)
+    return steps_of(frozenset(State) - AGENT - SHUTDOWN - RESTART - PULL_STATES - KEPT)
+
+
+def standing_steps() -> list[Step]:
+    """Return the steps of a run that takes the place of another whose overlays stand."""
+    return steps_of(FORWARD | KEPT)
+
+
+def back_steps() -> list[Step]:
+    """Return the steps by which a guest is brought back to the images below its overlays."""
+    return steps_of(frozenset(State) - FORWARD - AGENT - SHUTDOWN - RESTART - PULL_STATES - KEPT)
 
 
 def name_of(step: object) -> str:

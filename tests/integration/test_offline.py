@@ -56,7 +56,8 @@ def never() -> errors.StillframeError | None:
 
 
 def plan_of(guest: DiskGuest, tools: Tools, method: Method = Method.AUTO) -> Plan:
-    return planned(find_domain(Connection("qemu:///system", tools.clock), guest.name), Wishes(method=method))
+    domain = find_domain(Connection("qemu:///system", tools.clock), guest.name)
+    return planned(domain, Wishes(method=method), tools)
 
 
 def shut_down(guest: DiskGuest) -> None:

@@ -267,3 +267,22 @@ def test_age_is_wall_time_and_never_negative() -> None:
     clock = StoppedClock(datetime(2026, 11, 23, 1, 2, 13, tzinfo=UTC))
     assert age_s(clock, "2026-11-23T01:02:03.000000Z") == 10
     assert age_s(clock, "2026-11-23T02:00:00.000000Z") == 0
+
+
+def test_a_standing_run_is_not_open_and_gives_way_to_the_next_in_one_moment(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    old = journal.begin(planned(state=State.COPYING))
+    assert journal.standing(old.uuid) is None
+    old = journal.enter(old, State.STANDING)
+    assert journal.open_runs() == []
+    assert journal.standing(old.uuid) == old
+    new = journal.enter(journal.begin(planned(1, state=State.COPYING, follows=old.id)), State.LOWERING)
+    assert journal.open_runs() == [new]
+    assert journal.standing(old.uuid) == old
+    new = journal.take_over(new, "it stands", captured_at="then")
+    assert (new.state, new.captured_at) == (State.STANDING, "then")
+    assert journal.standing_runs() == [new]
+    assert journal.current(old).state is State.DONE
+    assert journal.current(old).ended_at
+    with pytest.raises(AssertionError, match="no way"):
+        journal.take_over(journal.current(old), "again")

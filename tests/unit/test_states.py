@@ -10,7 +10,8 @@ import pytest
 
 from stillframe.capture import states
 from stillframe.capture.decide import Action
-from stillframe.capture.states import BEFORE_RELEASE, TRANSITIONS, DiskPhase, State
+from stillframe.capture.standing_decide import Step
+from stillframe.capture.states import BEFORE_RELEASE, KEPT, TRANSITIONS, DiskPhase, State
 
 _PAGE = Path(__file__).parents[2] / "docs" / "CAPTURE.md"
 _ROW = re.compile(r"^\| `(?P<name>[a-z-]+)` \| (?P<rest>.*) \|$", re.MULTILINE)
@@ -60,11 +61,18 @@ def test_every_state_before_the_release_can_be_given_up_at_once(state: State) ->
 
 
 def test_only_the_release_leads_to_a_commit_and_nothing_leads_back() -> None:
-    behind = set(State) - BEFORE_RELEASE
+    behind = set(State) - BEFORE_RELEASE - KEPT
     for state in BEFORE_RELEASE:
         assert TRANSITIONS[state] & behind == {State.RELEASED}
     for state in behind:
-        assert not TRANSITIONS[state] & (BEFORE_RELEASE | {State.RELEASED})
+        assert not TRANSITIONS[state] & (BEFORE_RELEASE | KEPT | {State.RELEASED})
+
+
+def test_overlays_that_stay_are_committed_only_when_the_guest_is_settled() -> None:
+    assert {state for state in BEFORE_RELEASE if TRANSITIONS[state] & KEPT} == {State.COPYING}
+    assert TRANSITIONS[State.STANDING] == {State.RELEASED, State.DONE}
+    for state in KEPT - {State.STANDING}:
+        assert TRANSITIONS[state] <= KEPT
 
 
 def test_the_way_to_the_release_has_no_loop() -> None:
@@ -95,6 +103,13 @@ def test_the_page_names_every_action(action: Action) -> None:
 def test_the_page_names_no_action_that_does_not_exist() -> None:
     named = set(re.findall(r"`([A-Z_]{3,})`", decision_section()))
     assert named <= {action.name for action in Action}
+
+
+def test_the_page_shows_the_steps_of_letting_older_overlays_go() -> None:
+    expected = {f"`{step.name}`": step.value for step in Step}
+    text = _PAGE.read_text().split("| step | what it does | when |", 1)[1].split("\n\n", 1)[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert {row[0]: row[1] for row in cells} == expected
 
 
 def decision_section() -> str:

@@ -98,7 +98,7 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
     domain = job.domain
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, "backup", tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
-        plan = planned(domain, job.wishes)
+        plan = planned(domain, job.wishes, tools)
         _refuse_name(job)
         if job.folder is not None:
             refuse_place(job.folder, plan)

@@ -96,6 +96,22 @@ class ImagePlace:
             return _rbd_name(options)
         return "json:" + json.dumps(options, sort_keys=True, separators=(",", ":"))
 
+    def is_named(self, backing: str) -> bool:
+        """Return whether a qcow2 header's text *backing* names this image.
+
+        Where libvirt writes the name of a network image itself (after a commit), it spells it its own way.
+        """
+        if backing == self.backing_text():
+            return True
+        if self.kind.is_local or not backing.startswith("json:"):
+            return False
+        try:
+            named = json.loads(backing.removeprefix("json:"))
+        except ValueError:
+            return False
+        wanted = _flat(self._protocol())
+        return wanted in (_flat(named), _flat(named.get("file")))
+
     def identity(self) -> FileIdentity | None:
         """Return the identity of the file or device; None for network images. Raises OSError."""
         return file_identity(self.path) if self.kind.is_local else None
@@ -168,6 +184,16 @@ def _absolute(path: str) -> str:
             "virsh edit GUEST, and write the disk's source with its whole path",
         )
     return path
+
+
+def _flat(options: Any, prefix: str = "") -> dict[str, str]:
+    """Return nested blockdev options as one flat mapping, so that two spellings compare."""
+    if not isinstance(options, dict):
+        return {prefix: str(options)}
+    flat: dict[str, str] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def _nbd_uri(options: dict[str, Any]) -> str:

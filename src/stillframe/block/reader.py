@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from stillframe import process
-from stillframe.block.dirty import CountingReader, DirtyBitmap
 from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import CopyFailed, ProgramMissing
@@ -28,8 +27,11 @@ _STATUS_WINDOW_BYTES = GIB
 _REQUEST_LIMIT_BYTES = 32 * MIB
 _POLL_S = 0.01
 _ALLOCATION = "base:allocation"
+# What changed is asked for in another context: a dirty bitmap (1 is dirty), or which image of the chain holds
+# a stretch (0 none, 1 the topmost, more those below it). One is what changed, in both.
 _DIRTY = "qemu:dirty-bitmap:"
-_STATE_DIRTY = 1
+_DEPTH = "qemu:allocation-depth"
+_CHANGED = 1
 #: A read is split into pieces of at least this much, which are on their way together.
 _PIECE_BYTES = MIB // 4
 _IN_FLIGHT = 16
@@ -84,32 +86,32 @@ class DiskReader(Protocol):
 @contextlib.contextmanager
 def open_reader(
     place: ImagePlace, *, clock: Clock, connections: int = 4, timeout_s: float = 30.0, bitmap: str = "",
+    top_changed: bool = False,
 ) -> Iterator[DiskReader]:
     """Open the image and its whole backing chain for reading, for the length of the block.
 
-    With *bitmap*, a persistent bitmap of the (qcow2) image: what changed, for the reader, is what it marks.
-    At most *connections* connections can be open at a time, plus those for extents. Raises
+    What changed, for the reader, is what *bitmap* marks, a persistent bitmap of the (qcow2) image, or with
+    *top_changed* what the topmost image itself holds. At most *connections* connections can be open at a
+    time, plus those for extents. Raises
     CopyFailed when QEMU refuses (the message says why: locked by a writer, missing, no rights)
     or when the server is not ready after *timeout_s*. The kernel ends the server with the
     *thread* that came here, so the block must be left by the same thread.
     """
+    context = _DIRTY + bitmap if bitmap else _DEPTH if top_changed else ""
     with tempfile.TemporaryDirectory(prefix="stillframe-nbd-") as folder:
         socket = os.path.join(folder, "socket")
         command = [
             "qemu-nbd", "--read-only", "--persistent", "--shared", str(connections + 2),
             "--aio=threads", "--socket", socket, *(["--bitmap", bitmap] if bitmap else []),
-            _locked_name(place),
+            *(["--allocation-depth"] if top_changed else []), _locked_name(place),
         ]
         before = _identity(place)
-        with process.running(command, environment=_KEEP_BUFFERS) as server:
+        with process.running(command, environment=_KEEP_BUFFERS) as server, contextlib.ExitStack() as stack:
             _wait_until_ready(server, socket, place, Deadline(clock, timeout_s), clock)
-            with contextlib.closing(_Handle(socket, place.text())) as first, _raw_file(place, before) as fd:
-                reader = NbdReader(socket, place.text(), first, fd)
-                if not bitmap:
-                    yield reader
-                    return
-                with DirtyBitmap(socket, place.text(), bitmap) as dirty:
-                    yield CountingReader(reader, dirty)
+            first = stack.enter_context(contextlib.closing(_Handle(socket, place.text())))
+            counts = _counting(stack, socket, place.text(), "", context)
+            fd = stack.enter_context(_raw_file(place, before))
+            yield NbdReader(socket, place.text(), first, counts, fd=fd)
 
 
 @contextlib.contextmanager
@@ -121,20 +123,32 @@ def open_export(socket: str, export: str, name: str, *, bitmap: str = "") -> Ite
     """
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(contextlib.closing(_Handle(socket, name, export)))
-        dirty = stack.enter_context(
-            contextlib.closing(_Handle(socket, name, export, _DIRTY + bitmap))) if bitmap else None
-        yield ExportReader(socket, name, first, export, dirty)
+        counts = _counting(stack, socket, name, export, _DIRTY + bitmap if bitmap else "")
+        yield ExportReader(socket, name, first, counts, export=export)
+
+
+def _counting(
+    stack: contextlib.ExitStack, socket: str, name: str, export: str, context: str
+) -> _Handle | None:
+    """Connect for the context that says what changed, if there is one."""
+    return stack.enter_context(
+        contextlib.closing(_Handle(socket, name, export, context))) if context else None
 
 
 class NbdReader:
-    """A DiskReader over an NBD server's unix socket; content comes from the descriptor, if there is one."""
+    """A DiskReader over an NBD server's unix socket; content comes from the descriptor, if there is one.
+
+    *counts* is a connection whose context says what changed.
+    """
 
     def __init__(
-        self, socket: str, name: str, first: _Handle, fd: int | None = None, export: str = ""
+        self, socket: str, name: str, first: _Handle, counts: _Handle | None = None, *, fd: int | None = None,
+        export: str = "",
     ) -> None:
         self._socket = socket
         self._name = name
         self._first = first
+        self._counts = counts
         self._fd = fd
         self._export = export
         self.size_bytes = first.size_bytes()
@@ -145,8 +159,8 @@ class NbdReader:
         return merged(self._raw_extents(offset_bytes, end))
 
     def changed(self) -> Iterator[Extent] | None:
-        """See DiskReader."""
-        return None
+        """See DiskReader. For one thread at a time, and not together with extents()."""
+        return None if self._counts is None else merged(self._changed_extents(self._counts))
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -161,25 +175,15 @@ class NbdReader:
         for at, length, flags in _status(self._first, offset, end):
             yield Extent(at, length, _kind(flags))
 
+    def _changed_extents(self, counts: _Handle) -> Iterator[Extent]:
+        for offset, length, value in _status(counts, 0, self.size_bytes, needed=True):
+            if value == _CHANGED:
+                # What changed and reads as zero is a change, too: what was there before must go.
+                yield from self._raw_extents(offset, offset + length)
+
 
 class ExportReader(NbdReader):
     """A DiskReader over an export of a backup job, whose guest writes on. Make it with open_export."""
-
-    def __init__(
-        self, socket: str, name: str, first: _Handle, export: str, dirty: _Handle | None
-    ) -> None:
-        super().__init__(socket, name, first, export=export)
-        self._dirty = dirty
-
-    def changed(self) -> Iterator[Extent] | None:
-        """See DiskReader. For one thread at a time, and not together with extents()."""
-        return None if self._dirty is None else merged(self._dirty_extents(self._dirty))
-
-    def _dirty_extents(self, dirty: _Handle) -> Iterator[Extent]:
-        for offset, length, flags in _status(dirty, 0, self.size_bytes, needed=True):
-            if flags & _STATE_DIRTY:
-                # What is dirty and reads as zero is a change, too: what was there before must go.
-                yield from self._raw_extents(offset, offset + length)
 
     def _raw_extents(self, offset: int, end: int) -> Iterator[Extent]:
         """Yield extents, believing a zero only if it is said twice.

@@ -17,7 +17,7 @@ from pathlib import Path
 from msgspec.structs import replace as replace_record
 
 from stillframe.block.image import file_place
-from stillframe.block.tools import commit_offline, compare
+from stillframe.block.tools import commit_offline, compare, stand_on
 from stillframe.capture import in_qemu
 from stillframe.capture.decide import Action, Decision, Sight, Why, decide
 from stillframe.capture.explain import attention
@@ -408,6 +408,8 @@ class BringBack:
         record = self._journal.enter(record, State.COMMITTING, "offline", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
+            if not known.base.kind.is_local:  # libvirt may have spelt it its own way
+                stand_on(known.overlay_path, known.base)
             commit_offline(known.overlay_path, known.base, timeout_s=_OFFLINE_S)
             self._compared[target] = True
         return self._journal.done(record)

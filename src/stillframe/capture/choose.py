@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 from stillframe.block.anchor import Anchor
 from stillframe.capture import run
+from stillframe.capture.bitmap import captured_by_bitmap
+from stillframe.capture.bitmap_choice import bitmap_reasons
 from stillframe.capture.method import Method
 from stillframe.capture.offline import captured_offline
 from stillframe.capture.offline_plan import make_offline_plan
 from stillframe.capture.plan import Plan, Wishes, make_plan
 from stillframe.capture.run import Capture, Stop, Tools
+from stillframe.capture.standing import captured_by_standing_overlay
+from stillframe.capture.states import Quiesce
 from stillframe.errors import GuestUnfit
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Power
@@ -25,18 +29,22 @@ Capturing = Callable[
     [Plan, Tools, str, Stop, Anchor | None], contextlib.AbstractContextManager[Capture]]
 
 
-def planned(domain: Domain, wishes: Wishes) -> Plan:
+def planned(domain: Domain, wishes: Wishes, tools: Tools) -> Plan:
     """Return the plan for capturing *domain*, by a look at whether it runs and the method that is wished.
 
-    Changes nothing. Raises a Refused error that names what is in the way.
+    Changes nothing. Raises a Refused error that names what is in the way, NeedsAttention.
     """
-    if wishes.method not in (Method.AUTO, *_METHODS):
-        raise GuestUnfit(
-            f"This version of stillframe can't capture {domain.name} by the method {wishes.method.value}.",
-            wishes.again(domain.name, "--method auto"),
-        )
+    standing = tools.journal.standing(domain.uuid)
     offline = domain.power() is Power.OFF if wishes.method is Method.AUTO else wishes.method is Method.OFFLINE
-    return make_offline_plan(domain, domain.view(), wishes) if offline else make_plan(domain, wishes)
+    if standing is not None and (offline or wishes.method is Method.BITMAP):
+        # A bitmap would be kept in the overlay, which goes; a guest that is off is read by its definition.
+        raise GuestUnfit(
+            f"{domain.name} stands on overlays; it can't be captured by another method, or while it is off.",
+            f"stillframe settle {domain.name}   # then run again",
+        )
+    if offline:
+        return make_offline_plan(domain, domain.view(), wishes)
+    return make_plan(domain, wishes, standing)
 
 
 @contextlib.contextmanager
@@ -50,19 +58,25 @@ def captured(
     guest's own anchor (a checkpoint, an overlay) advances. By an exception: nothing advances, and nothing
     of the run stays behind. Raises RunFailed and what the block raises.
     """
-    method = plan.wishes.method
-    if method is Method.AUTO:
-        method = _automatic(plan, earlier)
-    with _METHODS[method](plan, tools, destination, stop, earlier) as capture:
+    with _METHODS[method_of(plan)](plan, tools, destination, stop, earlier) as capture:
         yield capture
 
 
-def _automatic(plan: Plan, earlier: Anchor | None) -> Method:  # noqa: ARG001 -- see below
-    """Return the method that `auto` comes to. To be extended when further methods are there.
+def method_of(plan: Plan) -> Method:
+    """Return the method that was wished, or what `auto` comes to: the cheapest that works for any disk.
 
-    With `bitmap`: prefer it when at least one disk can take one.
+    A backup job reads the disks that keep no bitmap whole, as the overlay does, at the same moment. Nothing
+    stays on a guest that nobody asked for: only one that stands on overlays already goes on so.
     """
-    return Method.OFFLINE if plan.view.power is Power.OFF else Method.OVERLAY
+    if plan.wishes.method is not Method.AUTO:
+        return plan.wishes.method
+    if plan.view.power is Power.OFF:
+        return Method.OFFLINE
+    if plan.standing is not None:
+        return Method.STANDING_OVERLAY
+    reasons = bitmap_reasons(plan.view)
+    counted = any(not reasons.get(disk.target) for disk in plan.disks)
+    return Method.BITMAP if counted and plan.quiesce is not Quiesce.SHUTDOWN else Method.OVERLAY
 
 
 @contextlib.contextmanager
@@ -74,8 +88,9 @@ def _by_overlay(
         yield capture
 
 
-#: The methods that are built. `captured_by_bitmap` and `captured_by_standing_overlay` belong here, too.
 _METHODS: Mapping[Method, Capturing] = {
     Method.OVERLAY: _by_overlay,
+    Method.STANDING_OVERLAY: captured_by_standing_overlay,
+    Method.BITMAP: captured_by_bitmap,
     Method.OFFLINE: captured_offline,
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stillframe.capture.journal import DiskRecord, RunRecord
-from stillframe.capture.states import BEFORE_RELEASE, DiskPhase
+from stillframe.capture.states import BEFORE_RELEASE, KEPT, DiskPhase
 from stillframe.hypervisor.model import Power
 
 Targets = tuple[str, ...]
@@ -108,11 +108,13 @@ class Why(enum.Enum):
     FILE_GONE = "a needed file is not there"
     DIVERGED = "base and overlay each hold writes that the other lacks"
     LIVE_VIEW = "libvirt's live view is wrong for good"
+    STALE_CHAIN = "libvirt's live view names an image below the one in use that QEMU has no more"
     IO_ERROR = "paused by an I/O error"
     MANAGED_SAVE = "a managed save image belongs to the overlay"
     UNPLUGGED = "the disk was unplugged"
     NAMED_ELSEWHERE = "another guest's chain names the overlay"
     FROZEN = "perhaps frozen"
+    STANDS = "the overlays are to stay"
 
 
 class Action(enum.Enum):
@@ -159,7 +161,7 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
         return Decision(Action.RELEASE, (), f"the run ended while {record.state.value}")
     if _maybe_frozen(record, sight):
         return Decision(Action.THAW, (), "the guest may be frozen")
-    decision = _decide_disks(record, sight) or _decide_end(record, sight)
+    decision = _decide_kept(record) or _decide_disks(record, sight) or _decide_end(record, sight)
     if decision.action is Action.ASK and may_resume(record, sight):
         return Decision(Action.RESUME, (), f"a person is needed, and stillframe had stopped the CPUs: "
                         f"{decision.reason}")
@@ -168,6 +170,13 @@ def decide(record: RunRecord, sight: Sight) -> Decision:
 
 def _ask(targets: Targets, reason: str, why: Why) -> Decision:
     return Decision(Action.ASK, targets, reason, why)
+
+
+def _decide_kept(record: RunRecord) -> Decision | None:
+    """Leave overlays alone that are to stay: standing_decide is there for them."""
+    if record.state not in KEPT:
+        return None
+    return _ask((), "the guest stands on its overlays by intention", Why.STANDS)
 
 
 def settled(disk: DiskSight) -> bool:

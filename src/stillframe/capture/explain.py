@@ -15,6 +15,9 @@ _REPAIR = (
 _NEXT = {
     Why.HIDDEN: f"{_REPAIR}   # or shut the guest down from inside, then: stillframe recover {{name}}",
     Why.LIVE_VIEW: f"{_REPAIR}   # the guest runs on meanwhile",
+    Why.STALE_CHAIN: (
+        "shut the guest down from inside and start it again, then: stillframe recover {name}"
+        "   # nothing is lost; it runs well meanwhile"),
     Why.MANAGED_SAVE: "virsh start {name} && stillframe recover {name}   # brings the saved guest up first",
     Why.FROZEN: "virsh domfsthaw {name}; stillframe recover {name}",
     Why.FOREIGN_JOB: "virsh blockjob {name} {targets} --info   # when it is over: stillframe recover {name}",
@@ -24,6 +27,7 @@ _NEXT = {
     Why.UNCERTAIN: (
         "virsh dumpxml {name}; virsh dumpxml --inactive {name}   # put the image right with virsh edit"),
     Why.FILE_GONE: "find the file and put it back where it was, then: stillframe recover {name}",
+    Why.STANDS: "stillframe settle {name}",
     Why.NAMED_ELSEWHERE: (
         "virsh edit that guest, so that it does not name the overlay; stillframe recover {name}"),
 }

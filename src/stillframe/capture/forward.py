@@ -30,7 +30,7 @@ class Forward:
 
     def __init__(
         self, plan: Plan, journal: Journal, clock: Clock, say: Callable[[str], None], destination: str,
-        stop: Callable[[], StillframeError | None],
+        stop: Callable[[], StillframeError | None], follows: str = "",
     ) -> None:
         self._plan = plan
         self._domain = plan.domain
@@ -46,6 +46,7 @@ class Forward:
             uri=plan.domain.connection.uri, destination=destination, quiesce=plan.quiesce,
             state=State.PLANNED, began_at=utc_text(clock.now()), pid=os.getpid(),
             boot_id=boot_id(), disks=plan.disks, method=self.method, pull=self._pull_record(run_id),
+            follows=follows,
         ))
 
     def _pull_record(self, _run_id: str) -> PullRecord | None:

@@ -7,7 +7,8 @@ disk when it returns. Tables:
     run(id, uuid, name, body)          one run; body is the RunRecord as JSON
     step(run, seq, at, state, phase, detail)   intent and outcome of each step, for people
 
-A run that is not DONE is *open*: somebody still has to bring the guest back.
+A run that is neither DONE nor STANDING is *open*: somebody still has to bring the guest back. Of a standing
+run the guest keeps the overlays, by intention; there is one at most for each guest.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ _KEPT_RUNS = 1000
 
 
 class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One disk of a run: where it was before, and the overlay that was made for it."""
+    """One disk of a run: where it was before, and the overlay that was made for it.
+
+    *lower_path* is the older overlay between base and overlay, which a standing run commits
+    into the base; *lowered*: its data is in the base, durably.
+    """
 
     target: str
     base: ImagePlace
@@ -60,6 +65,9 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
     overlay_identity: FileIdentity | None = None
     base_identity: FileIdentity | None = None
     phase: DiskPhase = DiskPhase.PLANNED
+    lower_path: str = ""
+    lower_identity: FileIdentity | None = None
+    lowered: bool = False
 
     def with_phase(self, phase: DiskPhase) -> DiskRecord:
         """Return the same disk in *phase*."""
@@ -93,6 +101,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     *boot_id*: the boot of the machine that it began in. *qemu_mark*: the QEMU process that the
     last pivot was sent to (process.start_mark). *destination*: the folder of the mirror, or `in_repository`.
+    *follows*: the standing run whose overlays this one takes the place of.
     """
 
     id: str
@@ -120,6 +129,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     consistency: str = ""
     captured_at: str = ""
     ended_at: str = ""
+    follows: str = ""
 
     @property
     def mirror_folder(self) -> str:
@@ -224,12 +234,46 @@ class Journal:
         return self._write(record, "note", detail, **changes)
 
     def open_runs(self, uuid: str | None = None) -> list[RunRecord]:
-        """Return the runs that are not DONE, oldest first, of one domain or of all."""
+        """Return the runs that are neither DONE nor STANDING, oldest first, of one domain or of all."""
         rows = self._read(
-            "select body from run where state != ? and (? is null or uuid = ?) order by id",
-            (State.DONE.value, uuid, uuid),
+            "select body from run where state not in (?, ?) and (? is null or uuid = ?) order by id",
+            (State.DONE.value, State.STANDING.value, uuid, uuid),
         )
         return [_decode(row[0]) for row in rows]
+
+    def standing_runs(self) -> list[RunRecord]:
+        """Return the runs whose overlays guests stand on by intention, oldest first."""
+        rows = self._read("select body from run where state = ? order by id", (State.STANDING.value,))
+        return [_decode(row[0]) for row in rows]
+
+    def standing(self, uuid: str) -> RunRecord | None:
+        """Return the run whose overlays the domain stands on by intention, None if it stands on none."""
+        rows = self._read(
+            "select body from run where state = ? and uuid = ? order by id desc limit 1",
+            (State.STANDING.value, uuid),
+        )
+        return _decode(rows[0][0]) if rows else None
+
+    def take_over(self, record: RunRecord, detail: str, **changes: object) -> RunRecord:
+        """Make *record* the standing run and the one that it follows DONE, both in one moment."""
+        if State.STANDING not in TRANSITIONS[record.state]:
+            raise AssertionError(f"no way from {record.state} to a standing run")  # a bug, not a user's error
+        changed = msgspec.structs.replace(record, state=State.STANDING, **changes)
+        rows = self._read("select body from run where id = ?", (record.follows,))
+        ended = [
+            msgspec.structs.replace(_decode(row[0]), state=State.DONE, ended_at=utc_text(self._clock.now()))
+            for row in rows
+        ]
+        with self._transaction() as database:
+            for each, words in ((changed, detail), *((old, f"run {record.id} stands in its place")
+                                                     for old in ended)):
+                database.execute(
+                    "update run set state = ?, body = ? where id = ?",
+                    (each.state.value, _encode(each), each.id),
+                )
+                self._add_step(database, each, "intent", words)
+        self._after(changed.state, "intent")
+        return changed
 
     def current(self, record: RunRecord) -> RunRecord:
         """Return the run as the journal has it now: after a failed step it may know more than *record*."""

@@ -18,6 +18,8 @@ class Limits:
     is free there.
     *min_free_bytes*: what must be free in the overlay's file system before a run, and a
     sixteenth of it at all times.
+    *standing_bytes*: what a standing overlay may grow to before it is committed early, None for
+    *standing_share* of its disk's size.
     """
 
     freeze_s: float = 10.0
@@ -26,6 +28,8 @@ class Limits:
     commit_s: float = 3600.0
     overlay_bytes: int | None = None
     min_free_bytes: int = GIB
+    standing_bytes: int | None = None
+    standing_share: float = 0.5
 
     @property
     def thaw_s(self) -> float:

@@ -7,13 +7,15 @@ with the plan in hand, a run begins. `doctor` shows the same plan without runnin
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from stillframe.block.image import ImagePlace, block_place, file_place, nbd_place, rbd_place
 from stillframe.block.tools import chain_info
 from stillframe.capture.growth import Watermark, plan_watermarks
-from stillframe.capture.journal import DiskRecord
+from stillframe.capture.journal import DiskRecord, RunRecord
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
 from stillframe.capture.neighbours import other_users
@@ -74,7 +76,9 @@ class Wishes:
 class Plan:
     """A run that may begin. *others* are the targets that get no overlay.
 
-    Of a guest that is shut off, *live* is its definition, and no disk has an overlay.
+    Of a guest that is shut off, *live* is its definition, and no disk has an overlay. *standing* is the run
+    whose overlays the guest stands on by intention: what a disk's record calls its base is such an overlay
+    then, with the guest's image below it.
     """
 
     domain: Domain
@@ -87,6 +91,7 @@ class Plan:
     warnings: tuple[str, ...]
     watermarks: tuple[Watermark, ...]
     wishes: Wishes
+    standing: RunRecord | None = None
 
     @property
     def limits(self) -> Limits:
@@ -94,20 +99,22 @@ class Plan:
         return self.wishes.limits
 
 
-def make_plan(domain: Domain, wishes: Wishes) -> Plan:
-    """Return the plan for capturing *domain* with the overlay method.
+def make_plan(domain: Domain, wishes: Wishes, standing: RunRecord | None = None) -> Plan:
+    """Return the plan for capturing *domain* with the overlay method, or with standing overlays.
 
-    Changes nothing. Raises a Refused error that names what is in the way.
+    *standing* is what the journal knows of standing overlays of the domain. Changes nothing. Raises a
+    Refused error that names what is in the way, NeedsAttention if a standing overlay is not in use any more.
     """
     view = domain.view()
     live = _running(view, wishes)
     _refuse_jobs(view, live)
     _refuse_snapshots(domain)
+    _refuse_left_overlays(view, live, standing)
     chosen, excluded = choose_disks(live, wishes, view.name)
-    disks = tuple(_plan_disk(domain, view, disk, wishes) for disk in chosen)
+    disks = tuple(_plan_disk(domain, view, disk, wishes, standing) for disk in chosen)
     for disk, planned in zip(chosen, disks, strict=True):
         _refuse_other_chain(view, disk, planned)
-    refuse_shared(domain, live, chosen)
+    refuse_shared(domain, live, chosen, _grounds(standing))
     quiesce, warnings = _choose_quiesce(domain, view, live, wishes)
     watermarks = plan_watermarks([disk.overlay_path for disk in disks], wishes.limits)
     targets = {disk.target for disk in disks}
@@ -116,7 +123,7 @@ def make_plan(domain: Domain, wishes: Wishes) -> Plan:
         if target not in targets
     )
     return Plan(
-        domain, view, live, disks, others, excluded, quiesce, warnings, watermarks, wishes
+        domain, view, live, disks, others, excluded, quiesce, warnings, watermarks, wishes, standing
     )
 
 
@@ -197,7 +204,28 @@ def choose_disks(
     return chosen, (*live.excluded, *asked)
 
 
-def _plan_disk(domain: Domain, view: DomainView, disk: Disk, wishes: Wishes) -> DiskRecord:
+def _refuse_left_overlays(view: DomainView, live: DomainXml, standing: RunRecord | None) -> None:
+    """Refuse a guest that should stand on overlays of ours and does not: their data may be what counts."""
+    for known in standing.disks if standing is not None else ():
+        disk = live.disks.get(known.target)
+        if disk is None or disk.top.place != known.overlay_path:
+            now = "is not in the guest any more" if disk is None else f"is on {disk.top.place}"
+            raise NeedsAttention(
+                f"{known.target} of {view.name} stood on {known.overlay_path}, over {known.base.text()}, but "
+                f"{now}: what was written to that overlay may be missing.",
+                f"stillframe settle --dry-run {view.name}", GuestState.UNKNOWN,
+            )
+
+
+def _grounds(standing: RunRecord | None) -> dict[str, str]:
+    """Return the targets of the images below standing overlays, by their places."""
+    disks = standing.disks if standing is not None else ()
+    return {disk.base_key.partition(":")[2]: disk.target for disk in disks}
+
+
+def _plan_disk(
+    domain: Domain, view: DomainView, disk: Disk, wishes: Wishes, standing: RunRecord | None
+) -> DiskRecord:
     top = disk.top
     if top.format not in _FORMATS:
         raise GuestUnfit(
@@ -209,7 +237,8 @@ def _plan_disk(domain: Domain, view: DomainView, disk: Disk, wishes: Wishes) -> 
             f"{disk.target} of {view.name} is encrypted by QEMU, which is not supported.",
             wishes.again(view.name, f"--exclude {disk.target}"),
         )
-    if top.place.endswith(OVERLAY_SUFFIX):
+    ours = {each.overlay_path for each in standing.disks} if standing is not None else set()
+    if top.place.endswith(OVERLAY_SUFFIX) and top.place not in ours:
         raise OverlayTaken(
             f"{disk.target} of {view.name} stands on {top.place}, an overlay of stillframe "
             "that this journal does not know.",
@@ -232,7 +261,7 @@ def _plan_disk(domain: Domain, view: DomainView, disk: Disk, wishes: Wishes) -> 
         base_key=top.key,
         base_qemu_file=known.files[0],
         size_bytes=domain.capacity_bytes(disk.target),
-        overlay_path=_overlay_path(view.name, disk, wishes),
+        overlay_path=_overlay_path(view.name, disk, wishes, ours),
     )
 
 
@@ -317,7 +346,7 @@ def place_of(source: Source) -> ImagePlace:
     )
 
 
-def _overlay_path(name: str, disk: Disk, wishes: Wishes) -> str:
+def _overlay_path(name: str, disk: Disk, wishes: Wishes, ours: set[str]) -> str:
     folder = wishes.overlay_folder
     if folder is None and disk.top.kind != "file":
         raise OverlayFolderNeeded(
@@ -330,6 +359,8 @@ def _overlay_path(name: str, disk: Disk, wishes: Wishes) -> str:
             f"The folder for overlays {place} does not exist.", f"mkdir -p {place}"
         )
     path = str(place.absolute() / f"{name}-{disk.target}{OVERLAY_SUFFIX}")
+    if path in ours:  # the one that it stands on: the two names take turns
+        path = str(place.absolute() / f"{name}-{disk.target}-2{OVERLAY_SUFFIX}")
     if os.path.lexists(path):
         raise OverlayTaken(
             f"{path} already exists, and no open run of this journal made it.",
@@ -338,14 +369,20 @@ def _overlay_path(name: str, disk: Disk, wishes: Wishes) -> str:
     return path
 
 
-def refuse_shared(domain: Domain, live: DomainXml, chosen: list[Disk]) -> None:
-    """Raise ImageShared if an image of a chosen disk is also part of another disk or domain."""
-    places = {disk.top.place: disk.target for disk in chosen}
+def refuse_shared(
+    domain: Domain, live: DomainXml, chosen: list[Disk], grounds: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raise ImageShared if an image of a chosen disk is also part of another disk or domain.
+
+    *grounds* are images below standing overlays, and the targets of their disks.
+    """
+    tops = {disk.top.place: disk.target for disk in chosen}
+    places = {**grounds, **tops}
     users = other_users(domain.connection, domain.uuid, set(places))
     for disk in (*live.disks.values(), *live.bystanders.values()):
-        below = disk.chain[1:] if disk.top.place in places else disk.chain
+        below = disk.chain[1:] if disk.top.place in tops else disk.chain
         for source in below:
-            if source.place in places:
+            if places.get(source.place, disk.target) != disk.target or source.place in tops:
                 users[source.place] = f"{domain.name} ({disk.target})"
     for place, user in users.items():
         raise ImageShared(

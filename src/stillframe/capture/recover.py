@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillframe.capture.bring_back import BringBack
-from stillframe.capture.decide import Decision, decide
-from stillframe.capture.decide_pull import PullDecision, decide_pull
+from stillframe.capture.decide import decide
+from stillframe.capture.decide_pull import decide_pull
 from stillframe.capture.end_pull import EndPull
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
 from stillframe.capture.run import Tools
+from stillframe.capture.standing_decide import decide_lowering
+from stillframe.capture.standing_lower import LowerRun
+from stillframe.capture.states import KEPT
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
 
@@ -29,10 +32,20 @@ class Recovered:
         return [f"recovered run {self.run.id}:", *(f"  {word}" for word in self.words)]
 
 
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """What recover would do first: in words, on which disks, and why."""
+
+    words: str
+    targets: tuple[str, ...]
+    reason: str
+
+
 def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recovered]:
     """Bring *domain* back from every run that was left open. Needs the domain's lock.
 
-    Raises NeedsAttention where only a person may choose; nothing is changed then.
+    Overlays that it stands on by intention are left alone; a run that was to leave such ones behind is
+    taken to where they stand. Raises NeedsAttention where only a person may choose; nothing is changed then.
     """
     recovered = []
     for left in tools.journal.open_runs(domain.uuid):
@@ -42,21 +55,26 @@ def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recover
     return recovered
 
 
-def _back(run: RunRecord, domain: Domain, tools: Tools, limits: Limits) -> BringBack | EndPull:
-    kind = EndPull if run.method is Method.BITMAP else BringBack
+def _back(run: RunRecord, domain: Domain, tools: Tools, limits: Limits) -> BringBack | EndPull | LowerRun:
+    kind = EndPull if run.method is Method.BITMAP else LowerRun if run.state in KEPT else BringBack
     return kind(tools.journal, domain, tools.clock, limits, tools.watcher)
 
 
-def next_steps(
-    domain: Domain, tools: Tools, limits: Limits
-) -> list[tuple[RunRecord, Decision | PullDecision]]:
+def next_steps(domain: Domain, tools: Tools, limits: Limits) -> list[tuple[RunRecord, NextStep]]:
     """Return for every open run of *domain* what recover would do first, without doing it."""
-    steps: list[tuple[RunRecord, Decision | PullDecision]] = []
-    for run in tools.journal.open_runs(domain.uuid):
-        back = _back(run, domain, tools, limits)
-        steps.append((run, decide_pull(run, back.look(run)) if isinstance(back, EndPull)
-                      else decide(run, back.look(run))))
-    return steps
+    return [(run, _next_step(run, _back(run, domain, tools, limits)))
+            for run in tools.journal.open_runs(domain.uuid)]
+
+
+def _next_step(run: RunRecord, back: BringBack | EndPull | LowerRun) -> NextStep:
+    if isinstance(back, LowerRun):
+        step = decide_lowering(run, back.look(run))
+        return NextStep(step.step.value, step.targets, step.reason)
+    if isinstance(back, EndPull):
+        pulled = decide_pull(run, back.look(run))
+        return NextStep(pulled.action.value, pulled.targets, pulled.reason)
+    decision = decide(run, back.look(run))
+    return NextStep(decision.action.value, decision.targets, decision.reason)
 
 
 def domain_of(connection: Connection, run: RunRecord) -> Domain:

@@ -98,16 +98,21 @@ def captured(plan: Plan, tools: Tools, destination: str, stop: Stop) -> Iterator
     images, and no overlay is left; only NeedsAttention says otherwise.
     Raises RunFailed and what the block raises.
     """
-    run = _Run(plan, tools.journal, tools.clock, tools.watcher.say, destination, stop)
+    run = OverlayRun(plan, tools, destination, stop)
     back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
     with brought_back(run, back.finish, GuestState.OVERLAID):
         yield run.take()
 
 
-class _Run(Forward):
+class OverlayRun(Forward):
     """The forward half, step by step."""
 
     method = Method.OVERLAY
+
+    def __init__(
+        self, plan: Plan, tools: Tools, destination: str, stop: Stop, follows: str = ""
+    ) -> None:
+        super().__init__(plan, tools.journal, tools.clock, tools.watcher.say, destination, stop, follows)
 
     def take(self) -> Capture:
         """Put the overlays on; return the capture. Raises RunFailed."""
@@ -124,11 +129,12 @@ class _Run(Forward):
         self._remember_bases()
         return Capture(
             self.record.id, self.record.captured_at, consistency,
-            tuple(self._still(disk) for disk in self.record.disks),
+            tuple(self.still(disk) for disk in self.record.disks),
             tuple(self._warnings), self._frozen_s, self.stop, self.check_still,
         )
 
-    def _still(self, disk: DiskRecord) -> StillDisk:
+    def still(self, disk: DiskRecord) -> StillDisk:
+        """Return how one disk is read at the captured moment."""
         return StillDisk(disk.target, disk.base, disk.size_bytes, Method.OVERLAY,
                          partial(open_reader, disk.base, clock=self._clock))
 

@@ -54,7 +54,7 @@ def drained(view: DomainView, record: RunRecord, targets: tuple[str, ...]) -> bo
     """
     if view.qemu is None:
         return False
-    jobs = [_qemu_job(view.qemu, target, record.disk(target)) for target in targets]
+    jobs = [qemu_job(view.qemu, target, record.disk(target)) for target in targets]
     return all(
         job is not None and (
             job.status == "concluded" or (job.status == "ready" and job.done == job.total))
@@ -74,7 +74,7 @@ def ready_to_pivot(view: DomainView, record: RunRecord, targets: tuple[str, ...]
 
 def stray_job(view: DomainView, known: DiskRecord) -> str:
     """Return the name of QEMU's commit job on the disk's overlay, "" if there is none."""
-    job = None if view.qemu is None else _qemu_job(view.qemu, known.target, known)
+    job = None if view.qemu is None else qemu_job(view.qemu, known.target, known)
     return "" if job is None else job.name
 
 
@@ -87,10 +87,10 @@ def qemu_mark(name: str) -> str:
 def _look_at_disk(
     known: DiskRecord, same_boot: bool, view: DomainView, compared: Mapping[str, bool]
 ) -> DiskSight:
-    base_now, base_present = _base_file(known, same_boot)
-    overlay_now = _overlay_file(known)
+    base_now, base_present = base_file(known, same_boot)
+    overlay_now = overlay_file(known)
     qemu, live, inactive = (
-        _seen_by_qemu(known, view.qemu), _seen_in(known, view.live), _seen_in(known, view.inactive)
+        seen_by_qemu(known, view.qemu), seen_in(known, view.live), seen_in(known, view.inactive)
     )
     if inactive is Seen.ABSENT:
         inactive = Seen.UNKNOWN  # plugged in for this boot alone: no definition names it, none will
@@ -100,9 +100,9 @@ def _look_at_disk(
         live=live,
         inactive=inactive,
         job=_seen_job(known, view),
-        overlay=_seen_file(known, overlay_now, same_boot),
+        overlay=seen_file(known, overlay_now, same_boot),
         base_present=base_present,
-        base_intact=_intact(known, base_now),
+        base_intact=intact(known, base_now),
         base_newer=_newer(base_now, overlay_now),
         overlay_empty=_empty(known, overlay_now) if qemu is Seen.BASE else None,
         leaked_nodes=_leaked(known, view.qemu) if qemu is Seen.BASE else (),
@@ -110,14 +110,16 @@ def _look_at_disk(
     )
 
 
-def _seen_by_qemu(known: DiskRecord, qemu: QemuView | None) -> Seen:
+def seen_by_qemu(known: DiskRecord, qemu: QemuView | None) -> Seen:
+    """Return which image QEMU uses for the disk."""
     disk: QemuDisk | None = None if qemu is None else qemu.disks.get(known.target)
     if disk is None or not disk.files:
         return Seen.UNKNOWN
     return _which(known, disk.files[0] == known.base_qemu_file, disk.files)
 
 
-def _seen_in(known: DiskRecord, xml: DomainXml | None) -> Seen:
+def seen_in(known: DiskRecord, xml: DomainXml | None) -> Seen:
+    """Return which image an XML names for the disk."""
     if xml is None:
         return Seen.UNKNOWN
     disk = xml.disks.get(known.target)
@@ -139,7 +141,7 @@ def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
     disk = None if view.live is None else view.live.disks.get(known.target)
     if disk is None or view.qemu is None:
         return JobSeen.NONE
-    job = _qemu_job(view.qemu, known.target, known)
+    job = qemu_job(view.qemu, known.target, known)
     if disk.mirror is not None:
         if disk.mirror.job != _LIBVIRT_COMMIT or disk.top.place != known.overlay_path:
             return JobSeen.FOREIGN
@@ -153,7 +155,8 @@ def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
     return JobSeen.COMMITTING if view.jobs and known.target in view.jobs else JobSeen.NONE
 
 
-def _qemu_job(qemu: QemuView, target: str, known: DiskRecord) -> QemuJob | None:
+def qemu_job(qemu: QemuView, target: str, known: DiskRecord) -> QemuJob | None:
+    """Return QEMU's commit of the disk's overlay, None if it runs none."""
     # libvirt names its jobs after the disk and the overlay's node: commit-vda-libvirt-3-format.
     names = {OWN_JOB.format(target)}
     names |= {f"commit-{target}-{node.name}" for node in qemu.nodes if node.file == known.overlay_path}
@@ -164,23 +167,24 @@ def _qemu_job(qemu: QemuView, target: str, known: DiskRecord) -> QemuJob | None:
 
 
 def _leaked(known: DiskRecord, qemu: QemuView | None) -> tuple[str, ...]:
-    if qemu is None or _qemu_job(qemu, known.target, known) is not None:
+    if qemu is None or qemu_job(qemu, known.target, known) is not None:
         return ()
     # The format layer first: it holds the storage layer, which can't be closed before it.
     found = [node for node in qemu.nodes if node.file == known.overlay_path]
     return tuple(node.name for node in sorted(found, key=lambda node: node.driver != "qcow2"))
 
 
-def _base_file(known: DiskRecord, same_boot: bool) -> tuple[FileIdentity | None, bool]:
+def base_file(known: DiskRecord, same_boot: bool) -> tuple[FileIdentity | None, bool]:
+    """Return what lies at the base's place now, and whether it is the base that was recorded."""
     try:
         now = known.base.identity()
     except OSError:
         return None, False
     recorded = known.base_identity
-    return now, recorded is None or now is None or _same(known.base.path, now, recorded, same_boot)
+    return now, recorded is None or now is None or same_file(known.base.path, now, recorded, same_boot)
 
 
-def _same(path: str, now: FileIdentity, recorded: FileIdentity, same_boot: bool) -> bool:
+def same_file(path: str, now: FileIdentity, recorded: FileIdentity, same_boot: bool) -> bool:
     """Return whether it is the file that was recorded. Device numbers last only until a reboot."""
     if same_boot:
         return now.same_file(recorded)
@@ -194,7 +198,8 @@ def _is_lasting_name(device: str) -> bool:
     return device.startswith(("/dev/disk/", "/dev/mapper/")) or Path(device).parent.parent == Path("/dev")
 
 
-def _intact(known: DiskRecord, now: FileIdentity | None) -> bool:
+def intact(known: DiskRecord, now: FileIdentity | None) -> bool:
+    """Return whether nothing wrote to the base since it was recorded, as far as that can be told."""
     recorded = known.base_identity
     if recorded is None or now is None or recorded.special:
         return True  # a device's times do not tell, and before the capture there is nothing to compare
@@ -216,19 +221,21 @@ def _empty(known: DiskRecord, now: FileIdentity | None) -> bool | None:
         return None
 
 
-def _overlay_file(known: DiskRecord) -> FileIdentity | None:
+def overlay_file(known: DiskRecord) -> FileIdentity | None:
+    """Return what lies at the overlay's path, None if nothing does."""
     try:
         return file_identity(known.overlay_path)
     except OSError:
         return None
 
 
-def _seen_file(known: DiskRecord, now: FileIdentity | None, same_boot: bool) -> FileSeen:
+def seen_file(known: DiskRecord, now: FileIdentity | None, same_boot: bool) -> FileSeen:
+    """Return whether what lies at the overlay's path is the overlay."""
     if now is None:
         return FileSeen.ABSENT
     recorded = known.overlay_identity
     if recorded is not None:
-        ours = _same(known.overlay_path, now, recorded, same_boot) and _backing_is_base(known)
+        ours = same_file(known.overlay_path, now, recorded, same_boot) and _backing_is_base(known)
         return FileSeen.OURS if ours else FileSeen.OTHER
     # The run died between making the file and writing down which it is: its backing file tells.
     return FileSeen.OURS if now.size_bytes == 0 or _backing_is_base(known) else FileSeen.OTHER
@@ -239,7 +246,7 @@ def _backing_is_base(known: DiskRecord) -> bool:
         info = image_info(file_place(known.overlay_path, "qcow2"))
     except (ProgramFailed, ProgramTimedOut):
         return False
-    return info.backing == known.base.backing_text()
+    return known.base.is_named(info.backing)
 
 
 def _in_use(disk: DiskSight) -> bool:

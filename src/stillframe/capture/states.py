@@ -33,6 +33,9 @@ class State(enum.Enum):
     ENDING = "ending"  # ending the backup job
     FORGETTING = "forgetting"  # deleting checkpoints that nothing will count from
     SWEEPING = "sweeping"  # deleting scratch files and the socket
+    LOWERING = "lowering"  # the copy is durable, its overlays stay; older ones are committed down
+    SHEDDING = "shedding"  # deleting the older overlays, whose data is in the bases
+    STANDING = "standing"  # the guest stays on the overlays, by intention, until the next run or `settle`
     DONE = "done"  # nothing of the run is left
 
 
@@ -47,7 +50,8 @@ _BACK = frozenset({
 _PULLED = frozenset({_S.ENDING, _S.RESUMING, _S.FORGETTING, _S.SWEEPING, _S.DONE})
 
 #: From each state, the states that may be entered next. Giving up leads to RELEASED from
-#: anywhere before it.
+#: anywhere before it. A standing run goes to RELEASED when it is settled, and to DONE when the next one
+#: has taken its place.
 TRANSITIONS: dict[State, frozenset[State]] = {
     _S.PLANNED: frozenset({_S.OVERLAYS, _S.FREEZING, _S.REDEFINING, _S.BEGINNING, _S.RELEASED}),
     _S.OVERLAYS: frozenset({_S.SHUTTING_DOWN, _S.FREEZING, _S.SNAPSHOT, _S.RELEASED}),
@@ -56,7 +60,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     _S.SNAPSHOT: frozenset({_S.THAWING, _S.STARTING, _S.COPYING, _S.RELEASED}),
     _S.THAWING: frozenset({_S.COPYING, _S.READING, _S.RELEASED}),
     _S.STARTING: frozenset({_S.COPYING, _S.RELEASED}),
-    _S.COPYING: frozenset({_S.RELEASED}),
+    _S.COPYING: frozenset({_S.RELEASED, _S.LOWERING, _S.STANDING}),
     _S.REDEFINING: frozenset({_S.FREEZING, _S.BEGINNING, _S.RELEASED}),
     _S.BEGINNING: frozenset({_S.THAWING, _S.READING, _S.RELEASED}),
     _S.READING: frozenset({_S.RELEASED}),
@@ -70,6 +74,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     _S.ENDING: _PULLED,
     _S.FORGETTING: _PULLED,
     _S.SWEEPING: _PULLED,
+    _S.LOWERING: frozenset({_S.LOWERING, _S.SHEDDING, _S.STANDING}),
+    _S.SHEDDING: frozenset({_S.LOWERING, _S.SHEDDING, _S.STANDING}),
+    _S.STANDING: frozenset({_S.RELEASED, _S.DONE}),
     _S.DONE: frozenset(),
 }
 
@@ -83,6 +90,9 @@ BEFORE_RELEASE = frozenset({
 PULL_STATES = frozenset({
     _S.REDEFINING, _S.BEGINNING, _S.READING, _S.ENDING, _S.FORGETTING, _S.SWEEPING,
 })
+
+#: In these states the overlays of the run are to stay (standing.py): nothing may commit them.
+KEPT = frozenset({_S.LOWERING, _S.SHEDDING, _S.STANDING})
 
 
 class DiskPhase(enum.Enum):

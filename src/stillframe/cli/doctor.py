@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillframe.backup.run import refuse_place
-from stillframe.capture.choose import planned
+from stillframe.capture.choose import method_of, planned
+from stillframe.capture.explain import attention
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan
+from stillframe.capture.standing import how_it_stands
 from stillframe.cli.address import local_folder
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
@@ -90,20 +92,28 @@ def _examine(
             f"A run of {domain.name} ended while {left[0].state.value} and was not recovered.",
             f"stillframe recover {domain.name}",
         )
-    plan = planned(domain, for_guest(session.settings, domain.name, options))
+    plan = planned(domain, for_guest(session.settings, domain.name, options), session.tools)
+    standing = plan.standing
+    problem = None if standing is None else how_it_stands(standing, domain, session.tools)
+    if standing is not None and problem is not None:
+        raise attention(standing, problem)
     if repository is not None:
         refuse_place(repository, plan)
-    session.screen.result(f"{domain.name}: can be captured by the overlay method")
+    session.screen.result(f"{domain.name}: can be captured, method {method_of(plan).value}")
+    if standing is not None:
+        session.screen.result(
+            f"  it stands on the overlays of run {standing.id} by intention, since {standing.captured_at}")
     for line in _plan_lines(plan):
         session.screen.result(f"  {line}")
     return {
-        "method": "overlay", "quiesce": plan.quiesce.value, "warnings": plan.warnings,
+        "method": method_of(plan).value, "quiesce": plan.quiesce.value, "warnings": plan.warnings,
         "disks": [
             {"target": disk.target, "image": disk.base.text(), "format": disk.base_format,
              "size_bytes": disk.size_bytes, "overlay": disk.overlay_path}
             for disk in plan.disks
         ],
         "excluded": [{"target": each.target, "reason": each.reason} for each in plan.excluded],
+        "standing": "" if standing is None else standing.id,
     }
 
 

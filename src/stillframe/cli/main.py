@@ -17,6 +17,7 @@ from stillframe.cli import doctor as doctor_command
 from stillframe.cli import mirror as mirror_command
 from stillframe.cli import recover as recover_command
 from stillframe.cli import repository_app
+from stillframe.cli import settle as settle_command
 from stillframe.cli import status as status_command
 from stillframe.cli.options import (
     Exclude,
@@ -120,6 +121,25 @@ def recover(
             session, guests or [], dry_run=dry_run, repair_status=repair_status
         ),
     )
+
+
+@app.command()
+@taking(host_options)
+def settle(
+    common: Common, *,
+    guests: Guests = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, and do nothing")
+    ] = False,
+    past_limit: Annotated[
+        bool, typer.Option("--past-limit", help="only where an overlay has grown past its limit: for timers")
+    ] = False,
+) -> None:
+    """Bring guests that stand on overlays back onto their own images."""
+    run_command(
+        common,
+        lambda session: settle_command.settle_guests(
+            session, guests or [], dry_run=dry_run, past=past_limit))
 
 
 @app.command()

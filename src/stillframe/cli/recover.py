@@ -41,17 +41,20 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
     with session.signals_as_stop("it ends by itself once the guests are back"):
         for outcome, domain, _folders in outcomes:
             _guest(session, outcome, domain, dry_run=dry_run)
-            _show(session, outcome)
+            for word in standing_words(session, domain.uuid):
+                session.screen.result(f"{domain.name}: {word}")
+            show_outcome(session, outcome, "nothing was left of a run")
         # Only when all guests are back: a destination may hang.
         for outcome, _domain, folders in outcomes if not dry_run else ():
             _mirrors(session, outcome, folders)
     if not outcomes:
         session.screen.result("nothing was left by any run")
-    session.screen.json({"dry_run": dry_run, "guests": [_body(outcome) for outcome, _, _ in outcomes]})
-    return _exit_code([outcome for outcome, _, _ in outcomes])
+    session.screen.json({"dry_run": dry_run, "guests": [outcome_body(outcome) for outcome, _, _ in outcomes]})
+    return exit_code([outcome for outcome, _, _ in outcomes])
 
 
-def _exit_code(outcomes: Sequence[Outcome]) -> int:
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """Return the exit code for what came of several guests."""
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     if not errors:
         return EXIT_OK
@@ -85,6 +88,15 @@ def _guest(session: Session, outcome: Outcome, domain: Domain, *, dry_run: bool)
         outcome.error = error
 
 
+def standing_words(session: Session, uuid: str) -> list[str]:
+    """Return what to say of a guest that stands on overlays by intention; nothing of any other."""
+    record = session.journal.standing(uuid)
+    if record is None:
+        return []
+    words = f"it stands on the overlays of run {record.id} by intention, and is left so; to end that"
+    return [f"{words}: stillframe settle {record.name}"]
+
+
 def _mirrors(session: Session, outcome: Outcome, folders: set[str]) -> None:
     if outcome.error is not None:
         return
@@ -100,14 +112,16 @@ def _mirrors(session: Session, outcome: Outcome, folders: set[str]) -> None:
         session.screen.error(error, outcome.guest)
 
 
-def _show(session: Session, outcome: Outcome) -> None:
-    for word in outcome.did or ([] if outcome.error else ["nothing was left of a run"]):
+def show_outcome(session: Session, outcome: Outcome, nothing: str) -> None:
+    """Tell a person what came of one guest, *nothing* if nothing was done."""
+    for word in outcome.did or ([] if outcome.error else [nothing]):
         session.screen.result(f"{outcome.guest}: {word}")
     if outcome.error is not None:
         session.screen.error(outcome.error, outcome.guest)
 
 
-def _body(outcome: Outcome) -> dict[str, object]:
+def outcome_body(outcome: Outcome) -> dict[str, object]:
+    """Return what came of one guest, for JSON."""
     body: dict[str, object] = {"guest": outcome.guest, "ok": outcome.error is None, "did": outcome.did}
     return body if outcome.error is None else {**body, "error": error_body(outcome.error)}
 
@@ -137,7 +151,7 @@ def _domains(session: Session, names: Sequence[str]) -> dict[Domain, set[str]]:
 
 def _plan(session: Session, domain: Domain, limits: Limits) -> list[str]:
     return [
-        f"run {run.id} ({run.state.value}): would {step.action.value}"
+        f"run {run.id} ({run.state.value}): would {step.words}"
         f"{' on ' + ', '.join(step.targets) if step.targets else ''}, because {step.reason}"
         for run, step in next_steps(domain, session.tools, limits)
     ]

@@ -8,7 +8,7 @@ import msgspec
 
 from stillframe.cli.session import Session
 from stillframe.clock import utc_text
-from stillframe.errors import EXIT_OK
+from stillframe.errors import EXIT_OK, StillframeError
 from stillframe.repository.catalog import display_name, list_snapshots, resolve
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Manifest
@@ -54,9 +54,23 @@ def list_all(session: Session, guest: str | None) -> int:
         session.screen.say(
             f"no snapshot{of_guest} yet: "
             f"stillframe backup {guest or 'GUEST'} --repo {session.storage.address}")
+    standing = _standing(session, {name.guest for name in names})
+    for name_, run in standing.items():
+        session.screen.result(f"{name_} stands on the overlays of run {run} by intention")
     bodies = [name_body(name) for name in names]
-    session.screen.json({"repository": session.storage.address, "snapshots": bodies})
+    session.screen.json({"repository": session.storage.address, "snapshots": bodies, "standing": standing})
     return EXIT_OK
+
+
+def _standing(session: Session, guests: set[str]) -> dict[str, str]:
+    """Return the run whose overlays each of the guests stands on, as far as this host's journal tells."""
+    if not (session.state_folder / "journal.db").exists():
+        return {}  # listing needs no journal, and makes none
+    try:
+        runs = session.journal.standing_runs()
+    except StillframeError:
+        return {}
+    return {run.name: run.id for run in runs if run.name in guests}
 
 
 def show(session: Session, text: str) -> int:

@@ -8,9 +8,11 @@ from pathlib import Path
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import OVERLAY_SUFFIX
+from stillframe.capture.standing import past_limit
 from stillframe.capture.watched import Watched
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words
+from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import all_domains
 from stillframe.mirror.record import FolderState
@@ -38,15 +40,22 @@ def status(session: Session) -> int:
     except StillframeError as error:
         unreachable, unreachable_code = error.message, error.exit_code
         session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
+    standing = _standing(session)
     mirrors = _mirrors(session)
     snapshots, repository_error = _snapshots(session)
-    session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "mirrors": mirrors,
+    session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "standing": standing,
+                         "mirrors": mirrors,
                          "snapshots": [name_body(name) for name in snapshots],
                          "libvirt_error": unreachable, "repository_error": repository_error})
     _print(session, runs, overlaid, mirrors)
+    for each in standing:
+        session.screen.result(
+            f"{each['guest']} stands on the overlays of run {each['run']} by intention, for its next run to "
+            f"{each['destination']}" + (f"; {each['past_limit']}: stillframe settle --past-limit"
+                                        if each["past_limit"] else ""))
     for name in snapshots:
         session.screen.result(f"last snapshot of {name.guest}: {name_words(name)}")
-    if not (runs or overlaid or mirrors or snapshots):
+    if not (runs or overlaid or standing or mirrors or snapshots):
         session.screen.result("no run yet: stillframe mirror GUEST DEST, or stillframe backup GUEST")
     left = [run for run in runs if not run["running"]]
     unknown = [each for each in overlaid if each["run"] == ""]
@@ -107,10 +116,18 @@ def _run_body(session: Session, run: RunRecord) -> dict[str, object]:
     }
 
 
+def _standing(session: Session) -> list[dict[str, str]]:
+    """Return the guests that stand on overlays by intention, and which have grown past their limit."""
+    return [
+        {"guest": run.name, "run": run.id, "destination": run.destination, "captured_at": run.captured_at,
+         "past_limit": past_limit(run, for_guest(session.settings, run.name, GuestSettings()).limits)}
+        for run in session.journal.standing_runs()
+    ]
+
+
 def _overlaid(session: Session) -> list[dict[str, str]]:
-    known = {
-        disk.overlay_path: run.id for run in session.journal.open_runs() for disk in run.disks
-    }
+    runs = [*session.journal.open_runs(), *session.journal.standing_runs()]
+    known = {disk.overlay_path: run.id for run in runs for disk in run.disks}
     found = []
     for domain in all_domains(session.connection):
         for xml in domain.descriptions()[:1]:

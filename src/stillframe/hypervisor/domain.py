@@ -114,6 +114,11 @@ class Domain:
         base, top = f"{target}[{base_index}]", f"{target}[{top_index}]"
         self._act(lambda domain: domain.blockCommit(target, base, top, 0, _COMMIT_FLAGS))
 
+    def start_lowering(self, target: str, base_index: int, top_index: int) -> None:
+        """Start committing top, an image *below* the one in use, into base; the image in use stays so."""
+        base, top = f"{target}[{base_index}]", f"{target}[{top_index}]"
+        self._act(lambda domain: domain.blockCommit(target, base, top, 0, 0))
+
     def pivot(self, target: str) -> None:
         """End the commit of *target* by making the base its image again."""
         self._act(lambda domain: domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT))

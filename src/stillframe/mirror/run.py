@@ -72,7 +72,7 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     purpose = f"mirror to {job.destination}"
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, purpose, tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
-        plan = planned(domain, job.wishes)
+        plan = planned(domain, job.wishes, tools)
         path = _destination_folder(job, plan)
         folder = MirrorFolder(path, clock=tools.clock)
         with folder.lock(f"mirror of {domain.name}"):

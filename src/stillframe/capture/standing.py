@@ -1,0 +1,236 @@
+"""The standing-overlay method: each run's overlay stays, and the next one reads only what it holds.
+
+    before       base ← old          the guest writes to old since the last durable capture
+    the moment   base ← old ← new    one atomic snapshot over all disks; base ← old stands still
+    the copy     what old holds itself is what changed
+    durable      base ← new          old is committed down into the base (standing_lower.py)
+    given up     base ← old          new is written back into old (bring_back.py): old still holds all that
+                                     changed since the last durable capture
+
+Until the copy is durable a run is one of the overlay method, whose base happens to be old.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import msgspec
+
+from stillframe.block.anchor import Anchor
+from stillframe.block.reader import open_reader
+from stillframe.capture.bring_back import BringBack
+from stillframe.capture.decide import Action, Decision, decide
+from stillframe.capture.explain import attention
+from stillframe.capture.forward import brought_back
+from stillframe.capture.growth import allocated_bytes, free_bytes
+from stillframe.capture.journal import DiskRecord, RunRecord
+from stillframe.capture.limits import Limits
+from stillframe.capture.method import Method
+from stillframe.capture.plan import Plan
+from stillframe.capture.recover import Recovered
+from stillframe.capture.run import Capture, OverlayRun, StillDisk, Stop, Tools
+from stillframe.capture.sight import intact, look
+from stillframe.capture.standing_decide import stands
+from stillframe.capture.standing_lower import LowerRun, standing_disks
+from stillframe.capture.states import State
+from stillframe.errors import CopyFailed, GuestState, GuestUnfit, NeedsAttention
+from stillframe.hypervisor.domain import Domain
+from stillframe.units import size_text
+
+
+@contextlib.contextmanager
+def captured_by_standing_overlay(
+    plan: Plan, tools: Tools, destination: str, stop: Stop, earlier: Anchor | None
+) -> Iterator[Capture]:
+    """Put overlays on all disks of the plan and give what is below them, standing still.
+
+    *earlier* is the anchor of the last durable capture for this destination. A disk whose standing overlay
+    was put on by that capture is read by its changes; else it is read whole, and its note says why. When
+    the block ends well, the guest stands on the new overlays, and no older ones are left; when it ends by an
+    exception, the guest is on what it was on before. Raises RunFailed, NeedsAttention (also where a standing
+    overlay is not as it was left: nothing was changed then) and what the block raises.
+    """
+    refuse_moved(plan, tools)
+    run = _StandingRun(plan, tools, destination, stop, earlier)
+    back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
+    lower = LowerRun(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
+
+    def finish(record: RunRecord) -> RunRecord:
+        if record.state is State.STANDING:
+            return record
+        return lower.finish(record) if record.state is State.LOWERING else back.finish(record)
+
+    with brought_back(run, finish, GuestState.OVERLAID):
+        yield run.take()
+
+
+def refuse_moved(plan: Plan, tools: Tools) -> None:
+    """Raise NeedsAttention if the plan's standing overlays are not as they were left, naming what changed.
+
+    Raises GuestUnfit if one of their disks is to be left out now: it would have to go with the others.
+    """
+    record = plan.standing
+    if record is None:
+        return
+    problem = how_it_stands(record, plan.domain, tools)
+    if problem is not None:
+        raise attention(record, problem)
+    left_out = {disk.target for disk in record.disks} - {disk.target for disk in plan.disks}
+    if left_out:
+        raise GuestUnfit(
+            f"{', '.join(sorted(left_out))} of {record.name} stands on an overlay and is to be left out now.",
+            f"stillframe settle {record.name}   # then run again",
+        )
+
+
+def how_it_stands(record: RunRecord, domain: Domain, tools: Tools) -> Decision | None:
+    """Return why the guest does not stand as the standing run *record* left it, None if it does."""
+    return stands(record, look(record, domain, tools.clock, {}))
+
+
+class _StandingRun(OverlayRun):
+    """The forward half of a run whose overlays stay if its copy becomes durable."""
+
+    method = Method.STANDING_OVERLAY
+
+    def __init__(
+        self, plan: Plan, tools: Tools, destination: str, stop: Stop, earlier: Anchor | None
+    ) -> None:
+        self._old = plan.standing
+        self._earlier = earlier
+        super().__init__(plan, tools, destination, stop, "" if self._old is None else self._old.id)
+
+    def take(self) -> Capture:
+        """See OverlayRun."""
+        capture = super().take()
+        sizes = {disk.target: disk.size_bytes for disk in self.record.disks}
+        return replace(capture, anchor=Anchor(capture=self.record.id, sizes=sizes))
+
+    def still(self, disk: DiskRecord) -> StillDisk:
+        """See OverlayRun: what stands still is the older overlay, if there is one, over the guest's image."""
+        old = self._below(disk)
+        place = disk.base if old is None else old.base
+        note = self._why_whole(disk, old)
+        read = partial(open_reader, disk.base, clock=self._clock, top_changed=old is not None and not note)
+        return StillDisk(disk.target, place, disk.size_bytes, Method.STANDING_OVERLAY, read, note)
+
+    def check_still(self) -> None:
+        """See OverlayRun; the images below the older overlays are to stand still, too."""
+        super().check_still()
+        for disk in self._old.disks if self._old is not None else ():
+            if not intact(disk, disk.base.identity()):
+                raise CopyFailed(
+                    f"The base of {disk.target} ({disk.base.text()}) was changed during the copy.",
+                    "find out which program writes to it (fuser -v), then run again",
+                )
+
+    def release(self) -> None:
+        """Write down that the copy is durable, and that the overlays stay."""
+        record = self.record
+        if record.freeze_begun and not record.thaw_verified:
+            super().release()  # the guest may hang in a freeze: bring it back as far as can be, and ask
+        elif self._old is None:
+            self._enter(State.STANDING, "the copy is durable", disks=standing_disks(record))
+        else:
+            self._enter(State.LOWERING, "the copy is durable",
+                        disks=tuple(self._rebased(disk) for disk in record.disks))
+
+    def _below(self, disk: DiskRecord) -> DiskRecord | None:
+        """Return the record of the standing overlay that is *disk*'s base, None if its base is none."""
+        if self._old is None:
+            return None
+        return next((each for each in self._old.disks if each.overlay_path == disk.base.path), None)
+
+    def _rebased(self, disk: DiskRecord) -> DiskRecord:
+        """Return the disk with the guest's own image as its base again, the older overlay between them."""
+        old = self._below(disk)
+        if old is None:
+            return disk
+        return msgspec.structs.replace(
+            old, size_bytes=disk.size_bytes, overlay_path=disk.overlay_path,
+            overlay_identity=disk.overlay_identity, phase=disk.phase,
+            lower_path=old.overlay_path, lower_identity=old.overlay_identity,
+        )
+
+    def _why_whole(self, disk: DiskRecord, old: DiskRecord | None) -> str:
+        """Return why the disk is read whole although it was to be read by its changes; "" if it is not."""
+        earlier = self._earlier
+        if earlier is None:
+            return ""
+        if old is None or self._old is None:
+            return "no overlay stands on it"
+        if earlier.capture != self._old.id:
+            return f"its overlay counts from run {self._old.id}, not from the last for this destination"
+        if earlier.sizes.get(disk.target) != disk.size_bytes:
+            return "its size has changed"
+        return ""
+
+
+# --- Ending the standing state ------------------------------------------------------------------
+
+
+def settle(domain: Domain, tools: Tools, limits: Limits, why: str = "settled") -> Recovered | None:
+    """Bring the guest back onto its own images from its standing overlays; None if it has none.
+
+    Needs the domain's lock, and that recover_domain has ended what was left open. The next run of
+    the standing-overlay method reads whole disks. Raises NeedsAttention, with nothing changed, where
+    the overlays are not as they were left.
+    """
+    record = tools.journal.standing(domain.uuid)
+    if record is None:
+        return None
+    problem = settle_problem(record, domain, tools)
+    if problem is not None:
+        raise attention(record, problem)
+    tools.watcher.say(f"{record.name} stands on overlays: bringing it back onto its images")
+    record = tools.journal.enter(record, State.RELEASED, why)
+    back = BringBack(tools.journal, domain, tools.clock, limits, tools.watcher)
+    try:
+        return Recovered(back.finish(record), tuple(back.did))
+    except NeedsAttention as error:
+        error.next_command = error.next_command or f"stillframe recover {record.name}"
+        raise
+
+
+def settle_problem(record: RunRecord, domain: Domain, tools: Tools) -> Decision | None:
+    """Return what stands in the way of settling the standing run *record*, None if nothing does."""
+    decision = first_settle_step(record, domain, tools)
+    return decision if decision.action is Action.ASK else None
+
+
+def first_settle_step(record: RunRecord, domain: Domain, tools: Tools) -> Decision:
+    """Return what settle would do first, without doing it."""
+    return decide(
+        msgspec.structs.replace(record, state=State.RELEASED), look(record, domain, tools.clock, {}))
+
+
+def past_limit(record: RunRecord, limits: Limits) -> str:
+    """Return which standing overlay has grown past its limit, in words; "" if none has.
+
+    A run at that moment reads and ends it anyway. Whoever looks in between (`status`, a timer) settles the
+    guest early, and its next run reads whole disks.
+    """
+    for disk in record.disks:
+        limit = limits.standing_bytes
+        limit = round(disk.size_bytes * limits.standing_share) if limit is None else limit
+        used = allocated_bytes(disk.overlay_path)
+        if used > limit:
+            return f"the overlay of {disk.target} holds {size_text(used)}, its limit is {size_text(limit)}"
+        with contextlib.suppress(OSError):
+            free = free_bytes(str(disk.overlay_path).rpartition("/")[0])
+            if free < limits.reserve_bytes:
+                return f"beside the overlay of {disk.target} only {size_text(free)} are free"
+    return ""
+
+
+def settle_past_limit(domain: Domain, tools: Tools, limits: Limits) -> Recovered | None:
+    """Settle the guest if a standing overlay of it has grown past its limit; None if none has.
+
+    Needs the domain's lock. Raises NeedsAttention.
+    """
+    record = tools.journal.standing(domain.uuid)
+    words = "" if record is None else past_limit(record, limits)
+    return settle(domain, tools, limits, words) if words else None
