@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from stillframe.clock import SystemClock
 from stillframe.errors import Interrupted
 from stillframe.extent import Extent, Kind
+from stillframe.repository import incremental
+from stillframe.repository.beneath import Beneath, look_beneath
 from stillframe.repository.changes import Changes
 from stillframe.repository.generation import Generation, create_generation, latest_number
 from stillframe.repository.heal import record_bad
@@ -290,12 +293,9 @@ def test_a_node_that_can_be_read_no_more_is_not_taken_for_zeroes(monkeypatch: py
     written = book.backup(disk)
     place = tree_of(book).node_at(0, 0)
     assert place is not None
-    from stillframe.repository import incremental
 
-    real = incremental.look_beneath
-
-    def look(*args: object) -> object:
-        found = real(*args)  # type: ignore[arg-type]
+    def look(*args: Any) -> Beneath:
+        found = look_beneath(*args)
         damage(book, place)
         return found
 
