@@ -16,6 +16,8 @@ import pytest
 from stillframe.clock import SystemClock
 from stillframe.errors import RepositoryNewer
 from stillframe.repository.catalog import list_snapshots
+from stillframe.repository.generation import latest_generation
+from stillframe.repository.hurt import read_manifest
 from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.layout import FORMAT_VERSION, REPOSITORY_KEY
 from stillframe.repository.opened import Secret, open_repository
@@ -49,6 +51,18 @@ def test_this_version_reads_it(golden: tuple[Path, dict[str, str]]) -> None:
              for name in list_snapshots(repository.storage)}
     assert found == expected
     assert verify(repository, SystemClock(), Level.FULL).is_sound
+
+
+def test_nobody_vouches_for_snapshots_of_before_there_was_marked(golden: tuple[Path, dict[str, str]]) -> None:
+    folder, expected = golden
+    repository = open_repository(LocalStorage(folder), _SECRET)
+    generation = latest_generation(repository.storage, repository.key)
+    assert not generation.marked & set(expected)
+    for name in list_snapshots(repository.storage):
+        manifest = read_manifest(repository, name)
+        assert manifest is not None
+        assert manifest.generation is None
+        assert all(disk.read_whole_at == "" for disk in manifest.disks)
 
 
 def test_the_reader_that_knows_only_the_page_reads_it(golden: tuple[Path, dict[str, str]]) -> None:

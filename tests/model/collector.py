@@ -66,7 +66,11 @@ class Collector(NamedTuple):
             case "create" if storage.has_generation(plan.generation.n):
                 yield storage, self._ended(won=not rules.stop_losers)
             case "create":
-                yield storage.create_generation(plan.generation), self._won(rules)
+                generation = plan.generation
+                if rules.beneath is Beneath.LISTED_LATE:
+                    there = frozenset(each.name for each in storage.manifests if each.refs is not None)
+                    generation = generation._replace(marked=there)
+                yield storage.create_generation(generation), self._won(rules)
             case "still latest":
                 yield storage, self._ended(won=storage.latest().n == plan.generation.n)
             case "delete first" | "delete" | "old generations":
@@ -158,7 +162,7 @@ class Collector(NamedTuple):
             there = {sessions[name] for name in names if name in sessions}
             return seen._replace(sessions=seen.sessions | there)
         got = [manifests[name] for name in names if name in manifests]
-        marked = {each.name for each in got} if rules.beneath is Beneath.MARKED else set()
+        marked = {each.name for each in got} if rules.beneath.is_recorded else set()
         return seen._replace(
             live=seen.live.union(*(each.refs or NO_REFS for each in got)), marked=seen.marked | marked)
 

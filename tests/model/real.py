@@ -18,6 +18,7 @@ import pytest
 
 from stillframe.clock import SystemClock
 from stillframe.errors import RepositoryDamaged, SessionFenced, StillframeError, StorageLost
+from stillframe.extent import Extent, Kind
 from stillframe.repository import collect as collect_module
 from stillframe.repository import session
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
@@ -29,6 +30,7 @@ from stillframe.repository.nodes import ChunkRef
 from stillframe.repository.opened import Repository
 from stillframe.repository.session import SessionRecord, list_sessions
 from stillframe.repository.verify import Level, verify
+from stillframe.repository.writer import Audit
 from stillframe.storage.memory import MemoryStorage
 from tests.model.baton import Actor, Baton, Inline, LossyStorage
 from tests.unit.repository_disks import CHUNK, SourceDisk
@@ -154,6 +156,7 @@ class Run:
         self.committed = set(list_snapshots(self.storage))
         self.forgotten: set[SnapshotName] = set()
         self.owners: dict[str, Actor] = {}
+        self.disks: dict[str, list[int]] = {}
         self.collections = 0
 
     def go(self) -> None:
@@ -213,10 +216,14 @@ class Run:
         for again in range(self.chance.choice((1, 1, 2))):
             guest, hour = self.chance.choice(("web", "db")), 1000 + number * 10 + again
             wanted = SnapshotName("host", guest, World.moment(hour), "")
-            data = content(some_disk(self.chance, self._last_disk(wanted.guest)))
+            data = content(self._next_disk(wanted.guest))
             self.expected[wanted.guest, wanted.utc.isoformat()] = data
+            audit = Audit(least_chunks=self.chance.choice((0, 2)), limit_s=1e9,
+                          chance=random.Random(self.chance.getrandbits(64)))
             try:
-                made = make_snapshot(self.repository, SourceDisk(data), wanted, _CLOCK, hints=self.hints)
+                made = make_snapshot(
+                    self.repository, SourceDisk(data), wanted, _CLOCK, hints=self.hints, audit=audit,
+                    changes=lambda parent, data=data: self._changes(parent, data))  # type: ignore[misc]
             except (SessionFenced, StorageLost):
                 continue
             self.committed.add(made)
@@ -257,8 +264,28 @@ class Run:
 
     # --- what is not real ---------------------------------------------------------------------
 
-    def _last_disk(self, guest: str) -> list[int]:
-        return some_disk(random.Random(f"{guest}{self.chance.randrange(3)}"))
+    def _changes(self, parent: SnapshotName, data: bytes) -> list[Extent] | None:
+        """Return what differs from a snapshot, and more now and then; None as if that were not known."""
+        if self.chance.random() < 0.3:
+            return None
+        old, more = self.expected[parent.guest, parent.utc.isoformat()], self.chance.choice((0.0, 0.0, 0.2))
+        changed = []
+        for at in range(0, len(data), CHUNK):
+            now = data[at : at + CHUNK]
+            if now != old[at : at + CHUNK] or self.chance.random() < more:
+                kind = Kind.HOLE if not any(now) and self.chance.random() < 0.5 else Kind.DATA
+                changed.append(Extent(at, CHUNK, kind))
+        return changed
+
+    def _next_disk(self, guest: str) -> list[int]:
+        """Draw what a guest's disk holds now: like one of three, or nearly what it held before."""
+        if guest in self.disks and self.chance.random() < 0.6:
+            disk = list(self.disks[guest])
+            disk[self.chance.randrange(_CHUNKS)] = self.chance.randrange(_CONTENTS)
+        else:
+            disk = some_disk(self.chance, some_disk(random.Random(f"{guest}{self.chance.randrange(3)}")))
+        self.disks[guest] = disk
+        return disk
 
     @contextmanager
     def _patched(self) -> Iterator[None]:

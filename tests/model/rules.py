@@ -28,8 +28,16 @@ class Beneath(Enum):
     """How a writer knows that every slot beneath a tree node may be reused along with it."""
 
     CHECKED = "it looks at each"
-    MARKED = "the parent was marked by g or committed in g: all its slots may be reused unseen"
+    MARKED = "the parent was marked by g or committed in g: all of it may be reused unseen; else as CHECKED"
     UNKNOWN = "it checks the node alone"
+    ALWAYS = "all of any parent's slots may be reused unseen"
+    COMMITTED_BEFORE = "as MARKED, but the parent was committed in g or earlier"
+    LISTED_LATE = "as MARKED, but marked are all that are there when g is created"
+
+    @property
+    def is_recorded(self) -> bool:
+        """Do generations and manifests say what it goes by?"""
+        return self not in {Beneath.CHECKED, Beneath.UNKNOWN, Beneath.ALWAYS}
 
 
 class LostReply(Enum):

@@ -52,6 +52,7 @@ READER = Reader("r", P0)
 
 LAX = replace(PROTOCOL, reuse=Reuse.ANY_HOME)
 MARKED = replace(PROTOCOL, beneath=Beneath.MARKED)
+LAX_MARKED = replace(LAX, beneath=Beneath.MARKED)
 
 
 @pytest.mark.parametrize(("start", "rules"), [
@@ -73,6 +74,10 @@ MARKED = replace(PROTOCOL, beneath=Beneath.MARKED)
     pytest.param(World(GONE, (HINTED, ONCE, THRICE)), PROTOCOL, id="moved and forgotten"),
     pytest.param(World(BENEATH, (WRITER, TWICE, FORGETTER)), MARKED, id="marked parents"),
     pytest.param(World(LATE, (REUSER, TWICE, FORGETTER)), MARKED, id="marked, a late parent"),
+    pytest.param(World(FORGOTTEN, (REUSER, REUSER_HINTED, TWICE, FORGETTER)), MARKED,
+                 id="marked, a parent becomes late"),
+    pytest.param(World(TWO, (REUSER, COMPACTS, OTHER, FORGETTER)), MARKED, id="marked, compaction"),
+    pytest.param(World(TAKEN_BACK, (HINTED, REUSER, ONCE)), LAX_MARKED, id="marked, taken back, lax"),
     pytest.param(World(ONE, (READER, COMPACTS._replace(rounds=4))), PROTOCOL, id="a slow reader"),
 ])
 def test_nothing_is_lost_and_no_rubbish_stays(start: World, rules: Rules) -> None:
@@ -100,6 +105,11 @@ def test_nothing_is_lost_and_no_rubbish_stays(start: World, rules: Rules) -> Non
     pytest.param(World(BENEATH, (REUSER, COMPACTS, OTHER, FORGETTER)), MARKED, id="marked, compaction"),
     pytest.param(World(BENEATH, (REUSER, SECOND_REUSER, TWICE, FORGETTER)), MARKED,
                  id="marked, two writers"),
+    pytest.param(World(LATE, (REUSER, COMPACTS, OTHER, FORGETTER)), MARKED, id="marked, late, compaction"),
+    pytest.param(World(TWO, (WRITER, TWICE, FENCER, FORGETTER)), MARKED, id="marked, fencer"),
+    pytest.param(World(FORGOTTEN, (UNSURE, REUSER, TWICE, FENCER)), MARKED, id="marked, a lost reply"),
+    pytest.param(World(TAKEN_BACK, (HINTED, REUSER, THRICE)), LAX_MARKED, id="marked, taken back, lax"),
+    pytest.param(World(GONE, (HINTED, REUSER, ONCE, THRICE)), LAX_MARKED, id="marked, gone, lax"),
 ])
 def test_nothing_is_lost_in_larger_worlds(start: World, rules: Rules) -> None:
     found = search(start, rules)
@@ -118,6 +128,13 @@ def _without(**rules: object) -> Rules:
     pytest.param(_without(reuse=Reuse.MOVED), World(GONE, (HINTED, ONCE)), id="W3 the home is condemned"),
     pytest.param(_without(hints_listed=False), World(FORGOTTEN, (HINTED, THRICE)), id="W3 hints are listed"),
     pytest.param(_without(beneath=Beneath.UNKNOWN), World(LATE, (REUSER, ONCE, FORGETTER)), id="W3 beneath"),
+    pytest.param(_without(beneath=Beneath.ALWAYS), World(LATE, (REUSER, ONCE, FORGETTER)), id="W3 unseen"),
+    pytest.param(_without(beneath=Beneath.ALWAYS),
+                 World(FORGOTTEN, (REUSER, REUSER_HINTED, TWICE, FORGETTER)), id="W3 unseen, at first"),
+    pytest.param(_without(beneath=Beneath.COMMITTED_BEFORE), World(LATE, (REUSER, ONCE, FORGETTER)),
+                 id="W3 committed in g"),
+    pytest.param(_without(beneath=Beneath.LISTED_LATE),
+                 World(FORGOTTEN, (REUSER, REUSER_HINTED, TWICE, FORGETTER)), id="G3 marked, not just there"),
     pytest.param(
         _without(lost_reply=LostReply.AGAIN), World(FORGOTTEN, (UNSURE, TWICE, FENCER, FORGETTER)),
         id="W5 does not create again"),

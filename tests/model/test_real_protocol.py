@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from stillframe.errors import SlotDamaged
+from stillframe.extent import Extent, Kind
 from stillframe.repository import catalog, known
 from stillframe.repository import collect as collect_module
 from stillframe.repository import session as session_module
@@ -18,8 +20,11 @@ from stillframe.repository.decide import Copied, Decision, decide
 from stillframe.repository.generation import Generation, create_generation, latest_generation
 from stillframe.repository.layout import PackName, SnapshotName, session_key
 from stillframe.repository.session import SessionRecord
+from stillframe.repository.writer import Audit
 from stillframe.storage.model import Storage
-from tests.model.real import HISTORIES, Broken, Cast, Lost, Run, history
+from tests.model.real import HISTORIES, TINY, Broken, Cast, Lost, Run, SharedHints, chunk, history
+from tests.unit.repository_disks import CHUNK, SourceDisk
+from tests.unit.repository_snapshots import World, make_snapshot, read_snapshot
 
 _RUNS = 300
 _TRIES = 3000
@@ -97,6 +102,11 @@ def without_looking_at_condemned(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(known.KnownChunks, "__init__", begin)
 
 
+def without_anybody_who_vouches(patch: pytest.MonkeyPatch) -> None:
+    """W3: what is beneath the parent's nodes is reused unseen, whoever committed the parent and when."""
+    patch.setattr(Generation, "may_reuse_unseen", lambda *_: True)
+
+
 def without_looking_again(patch: pytest.MonkeyPatch) -> None:
     """W2: a session goes by the generation that was the latest before it was registered."""
     patch.setattr(session_module, "latest_number", lambda _: Anything())
@@ -164,6 +174,50 @@ def with_commits_over_tombstones(patch: pytest.MonkeyPatch) -> None:
         self.storage.replace(self.record.manifest_key, manifest)
 
     patch.setattr(session_module.Session, "commit", commit)
+
+
+@pytest.mark.parametrize("keeps_the_rule", [True, False])
+def test_a_late_parent_is_not_reused_unseen(keeps_the_rule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W3 beneath, step by step: random schedules come across it too seldom.
+
+    A writer finds chunks of a forgotten snapshot by hints, a collector condemns their pack meanwhile, and the
+    snapshot is committed late. The next one is built upon it while it is forgotten and a collection runs.
+    """
+    if not keeps_the_rule:
+        without_anybody_who_vouches(monkeypatch)
+    world, hints = World(TINY), SharedHints({})
+    old, new = (b"".join(map(chunk, numbers)) for numbers in (range(1, 9), range(9, 13)))
+    forgotten = world.backup(new + old, "other", hints=hints)
+    world.forget(forgotten)
+
+    late = SourceDisk(old + new)
+    meanwhile = iter([world.prune])
+
+    def before_read(_: int) -> None:
+        for collection in meanwhile:
+            collection()
+
+    late.before_read = before_read
+    names = [SnapshotName("host", "web", World.moment(hour), "") for hour in (1, 2)]
+    first = make_snapshot(world.repository, late, names[0], world.clock, hints=hints)
+    condemned = latest_generation(world.repository.storage, world.repository.key).condemned
+    assert {ref.place.pack for ref in hints.known.values()} & condemned.keys()
+    world.expected[first] = old + new
+
+    def changes(parent: SnapshotName) -> list[Extent]:
+        assert parent == first
+        world.forget(first)
+        world.prune()
+        return [Extent(0, TINY.leaf_chunks * CHUNK, Kind.DATA)]  # what a leaf inherits is looked at
+
+    after = chunk(13) + (old + new)[CHUNK:]
+    second = make_snapshot(world.repository, SourceDisk(after), names[1], world.clock, hints=SharedHints({}),
+                           changes=changes, audit=Audit(least_chunks=0))
+    if keeps_the_rule:
+        assert read_snapshot(world.repository, second) == after
+    else:
+        with pytest.raises((SlotDamaged, KeyError)):
+            read_snapshot(world.repository, second)
 
 
 _LONG = Cast("bccff", stays=0.85, crashes=0.0)

@@ -95,7 +95,7 @@ class Writer(NamedTuple):
             yield storage, self._ending()
 
     def _committed(self, storage: Storage, rules: Rules) -> Storage:
-        generation = self.generation.n if rules.beneath is Beneath.MARKED else 0
+        generation = self.generation.n if rules.beneath.is_recorded else 0
         return storage.create_manifest(Manifest(self.name, self.refs, generation))
 
     def _session(self) -> Session:
@@ -114,14 +114,12 @@ class Writer(NamedTuple):
         for manifest in storage.manifests:
             refs = manifest.refs or NO_REFS
             usable = frozenset(ref for ref in refs if may_reuse(self.generation, ref, rules.reuse))
-            known = manifest.name in self.generation.marked or manifest.generation == self.generation.n
-            match rules.beneath:
-                case Beneath.CHECKED:
-                    choices.update(subsets(usable))
-                case Beneath.MARKED if known:
-                    choices.update(subsets(refs))
-                case Beneath.UNKNOWN if any(slot == TREE_SLOT for _, slot in usable):
-                    choices.add(refs)
+            if vouched_for(self.generation, manifest, rules.beneath):
+                choices.update(subsets(refs))
+            elif rules.beneath is not Beneath.UNKNOWN:
+                choices.update(subsets(usable))
+            elif any(slot == TREE_SLOT for _, slot in usable):
+                choices.add(refs)
         return choices
 
     def _from_hints(self, storage: Storage, rules: Rules) -> Refs:
@@ -130,6 +128,21 @@ class Writer(NamedTuple):
             ref for ref in self.hints
             if may_reuse(self.generation, ref, rules.reuse)
             and (not rules.hints_listed or self.generation.homes(ref)[0] in names))
+
+
+def vouched_for(generation: Generation, manifest: Manifest, beneath: Beneath) -> bool:
+    """May a writer whose session says *generation* refer to all of *manifest* without looking at it?"""
+    match beneath:
+        case Beneath.CHECKED | Beneath.UNKNOWN:
+            return False
+        case Beneath.ALWAYS:
+            return True
+        case Beneath.COMMITTED_BEFORE:
+            return manifest.name in generation.marked or manifest.generation <= generation.n
+        case _:
+            # Where nothing is condemned there is nothing to ask, and it needs no manifest to say so.
+            return (not generation.condemned or manifest.name in generation.marked
+                    or manifest.generation == generation.n)
 
 
 def may_reuse(generation: Generation, ref: Ref, reuse: Reuse) -> bool:
