@@ -7,15 +7,19 @@ destination's last durable state left, and sees for itself which disks it can co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from stillframe.block.anchor import Anchor
+from stillframe.block.marked import MarkedReader
+from stillframe.block.reader import DiskReader
 from stillframe.capture import run
 from stillframe.capture.method import Method
 from stillframe.capture.offline import captured_offline
 from stillframe.capture.offline_plan import make_offline_plan
 from stillframe.capture.plan import Plan, Wishes, make_plan
-from stillframe.capture.run import Capture, Stop, Tools
+from stillframe.capture.run import Capture, StillDisk, Stop, Tools
 from stillframe.errors import GuestUnfit
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Power
@@ -50,11 +54,23 @@ def captured(
     guest's own anchor (a checkpoint, an overlay) advances. By an exception: nothing advances, and nothing
     of the run stays behind. Raises RunFailed and what the block raises.
     """
-    method = plan.wishes.method
-    if method is Method.AUTO:
-        method = _automatic(plan, earlier)
-    with _METHODS[method](plan, tools, destination, stop, earlier) as capture:
-        yield capture
+    with _METHODS[method_of(plan, earlier)](plan, tools, destination, stop, earlier) as capture:
+        marked = earlier.marked if earlier is not None else {}
+        yield replace(capture, disks=tuple(
+            replace(disk, read=partial(_marked, disk, marked[disk.target])) if disk.target in marked else disk
+            for disk in capture.disks))
+
+
+@contextlib.contextmanager
+def _marked(disk: StillDisk, marked: Sequence[tuple[int, int]]) -> Iterator[DiskReader]:
+    with disk.read() as reader:
+        yield MarkedReader(reader, marked)
+
+
+def method_of(plan: Plan, earlier: Anchor | None) -> Method:
+    """Return the method that *plan* is captured by: the one that is wished, or what `auto` comes to."""
+    wished = plan.wishes.method
+    return _automatic(plan, earlier) if wished is Method.AUTO else wished
 
 
 def _automatic(plan: Plan, earlier: Anchor | None) -> Method:  # noqa: ARG001 -- see below

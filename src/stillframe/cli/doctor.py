@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillframe.backup.run import refuse_place
-from stillframe.capture.choose import planned
+from stillframe.capture.choose import method_of, planned
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan
@@ -93,11 +93,12 @@ def _examine(
     plan = planned(domain, for_guest(session.settings, domain.name, options))
     if repository is not None:
         refuse_place(repository, plan)
-    session.screen.result(f"{domain.name}: can be captured by the overlay method")
+    method = method_of(plan, None).value
+    session.screen.result(f"{domain.name}: can be captured by the {method} method")
     for line in _plan_lines(plan):
         session.screen.result(f"  {line}")
     return {
-        "method": "overlay", "quiesce": plan.quiesce.value, "warnings": plan.warnings,
+        "method": method, "quiesce": plan.quiesce.value, "warnings": plan.warnings,
         "disks": [
             {"target": disk.target, "image": disk.base.text(), "format": disk.base_format,
              "size_bytes": disk.size_bytes, "overlay": disk.overlay_path}
@@ -110,8 +111,8 @@ def _examine(
 def _plan_lines(plan: Plan) -> list[str]:
     lines = [f"quiesce: {plan.quiesce.value}", *(f"warning: {warning}" for warning in plan.warnings)]
     lines += [
-        f"{disk.target}: {disk.base_format} {disk.base.text()}, {size_text(disk.size_bytes)}; "
-        f"overlay {disk.overlay_path}"
+        f"{disk.target}: {disk.base_format} {disk.base.text()}, {size_text(disk.size_bytes)}"
+        + (f"; overlay {disk.overlay_path}" if disk.overlay_path else "")
         for disk in plan.disks
     ]
     lines += [f"{each.target}: left out, {each.reason}" for each in plan.excluded]
