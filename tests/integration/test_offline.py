@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
+import msgspec
 import pytest
 
 from lab.diskguest import DiskGuest
@@ -31,6 +32,8 @@ from stillframe.clock import SystemClock
 from stillframe.extent import Extent
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain
+from stillframe.mirror.files import OsFiles
+from stillframe.mirror.layout import RECORD, read_record, write_record
 from tests.fault.harness import Place
 from tests.integration.repositories import Repo, make_repo
 
@@ -284,7 +287,8 @@ def test_the_bitmap_of_a_checkpoint_says_what_changed(disk_guest: MakeGuest, too
     guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
     shut_down(guest)
     anchor = add_bitmap(guest, "one")
-    assert changed(plan_of(guest, tools), tools, anchor) == ([], "", anchor)
+    found, note, kept = changed(plan_of(guest, tools), tools, anchor)
+    assert (found, note, kept) == ([], "", msgspec.structs.replace(anchor, marked={"vda": ()}))
     guest.start()
     guest.write("vda", 5 * MIB, 64 * 1024, 0x31)
     guest.write_zeroes("vda", 9 * MIB, 128 * 1024)
@@ -293,7 +297,8 @@ def test_the_bitmap_of_a_checkpoint_says_what_changed(disk_guest: MakeGuest, too
     assert found is not None
     assert [(each.offset_bytes, each.length_bytes, each.kind.reads_as_zero) for each in found] == [
         (5 * MIB, 64 * 1024, False), (9 * MIB, 128 * 1024, True)]
-    assert (note, kept) == ("", anchor)
+    marked = ((5 * MIB, 64 * 1024), (9 * MIB, 128 * 1024))
+    assert (note, kept) == ("", msgspec.structs.replace(anchor, marked={"vda": marked}))
 
 
 def test_a_bitmap_that_was_not_closed_well_is_not_believed(disk_guest: MakeGuest, tools: Tools) -> None:
@@ -307,6 +312,76 @@ def test_a_bitmap_that_was_not_closed_well_is_not_believed(disk_guest: MakeGuest
     found, note, kept = changed(plan_of(guest, tools), tools, anchor)
     assert (found, kept) == (None, None)
     assert "not closed well" in note
+
+
+def test_a_mirror_is_updated_by_the_bitmap(disk_guest: MakeGuest, place: Place) -> None:
+    """The mirror's own anchor decides; what the bitmap leaves out is found, the disk being almost empty."""
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES, filled=False))
+    guest.write("vda", 3 * MIB, 4 * 64 * 1024, 0x21)
+    shut_down(guest)
+    mirrored(place, guest.name)
+    anchor = add_bitmap(guest, "one")
+    files = OsFiles(place.mirror(guest))
+    record = read_record(files, RECORD)
+    assert record is not None
+    write_record(files, RECORD, msgspec.structs.replace(record, anchor=anchor))
+
+    for round_ in range(2):  # the same anchor serves twice
+        guest.start()
+        guest.write("vda", (5 + round_) * MIB, 64 * 1024, 0x31 + round_)
+        guest.write_zeroes("vda", 3 * MIB, 64 * 1024)
+        shut_down(guest)
+        disk = mirrored(place, guest.name)[guest.name]["disks"][0]
+        assert_mirror(place, guest)
+        assert disk["data_bytes"] == (1 + round_) * 64 * 1024
+        assert disk["zero_bytes"] == 64 * 1024
+        assert disk["changed_bytes"] == (2 - round_) * 64 * 1024
+        assert disk["unchanged_bytes"] == _SIZE_BYTES - disk["data_bytes"] - disk["zero_bytes"]
+        assert disk["audited_blocks"] == 3
+        assert (disk["note"], disk["fell_back"]) == ("", "")
+
+    due = mirrored(place, guest.name, "--full-read-every", "1ms")[guest.name]["disks"][0]
+    assert "last read whole" in due["note"]
+    assert due["unchanged_bytes"] == 0
+
+    path = guest.disks["vda"].path
+    run("qemu-img", "bitmap", "--disable", "-f", "qcow2", path, "one")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 0x55 3328k 64k", path)
+    run("qemu-img", "bitmap", "--enable", "-f", "qcow2", path, "one")
+    guest.model("vda").write(3328 * 1024, bytes([0x55]) * 64 * 1024)
+    body = mirrored(place, guest.name, code=errors.EXIT_FELL_BACK)[guest.name]
+    assert body["fell_back"]
+    assert body["disks"][0]["audit_differs_at_bytes"] == 3328 * 1024
+    assert any("AUDIT" in warning for warning in body["warnings"])
+    assert_mirror(place, guest)
+
+
+def test_an_older_copy_of_the_image_that_is_put_back_is_seen(disk_guest: MakeGuest, place: Place) -> None:
+    """The bitmap comes back with it and knows nothing of what the mirror got since: the audit may miss it."""
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+    shut_down(guest)
+    mirrored(place, guest.name)
+    files = OsFiles(place.mirror(guest))
+    record = read_record(files, RECORD)
+    assert record is not None
+    write_record(files, RECORD, msgspec.structs.replace(record, anchor=add_bitmap(guest, "one")))
+    path = guest.disks["vda"].path
+    copy, model = guest.folder / "copy", guest.model("vda").copy_at_moment()
+    run("cp", path, copy)
+    guest.start()
+    guest.write("vda", 5 * MIB, 64 * 1024, 0x31)
+    shut_down(guest)
+    mirrored(place, guest.name)
+    assert_mirror(place, guest)
+    run("cp", copy, path)
+    run("cp", model, guest.model("vda").path)
+    guest.start()
+    guest.write("vda", 6 * MIB, 64 * 1024, 0x32)
+    shut_down(guest)
+    disk = mirrored(place, guest.name)[guest.name]["disks"][0]
+    assert disk["fell_back"] == ""
+    assert disk["data_bytes"] == disk["changed_bytes"] == 2 * 64 * 1024
+    assert_mirror(place, guest)
 
 
 @pytest.mark.parametrize("why", ["gone", "off", "size"])

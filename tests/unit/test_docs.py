@@ -225,7 +225,7 @@ def test_the_json_of_a_mirror_has_the_fields_that_are_shown() -> None:
 
 def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
     guest, failed = _example("backup")["guests"]
-    assert set(guest) == {field.name for field in fields(BackupResult)} | {"ok"}
+    assert set(guest) == {field.name for field in fields(BackupResult)} | {"ok", "fell_back"}
     assert set(guest["disks"][0]) == {field.name for field in fields(BackedUpDisk)}
     assert set(failed) == {"guest", "ok", "error"}
 

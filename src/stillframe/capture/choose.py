@@ -7,9 +7,13 @@ destination's last durable state left, and sees for itself which disks it can co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from stillframe.block.anchor import Anchor
+from stillframe.block.marked import MarkedReader
+from stillframe.block.reader import DiskReader
 from stillframe.capture import run
 from stillframe.capture.bitmap import captured_by_bitmap
 from stillframe.capture.bitmap_choice import bitmap_reasons
@@ -17,7 +21,7 @@ from stillframe.capture.method import Method
 from stillframe.capture.offline import captured_offline
 from stillframe.capture.offline_plan import make_offline_plan
 from stillframe.capture.plan import Plan, Wishes, make_plan
-from stillframe.capture.run import Capture, Stop, Tools
+from stillframe.capture.run import Capture, StillDisk, Stop, Tools
 from stillframe.capture.standing import captured_by_standing_overlay
 from stillframe.capture.states import Quiesce
 from stillframe.errors import GuestUnfit
@@ -59,7 +63,16 @@ def captured(
     of the run stays behind. Raises RunFailed and what the block raises.
     """
     with _METHODS[method_of(plan)](plan, tools, destination, stop, earlier) as capture:
-        yield capture
+        marked = earlier.marked if earlier is not None else {}
+        yield replace(capture, disks=tuple(
+            replace(disk, read=partial(_marked, disk, marked[disk.target])) if disk.target in marked else disk
+            for disk in capture.disks))
+
+
+@contextlib.contextmanager
+def _marked(disk: StillDisk, marked: Sequence[tuple[int, int]]) -> Iterator[DiskReader]:
+    with disk.read() as reader:
+        yield MarkedReader(reader, marked)
 
 
 def method_of(plan: Plan) -> Method:

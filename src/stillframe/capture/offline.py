@@ -105,7 +105,7 @@ class _Run:
             self.record.id, self.record.captured_at, consistency,
             tuple(_still(each) for each in disks), (*self._plan.warnings, *warnings), 0.0, self.stop,
             self.check_still, kept_anchor(earlier, {
-                each.disk.target: each.reader.size_bytes for each in disks if each.counted}),
+                each.disk.target: each.reader for each in disks if each.counted}),
         )
 
     def stop(self) -> StillframeError | None:

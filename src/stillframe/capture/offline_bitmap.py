@@ -3,6 +3,8 @@
 The bitmap is in the image, and QEMU marks in it what the guest writes. Offline nothing new can be put in
 place, so the snapshot of an offline run keeps the anchor that it counted from. That is safe: a bitmap only
 grows, so what it has marked since the anchor's moment includes all that changed since any later moment.
+It shrinks only if an older copy of the image is put back. So what is marked now is kept with the anchor:
+two states of an image that both come from the anchor's differ nowhere but in what either has marked.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Mapping
 import msgspec
 
 from stillframe.block.anchor import Anchor
+from stillframe.block.marked import stretches
+from stillframe.block.reader import DiskReader
 from stillframe.block.tools import ImageInfo
 from stillframe.capture.journal import DiskRecord
 
@@ -39,11 +43,13 @@ def usable_bitmap(disk: DiskRecord, image: ImageInfo, earlier: Anchor | None) ->
     return earlier.checkpoint, ""
 
 
-def kept_anchor(earlier: Anchor | None, counted: Mapping[str, int]) -> Anchor | None:
-    """Return the anchor that an offline capture keeps, which counted the disks *counted* (with their sizes).
+def kept_anchor(earlier: Anchor | None, counted: Mapping[str, DiskReader]) -> Anchor | None:
+    """Return the anchor that an offline capture keeps, which counted the disks *counted*.
 
-    A disk that could not be counted now can't be counted from there any more.
+    A disk that could not be counted now can't be counted from there any more. Raises CopyFailed.
     """
     if earlier is None or not earlier.checkpoint or not counted:
         return None
-    return msgspec.structs.replace(earlier, sizes=dict(counted))
+    return msgspec.structs.replace(
+        earlier, sizes={target: reader.size_bytes for target, reader in counted.items()},
+        marked={target: stretches(reader.changed() or ()) for target, reader in counted.items()})

@@ -99,7 +99,7 @@ def _examine(
         raise attention(standing, problem)
     if repository is not None:
         refuse_place(repository, plan)
-    session.screen.result(f"{domain.name}: can be captured, method {method_of(plan).value}")
+    session.screen.result(f"{domain.name}: can be captured by the {method_of(plan).value} method")
     if standing is not None:
         session.screen.result(
             f"  it stands on the overlays of run {standing.id} by intention, since {standing.captured_at}")
@@ -120,8 +120,8 @@ def _examine(
 def _plan_lines(plan: Plan) -> list[str]:
     lines = [f"quiesce: {plan.quiesce.value}", *(f"warning: {warning}" for warning in plan.warnings)]
     lines += [
-        f"{disk.target}: {disk.base_format} {disk.base.text()}, {size_text(disk.size_bytes)}; "
-        f"overlay {disk.overlay_path}"
+        f"{disk.target}: {disk.base_format} {disk.base.text()}, {size_text(disk.size_bytes)}"
+        + (f"; overlay {disk.overlay_path}" if disk.overlay_path else "")
         for disk in plan.disks
     ]
     lines += [f"{each.target}: left out, {each.reason}" for each in plan.excluded]
