@@ -164,14 +164,38 @@ class ExportReader(NbdReader):
         self._dirty = dirty
 
     def changed(self) -> Iterator[Extent] | None:
-        """See DiskReader. For one thread at a time, and not together with extents()."""
+        """See DiskReader. For one thread at a time, and not together with extents().
+
+        What is clean, but zero to the end of the disk, is given, too (see _tail_bytes).
+        """
         return None if self._dirty is None else merged(self._dirty_extents(self._dirty))
 
     def _dirty_extents(self, dirty: _Handle) -> Iterator[Extent]:
+        tail = self._tail_bytes(dirty)
         for offset, length, flags in _status(dirty, 0, self.size_bytes, needed=True):
-            if flags & _STATE_DIRTY:
+            begin = offset if flags & _STATE_DIRTY else max(offset, tail)
+            if begin < offset + length:
                 # What is dirty and reads as zero is a change, too: what was there before must go.
-                yield from self._raw_extents(offset, offset + length)
+                yield from self._raw_extents(begin, offset + length)
+
+    def _tail_bytes(self, dirty: _Handle) -> int:
+        """Return the offset behind which all that is clean reads as zero.
+
+        A disk that was cut and made as large as before has zeroes at its end where data may have been, and
+        QEMU's bitmap calls them clean (seen with 7.2). So zeroes at the end always count as changed. Clean
+        data proves that the disk was not cut below it.
+        """
+        end = self.size_bytes
+        while end > 0:
+            begin = max(0, end - _STATUS_WINDOW_BYTES)
+            for offset, length, flags in reversed(list(_status(dirty, begin, end, needed=True))):
+                if flags & _STATE_DIRTY:
+                    continue
+                for extent in reversed(list(self._raw_extents(offset, offset + length))):
+                    if not extent.kind.reads_as_zero:
+                        return extent.end_bytes
+            end = begin
+        return 0
 
     def _raw_extents(self, offset: int, end: int) -> Iterator[Extent]:
         """Yield extents, believing a zero only if it is said twice.
