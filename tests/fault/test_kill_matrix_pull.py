@@ -219,11 +219,12 @@ def test_no_space_for_the_scratch_file(
     db_guest: Callable[..., DbGuest], store: PullStore, place: Place, step: Step | None
 ) -> None:
     """QEMU pauses the guest; the job is ended, and the guest goes on: also if the tool was killed."""
-    guest = db_guest(pause_s=_PAUSE_S)
-    guest.wait_more_rows(5)
-    assert Run(place, guest, what="bitmap").end() == 0
+    # Mounted before the guest starts: its QEMU has mounts of its own.
     with small_file_system(place.overlays / "small", 80 * MIB) as small:
         small.chmod(0o777)
+        guest = db_guest(pause_s=_PAUSE_S)
+        guest.wait_more_rows(5)
+        assert Run(place, guest, what="bitmap").end() == 0
         full = Place(place.destination, place.state_dir, small)
         run = Run(full, guest, what="bitmap", state=State.READING, phase="done")
         assert run.wait_reached(), run.output

@@ -136,7 +136,7 @@ def test_a_full_then_incrementals(desk: MakeDesk) -> None:
         one.write_some(number)
         taken = one.take()
         assert taken.notes == {"vda": ""}
-        assert 0 < taken.counted["vda"] < 2 * MIB
+        assert 0 < taken.counted["vda"] < 9 * MIB, "zeroes at the end count as well"
         assert taken.anchor is not None
         assert taken.anchor.checkpoint != first.anchor.checkpoint
 

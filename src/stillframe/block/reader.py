@@ -159,7 +159,10 @@ class NbdReader:
         return merged(self._raw_extents(offset_bytes, end))
 
     def changed(self) -> Iterator[Extent] | None:
-        """See DiskReader. For one thread at a time, and not together with extents()."""
+        """See DiskReader. For one thread at a time, and not together with extents().
+
+        What is said not to have changed, but is zero to the end of the disk, is given, too (see _tail_bytes).
+        """
         return None if self._counts is None else merged(self._changed_extents(self._counts))
 
     @contextlib.contextmanager
@@ -176,10 +179,31 @@ class NbdReader:
             yield Extent(at, length, _kind(flags))
 
     def _changed_extents(self, counts: _Handle) -> Iterator[Extent]:
+        tail = self._tail_bytes(counts)
         for offset, length, value in _status(counts, 0, self.size_bytes, needed=True):
-            if value == _CHANGED:
+            begin = offset if value == _CHANGED else max(offset, tail)
+            if begin < offset + length:
                 # What changed and reads as zero is a change, too: what was there before must go.
-                yield from self._raw_extents(offset, offset + length)
+                yield from self._raw_extents(begin, offset + length)
+
+    def _tail_bytes(self, counts: _Handle) -> int:
+        """Return the offset behind which all that did not change reads as zero.
+
+        A disk that was cut and made as large as before has zeroes at its end where data may have been, and
+        QEMU's bitmap calls them clean (seen with 7.2). So zeroes at the end always count as changed. Clean
+        data proves that the disk was not cut below it.
+        """
+        end = self.size_bytes
+        while end > 0:
+            begin = max(0, end - _STATUS_WINDOW_BYTES)
+            for offset, length, value in reversed(list(_status(counts, begin, end, needed=True))):
+                if value == _CHANGED:
+                    continue
+                for extent in reversed(list(self._raw_extents(offset, offset + length))):
+                    if not extent.kind.reads_as_zero:
+                        return extent.end_bytes
+            end = begin
+        return 0
 
 
 class ExportReader(NbdReader):
