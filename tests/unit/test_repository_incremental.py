@@ -519,8 +519,8 @@ def test_it_costs_what_changed_however_large_the_disk_is() -> None:
     disk.reads.clear()
     with counted_gets(book) as seen:
         written = book.backup(disk, since=since(written), audit=NO_AUDIT)
-    # One path to the leaf that is there, which is also that to the one that was not.
-    assert len([each for each in seen if "/t/" in each]) <= tree_of(book).height + 1
+    # One path to the leaf that is there, which is also that to the one that was not; two threads may read it.
+    assert len([each for each in seen if "/t/" in each]) <= 2 * (tree_of(book).height + 1)
     assert not [each for each in seen if "/p/" in each]
     assert sum(length for _, length in disk.reads) == 128 * KIB == written.read_bytes
     assert (written.new_chunks, written.changed_bytes) == (2, 128 * KIB)
