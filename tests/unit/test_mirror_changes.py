@@ -119,6 +119,17 @@ def test_only_what_changed_is_read() -> None:
     assert 8 <= result.audited_blocks < 100
 
 
+def test_the_map_forgets_what_was_in_a_block_that_became_zero() -> None:
+    """Else the same content, coming back, would be taken for what the mirror has."""
+    block = b"a" * BLOCK
+    moments = {"0": block * 4, "1": bytes(BLOCK) + block * 3, "2": block * 4}
+    for seed in range(20):
+        chance, files = random.Random(seed), ModelFiles()
+        for label, content in moments.items():
+            update(files, moments, label, chance)
+            assert held(files)["vda"] == content, (seed, label)
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_a_change_that_is_not_said_is_found_and_the_disk_read_whole(zero: bool) -> None:
     """So few blocks that all of them are in the sample."""

@@ -212,6 +212,7 @@ class DiskCopy:
         count = -(-unit.length_bytes // self._block_size)
         for start, end, _ in self._differing(unit, ZERO_DIGEST * count, tally):
             self._staging.zero(unit.offset_bytes + start, end - start)
+        self._map.put(unit.offset_bytes, ZERO_DIGEST * count)  # the map may have begun as the old one
 
     def _differing(self, unit: Unit, new: bytes, tally: Tally) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, end, is zero) within *unit*, in bytes, of what must be staged."""
