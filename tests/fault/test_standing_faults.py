@@ -207,6 +207,9 @@ def test_the_commands_know_a_guest_that_stands(guest: DiskGuest, place: Place, t
          "32M"], check=True, timeout=120)
     for target in guest.disks:
         guest.model(target).assert_equal(tmp_path / "elsewhere" / guest.name / f"{target}.img")
+    kept = (tmp_path / "elsewhere" / guest.name / "domain.xml").read_text()
+    assert "stillframe-overlay" not in kept
+    assert str(guest.disks["vda"].path) in kept
     assert_only(place, guest, standing=True)
     assert command(place, "settle", guest.name)["guests"][0]["ok"]
     assert_only(place, guest, standing=False)
