@@ -14,6 +14,7 @@ shutdown_timeout = "2m"
 commit_timeout = "1h"
 method = "auto"
 full_read_every = "30d"
+standing_limit = "50%"
 
 [guests.NAME]              # the same keys, for one guest, and
 exclude = ["vdb"]          # its disks to leave out
@@ -33,7 +34,7 @@ from stillframe.capture.method import Method
 from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
 from stillframe.capture.states import Quiesce
 from stillframe.errors import ConfigInvalid
-from stillframe.units import parse_duration_s, parse_size_bytes
+from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exclude: tuple[str, ...] | None = None
     method: Method | None = None
     full_read_every: str | None = None
+    standing_limit: str | None = None
 
     def over(self, other: GuestSettings) -> GuestSettings:
         """Return these settings, completed by *other* where nothing was said."""
@@ -140,6 +142,8 @@ def repository_settings(settings: Settings, options: RepositorySettings) -> Repo
 def wishes(settings: GuestSettings) -> Wishes:
     """Return what the settings ask for. Raises ConfigInvalid for a value that is no size or time."""
     plain = Limits()
+    standing_bytes, standing_share = _read(
+        settings, "standing_limit", _size_or_share, (plain.standing_bytes, plain.standing_share))
     return Wishes(
         quiesce=settings.quiesce or Quiesce.AUTO,
         overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
@@ -153,6 +157,8 @@ def wishes(settings: GuestSettings) -> Wishes:
             commit_s=_read(settings, "commit_timeout", _positive_s, plain.commit_s),
             overlay_bytes=_read(settings, "overlay_limit", parse_size_bytes, plain.overlay_bytes),
             min_free_bytes=_read(settings, "min_free", parse_size_bytes, plain.min_free_bytes),
+            standing_bytes=standing_bytes,
+            standing_share=standing_share,
         ),
     )
 
@@ -168,6 +174,13 @@ def _positive_s(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"not a time to wait: {text!r} (it must be more than 0)")
     return seconds
+
+
+def _size_or_share(text: str) -> tuple[int | None, float]:
+    """Return bytes, or None and a share of the disk: "20G", "50%"."""
+    if text.endswith("%"):
+        return None, parse_share(text)
+    return parse_size_bytes(text), 1.0
 
 
 def _read(settings: GuestSettings, name: str, parse: Callable[[str], T], otherwise: T) -> T:

@@ -50,10 +50,11 @@ def stopped_at(place: Place, guest: DiskGuest, state: State, phase: str) -> Run:
     return run
 
 
-def start_slowly(guest: DiskGuest) -> None:
+def start_slowly(place: Place, guest: DiskGuest) -> None:
     """Begin what the run was about to: committing the older overlays down, one MiB a second."""
-    for target in guest.disks:
-        guest.domain().blockCommit(target, f"{target}[1]", f"{target}[2]", 1, 0)
+    old = Journal(place.state_dir, SystemClock()).standing_runs()[0]
+    for target, disk in guest.disks.items():
+        guest.domain().blockCommit(target, str(disk.path), old.disk(target).overlay_path, 1, 0)
     write_some(guest, 0x31)
     assert all(guest.domain().blockJobInfo(target) for target in guest.disks), "they are to be under way"
 
@@ -80,7 +81,7 @@ def test_killed_while_the_older_overlay_is_being_committed(
     guest: DiskGuest, place: Place, daemons: LibvirtDaemons, tmp_path: Path, then: str
 ) -> None:
     run = stopped_at(place, guest, State.LOWERING, "intent")
-    start_slowly(guest)
+    start_slowly(place, guest)
     run.kill()
     if then.startswith("qemu"):
         daemons.kill_qemu(guest.name)
@@ -166,9 +167,9 @@ def test_a_full_base_in_the_commit_keeps_both_overlays_until_there_is_room(
             run = Run(place, guest, what="standing")
             assert run.end() == NeedsAttention.exit_code, run.output
             assert len(overlays_left(place)) == 2
+            filler.unlink()
             guest.write("vda", 8 * MIB, MIB, 0xF2)
             guest.flush()
-            filler.unlink()
             assert recover(place, guest).returncode == 0
             assert_only(place, guest, standing=True)
             guest.destroy()
@@ -206,6 +207,9 @@ def test_the_commands_know_a_guest_that_stands(guest: DiskGuest, place: Place, t
          "32M"], check=True, timeout=120)
     for target in guest.disks:
         guest.model(target).assert_equal(tmp_path / "elsewhere" / guest.name / f"{target}.img")
+    kept = (tmp_path / "elsewhere" / guest.name / "domain.xml").read_text()
+    assert "stillframe-overlay" not in kept
+    assert str(guest.disks["vda"].path) in kept
     assert_only(place, guest, standing=True)
     assert command(place, "settle", guest.name)["guests"][0]["ok"]
     assert_only(place, guest, standing=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.diskguest import DiskGuest
+from lab.diskguest import DiskGuest, WriteFailed
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB
 from stillframe.capture.journal import Journal
@@ -47,7 +48,8 @@ def write_some(guest: DiskGuest, pattern: int) -> None:
     for target in guest.disks:
         guest.write(target, MIB + pattern * 4096, MIB // 2, pattern)
         guest.write_zeroes(target, 5 * MIB + pattern * 4096, MIB // 4)
-        guest.discard(target, 9 * MIB, MIB)
+        with contextlib.suppress(WriteFailed):  # QEMU 7.2 ignores a discard while a commit runs on the disk
+            guest.discard(target, 9 * MIB, MIB)
         guest.write(target, 9 * MIB + pattern * 4096, 8192, pattern)
     guest.flush()
 

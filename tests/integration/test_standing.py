@@ -369,6 +369,28 @@ def test_an_overlay_of_an_unknown_journal_is_refused_and_a_disk_left_out_too(
     assert_standing(guest, kept)
 
 
+def test_what_the_next_start_would_not_find_on_its_overlay_is_refused(
+    disk_guest: MakeGuest, kept: Kept, daemons: LibvirtDaemons
+) -> None:
+    transient = disk_guest(DiskSpec("vda", Kind.RAW, _SIZE_BYTES), transient=True)
+    with pytest.raises(GuestUnfit, match="no definition"):
+        kept.take(transient)
+    guest = disk_guest(DiskSpec("vda", Kind.RAW, _SIZE_BYTES))
+    original = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    kept.take(guest)
+    guest.write("vda", MIB, MIB, 0xA1)
+    guest.flush()
+    daemons.connect().defineXML(original)
+    with pytest.raises(GuestUnfit, match="its definition names"):
+        kept.take(guest)
+    guest.destroy()
+    guest.start()
+    with pytest.raises(NeedsAttention, match="stood on"):
+        kept.take(guest)
+    with pytest.raises(NeedsAttention, match="holds writes that the base lacks"):
+        settle(kept.domain(guest), kept.tools, Limits())
+
+
 def test_past_its_limit_it_is_settled_early_and_the_next_run_reads_all(guest: DiskGuest, kept: Kept) -> None:
     kept.take(guest)
     uuid = guest.domain().UUIDString()

@@ -182,7 +182,7 @@ class SnapshotRun:
             captured_at=capture.captured_at, began_at=began_at, ended_at=utc_text(self._clock.now()),
             consistency=capture.consistency.value, quiesce=self._plan.quiesce.value,
             parent=parent.name.sid if parent.name is not None else "", live_xml=self._plan.live.text,
-            inactive_xml=self._plan.view.inactive.text if self._plan.view.inactive is not None else "",
+            inactive_xml=self._plan.definition,
             disks=disks, excluded=tuple(f"{each.target}: {each.reason}" for each in self._plan.excluded),
             files=files, versions=versions_of(self._plan.domain.connection, self._plan.live.text),
             warnings=warnings, frozen_s=capture.frozen_s, stored_bytes=stored_bytes, anchor=capture.anchor,

@@ -39,6 +39,7 @@ from stillframe.errors import (
     ShutdownImpossible,
 )
 from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
 from stillframe.hypervisor.monitor import plain_file
 from stillframe.units import DAY_S
@@ -97,6 +98,20 @@ class Plan:
     def limits(self) -> Limits:
         """How long things may take, and how large overlays may grow."""
         return self.wishes.limits
+
+    @property
+    def definition(self) -> str:
+        """The domain's definition on its own images, "" if it has none: what to keep of it.
+
+        A standing overlay is left out, since it is of no use without this host's images.
+        """
+        if self.view.inactive is None:
+            return ""
+        text = self.view.inactive.text
+        for disk in self.standing.disks if self.standing is not None else ():
+            if disk.target in self.view.inactive.disks:
+                text = with_source(text, disk.target, disk.source())
+        return text
 
 
 def make_plan(domain: Domain, wishes: Wishes, standing: RunRecord | None = None) -> Plan:

@@ -51,8 +51,9 @@ def captured_by_standing_overlay(
     was put on by that capture is read by its changes; else it is read whole, and its note says why. When
     the block ends well, the guest stands on the new overlays, and no older ones are left; when it ends by an
     exception, the guest is on what it was on before. Raises RunFailed, NeedsAttention (also where a standing
-    overlay is not as it was left: nothing was changed then) and what the block raises.
+    overlay is not as it was left: nothing was changed then), GuestUnfit and what the block raises.
     """
+    refuse_undefined(plan)
     refuse_moved(plan, tools)
     run = _StandingRun(plan, tools, destination, stop, earlier)
     back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
@@ -65,6 +66,22 @@ def captured_by_standing_overlay(
 
     with brought_back(run, finish, GuestState.OVERLAID):
         yield run.take()
+
+
+def refuse_undefined(plan: Plan) -> None:
+    """Raise GuestUnfit if a disk has no definition that libvirt keeps: nobody would start it on its overlay.
+
+    Whoever starts a transient guest, or plugs a disk in for one boot, names the image that they know, which
+    is the base, without what is in the overlay.
+    """
+    defined = plan.view.inactive.disks if plan.view.inactive is not None else {}
+    missing = [disk.target for disk in plan.disks if disk.target not in defined]
+    if missing:
+        raise GuestUnfit(
+            f"{', '.join(missing)} of {plan.domain.name} is in no definition that libvirt keeps, so its next "
+            "start would not know of a standing overlay.",
+            plan.wishes.again(plan.domain.name, "--method overlay"),
+        )
 
 
 def refuse_moved(plan: Plan, tools: Tools) -> None:

@@ -134,12 +134,16 @@ def settle(
     past_limit: Annotated[
         bool, typer.Option("--past-limit", help="only where an overlay has grown past its limit: for timers")
     ] = False,
+    standing_limit: Annotated[
+        str | None, typer.Option(help="that limit, as a size or a share of the disk (default 50%)")
+    ] = None,
 ) -> None:
     """Bring guests that stand on overlays back onto their own images."""
     run_command(
         common,
         lambda session: settle_command.settle_guests(
-            session, guests or [], dry_run=dry_run, past=past_limit))
+            session, guests or [], GuestSettings(standing_limit=standing_limit), dry_run=dry_run,
+            past=past_limit))
 
 
 @app.command()

@@ -17,10 +17,12 @@ from stillframe.hypervisor.domain import Domain, find_domain
 _LOCK_S = 10.0
 
 
-def settle_guests(session: Session, names: Sequence[str], *, dry_run: bool, past: bool) -> int:
+def settle_guests(
+    session: Session, names: Sequence[str], options: GuestSettings, *, dry_run: bool, past: bool
+) -> int:
     """Settle the named guests, or all that stand on overlays; return the exit code.
 
-    With *past* only those whose overlays have grown past their limit.
+    With *past* only those whose overlays have grown past their limit, which *options* may say.
     """
     domains = [find_domain(session.connection, name) for name in names] or [
         domain_of(session.connection, record) for record in session.journal.standing_runs()]
@@ -28,7 +30,7 @@ def settle_guests(session: Session, names: Sequence[str], *, dry_run: bool, past
     with session.signals_as_stop("it ends by itself once the guests are back"):
         for outcome, domain in zip(outcomes, domains, strict=True):
             try:
-                _settle(session, outcome, domain, dry_run=dry_run, past=past)
+                _settle(session, outcome, domain, options, dry_run=dry_run, past=past)
             except StillframeError as error:
                 outcome.error = error
             show_outcome(session, outcome, "it stands on no overlay" if not past else "no limit is passed")
@@ -38,8 +40,10 @@ def settle_guests(session: Session, names: Sequence[str], *, dry_run: bool, past
     return exit_code(outcomes)
 
 
-def _settle(session: Session, outcome: Outcome, domain: Domain, *, dry_run: bool, past: bool) -> None:
-    limits = for_guest(session.settings, domain.name, GuestSettings()).limits
+def _settle(
+    session: Session, outcome: Outcome, domain: Domain, options: GuestSettings, *, dry_run: bool, past: bool
+) -> None:
+    limits = for_guest(session.settings, domain.name, options).limits
     with domain_lock(session.journal.folder, domain.uuid, domain.name, "settle", session.clock, _LOCK_S):
         if dry_run:
             record = session.journal.standing(domain.uuid)

@@ -172,4 +172,4 @@ def _check_space(path: Path, plan: Plan) -> None:
 
 
 def _definition(plan: Plan) -> str:
-    return plan.view.inactive.text if plan.view.inactive is not None else plan.live.text
+    return plan.definition or plan.live.text
