@@ -52,6 +52,12 @@ def stopped_at(place: Place, guest: DiskGuest, state: State, phase: str) -> Run:
 
 def start_slowly(place: Place, guest: DiskGuest) -> None:
     """Begin what the run was about to: committing the older overlays down, one MiB a second."""
+    # The run writes down that the base is about to change before it starts them; that is done for it here.
+    database = sqlite3.connect(place.state_dir / "journal.db")
+    database.execute("update run set body = replace(body, '\"overlaid\"', '\"committing\"') "
+                     "where state = 'lowering'")
+    database.commit()
+    database.close()
     old = Journal(place.state_dir, SystemClock()).standing_runs()[0]
     for target, disk in guest.disks.items():
         guest.domain().blockCommit(target, str(disk.path), old.disk(target).overlay_path, 1, 0)
@@ -152,7 +158,7 @@ def test_a_base_that_is_touched_once_the_copy_is_durable_is_not_committed_to(
 def test_a_full_base_in_the_commit_keeps_both_overlays_until_there_is_room(
     daemons: LibvirtDaemons, place: Place, images_dir: Path
 ) -> None:
-    with small_file_system(images_dir / "small-standing", 24 * MIB) as small:
+    with small_file_system(images_dir / "small-standing", 48 * MIB) as small:
         guest = DiskGuest(
             daemons, small, "full-standing", (DiskSpec("vda", Kind.RAW, 64 * MIB, filled=False),))
         try:
@@ -163,7 +169,7 @@ def test_a_full_base_in_the_commit_keeps_both_overlays_until_there_is_room(
             guest.flush()
             filler = small / "filler"
             with contextlib.suppress(OSError):
-                filler.write_bytes(b"x" * (24 * MIB))
+                filler.write_bytes(b"x" * (48 * MIB))
             run = Run(place, guest, what="standing")
             assert run.end() == NeedsAttention.exit_code, run.output
             assert len(overlays_left(place)) == 2
