@@ -21,6 +21,7 @@ from lab.enter import IMAGES_DIR
 from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.limits import Limits
+from stillframe.capture.method import Method
 from stillframe.capture.plan import Wishes
 from stillframe.capture.run import Tools
 from stillframe.capture.states import Quiesce, State
@@ -43,7 +44,7 @@ def measure(guest: DbGuest, folder: Path, runs: int) -> list[tuple[float, float]
     clock = SystemClock()
     journal = Journal(folder / "state", clock)
     tools = Tools(journal, clock, Watcher(say=lambda _: None, commit=lambda _: None))
-    wishes = Wishes(Quiesce.AGENT, limits=Limits(min_free_bytes=64 * MIB))
+    wishes = Wishes(Quiesce.AGENT, method=Method.OVERLAY, limits=Limits(min_free_bytes=64 * MIB))
     domain = find_domain(Connection("qemu:///system", clock), guest.name)
     destination = folder / "mirrors"
     destination.mkdir()

@@ -143,7 +143,7 @@ def _mirror(show: Show, guest: DbGuest, title: str) -> int:
     """Run a mirror to its end; return the bytes that were moved."""
     show.step(title)
     before = guest.acknowledged()
-    ran = show.run("stillframe", "mirror", _GUEST, str(_BACKUPS))
+    ran = show.run("stillframe", "mirror", _GUEST, str(_BACKUPS), "--method", "overlay")
     show.promise(ran.code == EXIT_OK, f"exit code {ran.code} after {duration_text(ran.seconds)}; "
                                       f"the guest wrote {guest.acknowledged() - before} rows meanwhile")
     moved = _WRITTEN.search(ran.said)
@@ -157,7 +157,7 @@ def _kill_in_commit(show: Show, guest: DbGuest) -> int:
     show.step("Kill a third run (SIGKILL) while it writes the overlay back into the guest's image")
     with contextlib.closing(Journal(_STATE, SystemClock())) as journal:
         for _ in range(_TRIES):
-            running = show.start("stillframe", "mirror", _GUEST, str(_BACKUPS))
+            running = show.start("stillframe", "mirror", _GUEST, str(_BACKUPS), "--method", "overlay")
             try:
                 acknowledged = _watch_until_commit(running, journal, guest)
                 if _stop(running.process) and _committing(show):

@@ -27,6 +27,7 @@ from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal, in_repository
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
+from stillframe.capture.method import Method
 from stillframe.capture.plan import Wishes, make_plan
 from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Tools
@@ -128,12 +129,13 @@ def main() -> int:
                 if what == "settle":
                     settle(domain, tools, limits)
                 else:
-                    wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits)
+                    wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits, method=Method.OVERLAY)
                     stand(domain, Path(destination), wishes, tools, fail=what == "standing-fail")
         elif what == "backup":
-            back_up(domain, Path(destination), Wishes(Quiesce(quiesce), Path(overlays), limits=limits), tools)
+            wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits, method=Method.OVERLAY)
+            back_up(domain, Path(destination), wishes, tools)
         else:
-            wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits)
+            wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits, method=Method.OVERLAY)
             mirror_guest(
                 MirrorJob(domain, Path(destination), wishes, False, lambda: None, lambda _progress: None),
                 tools,

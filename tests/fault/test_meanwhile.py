@@ -143,6 +143,7 @@ def test_a_signal_with_nobody_reading_the_output_ends_the_run_cleanly(
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination),
+         "--method=overlay",
          "--quiesce", "none", "--min-free", "32M", "--overlay-dir", str(place.overlays), "--state-dir",
          str(place.state_dir)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -208,7 +208,8 @@ def test_the_commands_know_a_guest_that_stands(guest: DiskGuest, place: Place, t
     # Another command captures it without ending that.
     (tmp_path / "elsewhere").mkdir()
     subprocess.run(
-        [sys.executable, "-m", "stillframe", "mirror", guest.name, str(tmp_path / "elsewhere"), "--quiesce",
+        [sys.executable, "-m", "stillframe", "mirror", guest.name, str(tmp_path / "elsewhere"),
+         "--method=overlay", "--quiesce",
          "none", "--overlay-dir", str(place.overlays), "--state-dir", str(place.state_dir), "--min-free",
          "32M"], check=True, timeout=120)
     for target in guest.disks:

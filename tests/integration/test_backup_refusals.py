@@ -20,6 +20,7 @@ from stillframe.backup import snapshot as snapshot_module
 from stillframe.backup.run import BackupJob, backup_guest
 from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
+from stillframe.capture.method import Method
 from stillframe.capture.plan import Wishes
 from stillframe.capture.run import Tools
 from stillframe.capture.states import Quiesce
@@ -152,7 +153,7 @@ def _job(repo: Repo, guest: DiskGuest, storage: Wrapper, stop: Callable[[], bool
         return open_repository(storage, secret)
 
     domain = find_domain(Connection("qemu:///system", SystemClock()), guest.name)
-    wishes = Wishes(Quiesce.NONE, repo.place.overlays, limits=LIMITS)
+    wishes = Wishes(Quiesce.NONE, repo.place.overlays, limits=LIMITS, method=Method.OVERLAY)
     return BackupJob(
         domain, opened, repo.path, "lab", repo.place.state_dir / "hints", wishes,
         lambda: errors.Interrupted("it was enough") if stop() else None, lambda *_: None)

@@ -57,7 +57,8 @@ class Stillframe:
 
     def mirror(self, guest: DbGuest, *options: str, code: int = 0) -> dict[str, Any]:
         """Mirror *guest*; return its part of the JSON."""
-        body = self.run("mirror", guest.name, str(self.destination), "--min-free", "64M", *options, code=code)
+        body = self.run("mirror", guest.name, str(self.destination),
+                        "--method=overlay", "--min-free", "64M", *options, code=code)
         result: dict[str, Any] = body["guests"][0]
         return result
 
@@ -147,7 +148,8 @@ def test_a_guest_that_does_not_shut_down_runs_on(stillframe: Stillframe, db_gues
 
 def mirror_while_the_agent_stops(stillframe: Stillframe, guest: DbGuest) -> dict[str, Any]:
     """Stop the agent between the ping of the plan and the freeze: nobody answers any more."""
-    process = stillframe.start("mirror", guest.name, str(stillframe.destination), "--min-free", "64M",
+    process = stillframe.start("mirror", guest.name, str(stillframe.destination),
+                               "--method=overlay", "--min-free", "64M",
                                "--quiesce", "agent", "--freeze-timeout", "4s", "--agent-timeout", "1s")
     wait_for("an overlay", lambda: has_overlay(guest), PATIENCE_S)
     # Held meanwhile: the guest may take longer to stop its agent than the run to begin the freeze.
@@ -191,7 +193,8 @@ def test_a_signal_ends_the_run_cleanly(
     stillframe: Stillframe, db_guest: MakeGuest, number: signal.Signals
 ) -> None:
     guest = db_guest()
-    process = stillframe.start("mirror", guest.name, str(stillframe.destination), "--min-free", "64M")
+    process = stillframe.start("mirror", guest.name, str(stillframe.destination),
+                               "--method=overlay", "--min-free", "64M")
     wait_for("an overlay", lambda: has_overlay(guest), PATIENCE_S)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)

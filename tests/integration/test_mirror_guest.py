@@ -68,7 +68,8 @@ def test_a_first_copy_keeps_holes(disk_guest: MakeGuest, place: Place) -> None:
 
 def test_a_second_run_moves_only_what_changed(disk_guest: MakeGuest, place: Place) -> None:
     guest = disk_guest(DiskSpec("vda", Kind.RAW, 64 * MIB))
-    command = [sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination), "--quiesce",
+    command = [sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination),
+               "--method=overlay", "--quiesce",
                "none", "--min-free", "32M", "--json", "--state-dir", str(place.state_dir)]
     subprocess.run(command, check=True, capture_output=True)
     guest.write("vda", 10 * MIB, 64 * 1024, 0x22)

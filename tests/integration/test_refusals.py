@@ -51,7 +51,8 @@ class Caller:
     def mirror(self, guest: str, *options: str | Path) -> tuple[int, dict[str, Any], str]:
         """Mirror one guest; return exit code, its part of the JSON, and what was said."""
         code, body, said = self.call(
-            "mirror", guest, self.destination, "--quiesce", "none", "--min-free", "32M", *options)
+            "mirror", guest, self.destination,
+            "--method=overlay", "--quiesce", "none", "--min-free", "32M", *options)
         return code, body.get("guests", [{}])[0], said
 
     def refused(

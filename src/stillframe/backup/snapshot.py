@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 from stillframe.backup.machine import Machine, MachineFile, versions_of
 from stillframe.backup.watching import WatchedReader, WatchedStorage
 from stillframe.block.reader import DiskReader
+from stillframe.capture.journal import age_s
 from stillframe.capture.plan import Plan
 from stillframe.capture.run import Capture, StillDisk
 from stillframe.capture.watched import STALL_TIMEOUT_S, Watch, Watched
@@ -32,6 +34,7 @@ from stillframe.repository.places import Places
 from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import still_there
 from stillframe.repository.writer import Progress, Since, SnapshotWriter
+from stillframe.units import duration_text
 
 #: How long the end of the session is waited for when the guest is back. Left behind, it is fenced one day.
 _CLOSE_TIMEOUT_S = 30.0
@@ -44,7 +47,8 @@ class DiskResult:
     """What became of one disk. All numbers are bytes; see writer.Written.
 
     *method* is how it was captured, *note* why it was read whole although its changes are known or were to
-    be, "" if there is no such reason. *fell_back*: they were to be known, and were not.
+    be, "" if there is no such reason. *fell_back*: they were to be known, and were not. *audited_chunks* that
+    were said not to have changed were compared; *audit_differs_at_bytes* is where one differs, None if none.
     """
 
     target: str
@@ -58,6 +62,8 @@ class DiskResult:
     method: str
     note: str
     fell_back: bool
+    audited_chunks: int
+    audit_differs_at_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,7 @@ class SnapshotRun:
         self.manifest: Manifest | None = None
         self.disks: list[DiskResult] = []
         self.late_warnings: list[str] = []
+        self._found: list[str] = []
         self.parent_note = "" if parent.name is not None else "it is the first of this guest on this host"
         self._repository = repository
         self._plan = plan
@@ -185,7 +192,8 @@ class SnapshotRun:
             inactive_xml=self._plan.definition,
             disks=disks, excluded=tuple(f"{each.target}: {each.reason}" for each in self._plan.excluded),
             files=files, versions=versions_of(self._plan.domain.connection, self._plan.live.text),
-            warnings=warnings, frozen_s=capture.frozen_s, stored_bytes=stored_bytes, anchor=capture.anchor,
+            warnings=(*warnings, *self._found), frozen_s=capture.frozen_s,
+            stored_bytes=stored_bytes, anchor=capture.anchor,
             generation=session.generation.number,
         )
         self._commit(session, manifest, watch)
@@ -223,21 +231,37 @@ class SnapshotRun:
             watch.tick()
             self._progress = (disk.target, progress.done_bytes, progress.size_bytes)
 
-        old = parent.disk(disk.target)
-        written = writer.write(WatchedReader(reader, watch), old, since=parent.since(disk.target),
+        old, since = parent.disk(disk.target), parent.since(disk.target)
+        due = "" if old is None or since is None else self._why_due(old)
+        written = writer.write(WatchedReader(reader, watch), old, since=None if due else since,
                                stop=capture.stop, report=report)
+        differs_at = written.mismatch_offset_bytes
+        if differs_at is not None:
+            self._found.append(
+                f"AUDIT: {disk.target} differs from its parent at {differs_at}, where it was said to be as it "
+                "was: it was read whole, and this snapshot is right; the ones before it may not be")
         self._progress = (disk.target, written.size_bytes, written.size_bytes)
         self.disks.append(DiskResult(
             disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
             written.stored_bytes, compared=old is not None, seconds=self._clock.monotonic_s() - began_s,
-            method=disk.method.value, note=disk.note, fell_back=bool(disk.note)))
-        planned = next(each for each in self._plan.disks if each.target == disk.target)
+            method=disk.method.value, note=disk.note or due or written.why_whole,
+            fell_back=bool(disk.note) or differs_at is not None,
+            audited_chunks=written.audited_chunks, audit_differs_at_bytes=differs_at))
         return DiskEntry(
-            target=disk.target, format=planned.base_format, source=disk.base.text(), method=disk.method.value,
-            note=disk.note or written.why_whole, size_bytes=written.size_bytes, root=Root.of(written.root),
-            read_bytes=written.read_bytes, data_bytes=written.data_bytes,
+            target=disk.target, format=disk.base.driver, source=disk.base.text(), method=disk.method.value,
+            note=disk.note or due or written.why_whole, size_bytes=written.size_bytes,
+            root=Root.of(written.root), read_bytes=written.read_bytes, data_bytes=written.data_bytes,
             changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes,
             read_whole_at=capture.captured_at if written.whole or old is None else old.read_whole_at)
+
+
+    def _why_due(self, old: DiskEntry) -> str:
+        """Return why the disk is to be read whole again, "" if it is not: no bitmap is believed for ever."""
+        age = age_s(self._clock, old.read_whole_at) if old.read_whole_at else math.inf
+        if age <= self._plan.wishes.full_read_every_s:
+            return ""
+        return "it was last read whole " + (f"{duration_text(age)} ago" if old.read_whole_at
+                                            else "nobody knows when")
 
 
 def _file(writer: SnapshotWriter, file: MachineFile, parent: Parent) -> FileEntry:
