@@ -238,8 +238,8 @@ class SnapshotRun:
         differs_at = written.mismatch_offset_bytes
         if differs_at is not None:
             self._found.append(
-                f"AUDIT: {disk.target} differs from its parent at {differs_at}, where it was said to be as it "
-                "was: it was read whole, and this snapshot is right; the ones before it may not be")
+                f"AUDIT: {disk.target} differs from its parent at {differs_at}, where it was said to be as "
+                "it was: it was read whole, and this snapshot is right; the ones before it may not be")
         self._progress = (disk.target, written.size_bytes, written.size_bytes)
         self.disks.append(DiskResult(
             disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
