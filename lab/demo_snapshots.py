@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lab.dbguest import DbGuest, check_image
 from lab.show import Show
@@ -23,6 +24,7 @@ def show_snapshots(show: Show, guest: DbGuest, place: Path, settings: Path) -> l
     repository = _init(show, place, settings)
     acknowledged = [_backup(show, guest, number) for number in range(_SNAPSHOTS)]
     snapshots = _list_and_verify(show, repository)
+    _read_what_changed(show, snapshots)
     image = place / "restored.img"
     show.step("Restore the middle one, boot it and let SQLite check the database")
     middle = str(snapshots[1]["name"])
@@ -78,6 +80,21 @@ def _list_and_verify(show: Show, repository: Path) -> list[dict[str, object]]:
     ran = show.run("stillframe", "diff", str(snapshots[0]["name"]), str(snapshots[2]["name"]))
     show.promise(ran.code == EXIT_OK, "what changed is known from the trees; no data was read")
     return snapshots
+
+
+def _read_what_changed(show: Show, snapshots: list[dict[str, object]]) -> None:
+    show.step("Look at the last backup: it read only what changed since the one before")
+    first, last = (_disk(show, str(snapshots[number]["name"])) for number in (0, -1))
+    show.run("stillframe", "show", str(snapshots[-1]["name"]))
+    show.promise(last["method"] == "bitmap" and int(last["read_bytes"]) * 2 < int(first["read_bytes"]),
+                 f"{size_text(int(last['read_bytes']))} read of a disk of {size_text(int(last['size_bytes']))}; "
+                 f"the first backup had read {size_text(int(first['read_bytes']))}")
+
+
+def _disk(show: Show, snapshot: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        show.ask("stillframe", "show", snapshot, "--json").said)["snapshot"]["disks"][0]
+    return found
 
 
 def _stored_bytes(repository: Path) -> int:
