@@ -87,7 +87,7 @@ def _read_what_changed(show: Show, snapshots: list[dict[str, object]]) -> None:
     first, last = (_disk(show, str(snapshots[number]["name"])) for number in (0, -1))
     show.run("stillframe", "show", str(snapshots[-1]["name"]))
     show.promise(last["method"] == "bitmap" and int(last["read_bytes"]) * 2 < int(first["read_bytes"]),
-                 f"{size_text(int(last['read_bytes']))} read of a disk of {size_text(int(last['size_bytes']))}; "
+                 f"{size_text(int(last['read_bytes']))} read; "
                  f"the first backup had read {size_text(int(first['read_bytes']))}")
 
 
