@@ -63,17 +63,17 @@ class Repo:
             named["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
         return {**os.environ, **named}
 
-    def json(self, *words: str | Path) -> dict[str, Any]:
-        """Run stillframe, which must end well, and return its JSON."""
+    def json(self, *words: str | Path, code: int = 0) -> dict[str, Any]:
+        """Run stillframe, which must end with that code, and return its JSON."""
         done = self.call(*words, "--json")
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def backup(self, guest: Guest, *options: str) -> dict[str, Any]:
+    def backup(self, guest: Guest, *options: str, code: int = 0) -> dict[str, Any]:
         """Back a guest up and return what is said of it."""
         found: dict[str, Any] = self.json(
-            "backup", guest.name, "--quiesce", "none", "--min-free", "32M", *options)["guests"][0]
+            "backup", guest.name, "--quiesce", "none", "--min-free", "32M", *options, code=code)["guests"][0]
         return found
 
     def assert_restores(self, snapshot: str, expected: dict[str, Path], to: Path) -> None:

@@ -14,6 +14,7 @@ from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB
 from stillframe.capture.states import State
+from stillframe.errors import EXIT_FELL_BACK
 from stillframe.repository.layout import PackKind, packs_prefix
 from stillframe.storage.local import LocalStorage
 from tests.fault.harness import Place, Run, overlays_left
@@ -131,8 +132,9 @@ def test_disks_resized_and_added_between_backups(
     guest.model("vda").resize(_SIZE_BYTES + 8 * MIB)
     guest.write("vda", _SIZE_BYTES + MIB, MIB, 0x44)
     guest.flush()
-    second, after = repo.backup(guest), moment_of(guest)
+    second, after = repo.backup(guest, code=EXIT_FELL_BACK), moment_of(guest)
     assert second["disks"][0]["changed_bytes"] <= MIB
+    assert [disk["fell_back"] for disk in second["disks"]] == [True, False]
     repo.assert_restores(first["snapshot"], before, tmp_path)
     repo.assert_restores(second["snapshot"], after, tmp_path)
     guest.destroy()

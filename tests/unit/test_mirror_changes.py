@@ -75,7 +75,7 @@ def update(
     if new.anchor is not None and not note:
         disk = CountingDisk(content, moments[new.anchor.capture], chance, hidden)
     result = new.copy_disk("vda", disk, source="memory", verify_destination=verify, note=note,
-                           full_read_every_s=full_read_every_s)
+                           fell_back=bool(note), full_read_every_s=full_read_every_s)
     anchor = Anchor(capture=label, sizes={"vda": len(content)})
     new.publish(CaptureFacts(label, "crash", "<domain/>", anchor))
     new.finish()

@@ -245,7 +245,7 @@ class SnapshotRun:
             disk.target, written.size_bytes, written.read_bytes, written.data_bytes, written.changed_bytes,
             written.stored_bytes, compared=old is not None, seconds=self._clock.monotonic_s() - began_s,
             method=disk.method.value, note=disk.note or due or written.why_whole,
-            fell_back=bool(disk.note) or differs_at is not None,
+            fell_back=disk.fell_back or differs_at is not None,
             audited_chunks=written.audited_chunks, audit_differs_at_bytes=differs_at))
         return DiskEntry(
             target=disk.target, format=disk.base.driver, source=disk.base.text(), method=disk.method.value,

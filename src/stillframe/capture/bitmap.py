@@ -159,7 +159,8 @@ class _Run(Forward):
         name = f"{disk.target} of {self.record.name}"
         read = partial(open_export, pull_of(self.record).socket, disk.target, name,
                        bitmap=f"backup-{disk.target}" if choice.counts else "")
-        return StillDisk(disk.target, disk.base, disk.size_bytes, Method.BITMAP, read, choice.note)
+        return StillDisk(disk.target, disk.base, disk.size_bytes, Method.BITMAP, read, choice.note,
+                         never_counts=not choice.keeps and self._plan.wishes.method is Method.AUTO)
 
     def _anchor(self) -> Anchor | None:
         sizes = {

@@ -57,7 +57,8 @@ class StillDisk:
 
     *base* is the guest's own image, for people. *method* is how the disk was captured, and *note* why it is
     read whole although it was to be read by its changes, "" if there is no such reason. A reader that knows
-    changes counts from the anchor that the capture was given.
+    changes counts from the anchor that the capture was given. *never_counts*: its changes can't be known by
+    this method, which `auto` chose for another disk's sake, so nobody expected it.
     """
 
     target: str
@@ -66,6 +67,12 @@ class StillDisk:
     method: Method
     read: Callable[[], contextlib.AbstractContextManager[DiskReader]]
     note: str = ""
+    never_counts: bool = False
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether the disk is read whole although it was to be read by its changes."""
+        return bool(self.note) and not self.never_counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,7 @@ def _copy(job: MirrorJob, capture: Capture, update: Update) -> Iterator[CopyResu
             yield update.copy_disk(
                 disk.target, reader, source=disk.base.text(), stop=capture.stop, report=job.report,
                 verify_destination=job.verify_destination, method=disk.method.value, note=disk.note,
+                fell_back=disk.fell_back,
                 full_read_every_s=job.wishes.full_read_every_s,
             )
 

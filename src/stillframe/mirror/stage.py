@@ -106,6 +106,7 @@ class DiskStage:
     source = ""
     method = ""
     note = ""
+    fell_back = False
     full_read_every_s = FULL_READ_EVERY_S
 
     def __init__(
@@ -170,7 +171,7 @@ class DiskStage:
             written_bytes=staging.written_bytes + new_map.written_bytes,
             destination_read_bytes=baseline.read_bytes, healed_blocks=tally.healed_blocks,
             seconds=self._clock.monotonic_s() - began_s, first_copy=first,
-            fell_back=doubt or self.note or ("" if how.suspect is None else note),
+            fell_back=doubt or (self.note if self.fell_back else "") or ("" if how.suspect is None else note),
             method=self.method, note=note, unchanged_bytes=size - tally.data_bytes - tally.zero_bytes,
             audited_blocks=how.audited.blocks, audit_differs_at_bytes=differs_at,
         )

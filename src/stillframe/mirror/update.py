@@ -90,7 +90,7 @@ class Update:
     def copy_disk(  # noqa: PLR0913 -- each is said by name
         self, target: str, reader: DiskReader, *, source: str, stop: Stop = never,
         report: Report | None = None, verify_destination: bool = False, method: str = "", note: str = "",
-        full_read_every_s: float = FULL_READ_EVERY_S,
+        fell_back: bool = False, full_read_every_s: float = FULL_READ_EVERY_S,
     ) -> CopyResult:
         """Stage what makes the mirror of *target* equal to *reader*'s disk.
 
@@ -107,6 +107,7 @@ class Update:
         job.source = source
         job.method = method
         job.note = note
+        job.fell_back = fell_back
         job.full_read_every_s = full_read_every_s
 
         def look() -> None:
