@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from stillframe.capture.states import PULL_STATES, State
+from tests.fault.harness import Victim
 
 Step = tuple[State, str]
 
@@ -16,6 +19,10 @@ RESTART = frozenset({State.RESTARTING})
 KEPT = frozenset({State.LOWERING, State.SHEDDING, State.STANDING})
 #: Steps of a run, of either kind, until its copy is durable or given up.
 FORWARD = frozenset({State.PLANNED, State.OVERLAYS, State.SNAPSHOT, State.COPYING})
+
+
+#: Each time, the tool is killed; libvirtd and QEMU are, in the matrices of the newer methods, in the slow suite.
+VICTIMS = [Victim.TOOL, *(pytest.param(each, marks=pytest.mark.slow) for each in (Victim.LIBVIRTD, Victim.QEMU))]
 
 
 def all_steps() -> list[Step]:

@@ -17,7 +17,7 @@ from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import Step, back_steps, name_of, standing_steps
+from tests.fault.matrix import VICTIMS, Step, back_steps, name_of, standing_steps
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -108,7 +108,7 @@ def goes_on(place: Place, guest: DiskGuest, moments: Path) -> None:
         guest.assert_disk_equals_model(target)
 
 
-@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
 @pytest.mark.parametrize("step", standing_steps(), ids=name_of)
 def test_a_later_run_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
@@ -124,7 +124,7 @@ def test_a_later_run_killed_at_a_step(
     goes_on(place, guest, tmp_path)
 
 
-@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
 @pytest.mark.parametrize("step", [(State.COPYING, "done"), (State.STANDING, "intent")], ids=name_of)
 def test_a_first_run_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
@@ -137,9 +137,9 @@ def test_a_first_run_killed_at_a_step(
     goes_on(place, guest, tmp_path)
 
 
-@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
 @pytest.mark.parametrize("step", back_steps(), ids=name_of)
-@pytest.mark.parametrize("what", ["standing-fail", "settle"])
+@pytest.mark.parametrize("what", [pytest.param("standing-fail", marks=pytest.mark.slow), "settle"])
 def test_a_run_that_is_given_up_and_a_settling_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, what: str, step: Step,
     victim: Victim,
