@@ -21,8 +21,9 @@ KEPT = frozenset({State.LOWERING, State.SHEDDING, State.STANDING})
 FORWARD = frozenset({State.PLANNED, State.OVERLAYS, State.SNAPSHOT, State.COPYING})
 
 
-#: Each time, the tool is killed; libvirtd and QEMU are, in the matrices of the newer methods, in the slow suite.
-VICTIMS = [Victim.TOOL, *(pytest.param(each, marks=pytest.mark.slow) for each in (Victim.LIBVIRTD, Victim.QEMU))]
+#: The tool is killed each time; of the newer methods, libvirtd and QEMU only in the slow suite.
+VICTIMS = [
+    Victim.TOOL, *(pytest.param(each, marks=pytest.mark.slow) for each in (Victim.LIBVIRTD, Victim.QEMU))]
 
 
 def all_steps() -> list[Step]:
