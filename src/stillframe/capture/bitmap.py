@@ -86,6 +86,9 @@ def _refuse(plan: Plan) -> None:
         told = "; ".join(f"{disk.target}: {reasons[disk.target]}" for disk in plan.disks)
         raise GuestUnfit(f"No disk of {name} can be captured by bitmap ({told}).",
                          plan.wishes.again(name, "--method standing-overlay   # or --method overlay"))
+    if not plan.domain.has_backup_jobs():
+        raise GuestUnfit(f"The libvirt of {name} has no backup jobs with bitmaps.",
+                         plan.wishes.again(name, "--method standing-overlay   # or --method overlay"))
     if plan.quiesce is Quiesce.SHUTDOWN:
         raise ShutdownImpossible(
             f"{name} can't be shut down for a capture by bitmap: only a guest that runs has a backup job.",

@@ -89,7 +89,9 @@ def method_of(plan: Plan) -> Method:
         return Method.STANDING_OVERLAY
     reasons = bitmap_reasons(plan.view)
     counted = any(not reasons.get(disk.target) for disk in plan.disks)
-    return Method.BITMAP if counted and plan.quiesce is not Quiesce.SHUTDOWN else Method.OVERLAY
+    if not counted or plan.quiesce is Quiesce.SHUTDOWN or not plan.domain.has_backup_jobs():
+        return Method.OVERLAY
+    return Method.BITMAP
 
 
 @contextlib.contextmanager

@@ -113,3 +113,18 @@ def job_socket(text: str) -> str:
     """Return the unix socket that the backup job with XML *text* serves on, "" if none."""
     server = ET.fromstring(text).find("server") if text else None
     return "" if server is None else server.get("socket", "")
+
+
+def machine_of(text: str) -> tuple[str, str, str, str]:
+    """Return emulator, architecture, machine and virtualization type of a domain's XML."""
+    root = ET.fromstring(text)
+    kind = root.find("os/type")
+    attributes = kind.attrib if kind is not None else {}
+    return (root.findtext("devices/emulator", ""), attributes.get("arch", ""), attributes.get("machine", ""),
+            root.get("type", ""))
+
+
+def tells_backup(text: str) -> bool:
+    """Return whether libvirt's domain capabilities have backup jobs (with bitmaps: libvirt has no others)."""
+    backup = ET.fromstring(text).find("features/backup")
+    return backup is not None and backup.get("supported") == "yes"

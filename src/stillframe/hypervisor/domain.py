@@ -15,6 +15,7 @@ import libvirt
 
 from stillframe.errors import ConnectionLost, GuestUnknown, HypervisorError
 from stillframe.hypervisor import monitor
+from stillframe.hypervisor.backup_xml import machine_of, tells_backup
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain_xml import read_domain_xml, snapshot_xml
 from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Ending, Power
@@ -95,6 +96,18 @@ class Domain:
     def capacity_bytes(self, target: str) -> int:
         """Return the virtual size of disk *target*."""
         return int(self._look(lambda domain: domain.blockInfo(target, 0)[0]))
+
+    def has_backup_jobs(self) -> bool:
+        """Return whether libvirt says that it has backup jobs and bitmaps for a domain like this one."""
+
+        def ask(domain: libvirt.virDomain) -> bool:
+            machine = machine_of(domain.XMLDesc(0))
+            return tells_backup(domain.connect().getDomainCapabilities(*machine, 0))
+
+        try:
+            return self._look(ask)
+        except HypervisorError:
+            return False  # a libvirt that can't answer has none
 
     def snapshot_holders(self) -> tuple[str, ...]:
         """Return the names of libvirt snapshots that keep a disk on an external overlay."""
