@@ -18,7 +18,7 @@ from stillframe.capture.states import PULL_STATES, State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import AGENT, RESTART, SHUTDOWN, Step, all_steps, name_of, plain_steps, steps_of
+from tests.fault.matrix import AGENT, KEPT, RESTART, SHUTDOWN, Step, all_steps, name_of, plain_steps, steps_of
 
 MakeGuest = Callable[..., DbGuest]
 # What is acknowledged must be there, be it much or little; in tests/integration guests write all they can.
@@ -28,7 +28,7 @@ _VICTIMS = [pytest.param(victim, id=victim.value) for victim in Victim]
 
 def test_the_matrix_leaves_no_step_out() -> None:
     cells = [*plain_steps(), *steps_of(AGENT), *steps_of(SHUTDOWN), *steps_of(RESTART),
-        *steps_of(PULL_STATES)]  # these in test_kill_matrix_pull
+        *steps_of(PULL_STATES), *steps_of(KEPT)]  # these in test_kill_matrix_pull and test_standing_kill
     assert sorted(map(name_of, cells)) == sorted(map(name_of, all_steps()))
 
 

@@ -223,7 +223,7 @@ def test_all_covers_guests_that_run_and_that_are_off(
     options = ("--all", "--quiesce", "none")
     found = mirrored(place, *options)
     assert {name: body["disks"][0]["method"] for name, body in found.items()} == {
-        runs.name: "overlay", off.name: "offline"}
+        runs.name: "bitmap", off.name: "offline"}
     for guest in (runs, off):
         assert_mirror(place, guest)
     stored = {each["guest"]: each for each in repo.json("backup", *options, "--min-free", "32M")["guests"]}
@@ -288,16 +288,22 @@ def test_the_bitmap_of_a_checkpoint_says_what_changed(disk_guest: MakeGuest, too
     shut_down(guest)
     anchor = add_bitmap(guest, "one")
     found, note, kept = changed(plan_of(guest, tools), tools, anchor)
-    assert (found, note, kept) == ([], "", msgspec.structs.replace(anchor, marked={"vda": ()}))
+    # Zeroes at the end always count as changed: the disk may have been cut, and made as large again.
+    assert found is not None
+    tail = found.pop()
+    assert (tail.end_bytes, tail.kind.reads_as_zero) == (_SIZE_BYTES, True)
+    zeroes = (tail.offset_bytes, tail.length_bytes)
+    assert (found, note, kept) == ([], "", msgspec.structs.replace(anchor, marked={"vda": (zeroes,)}))
     guest.start()
     guest.write("vda", 5 * MIB, 64 * 1024, 0x31)
     guest.write_zeroes("vda", 9 * MIB, 128 * 1024)
     shut_down(guest)
     found, note, kept = changed(plan_of(guest, tools), tools, anchor)
     assert found is not None
+    assert found.pop() == tail
     assert [(each.offset_bytes, each.length_bytes, each.kind.reads_as_zero) for each in found] == [
         (5 * MIB, 64 * 1024, False), (9 * MIB, 128 * 1024, True)]
-    marked = ((5 * MIB, 64 * 1024), (9 * MIB, 128 * 1024))
+    marked = ((5 * MIB, 64 * 1024), (9 * MIB, 128 * 1024), zeroes)
     assert (note, kept) == ("", msgspec.structs.replace(anchor, marked={"vda": marked}))
 
 
@@ -334,7 +340,7 @@ def test_a_mirror_is_updated_by_the_bitmap(disk_guest: MakeGuest, place: Place) 
         disk = mirrored(place, guest.name)[guest.name]["disks"][0]
         assert_mirror(place, guest)
         assert disk["data_bytes"] == (1 + round_) * 64 * 1024
-        assert disk["zero_bytes"] == 64 * 1024
+        assert disk["zero_bytes"] >= 64 * 1024  # and the zeroes at the end, which are never believed
         assert disk["changed_bytes"] == (2 - round_) * 64 * 1024
         assert disk["unchanged_bytes"] == _SIZE_BYTES - disk["data_bytes"] - disk["zero_bytes"]
         assert disk["audited_blocks"] == 3

@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch)
     real, calls = os.pwrite, iter(range(1000))
 
     def pwrite(fd: int, content: memoryview, offset: int) -> int:
-        if next(calls) == 3:
+        if next(calls) == 1:
             raise OSError(28, "No space left on device")
         return real(fd, content, offset)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from stillframe.block.reader import Connection, DiskReader
 from stillframe.extent import Extent, Kind
@@ -39,8 +39,14 @@ def _joined(found: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
     return joined
 
 
-def with_marked(changed: Iterable[Extent], marked: Sequence[tuple[int, int]]) -> Iterator[Extent]:
-    """Yield *changed*, and between its extents what of *marked* is in none of them, as data. All in order."""
+def with_marked(
+    changed: Iterable[Extent], marked: Sequence[tuple[int, int]],
+    kinds: Callable[[int, int], Iterable[Extent]] = lambda at, length: [Extent(at, length, Kind.DATA)],
+) -> Iterator[Extent]:
+    """Yield *changed*, and between its extents what of *marked* is in none of them. All in order.
+
+    *kinds* gives the extents of a stretch; without it, all of it is data.
+    """
     left = list(reversed(marked))
     done = 0
 
@@ -50,7 +56,7 @@ def with_marked(changed: Iterable[Extent], marked: Sequence[tuple[int, int]]) ->
             start, end = max(offset, done), offset + length
             stop = end if limit is None else min(end, limit)
             if start < stop:
-                yield Extent(start, stop - start, Kind.DATA)
+                yield from kinds(start, stop - start)
             if stop < end:
                 return
             left.pop()
@@ -81,7 +87,7 @@ class MarkedReader:
     def changed(self) -> Iterator[Extent] | None:
         """See DiskReader."""
         changed = self._reader.changed()
-        return None if changed is None else with_marked(changed, self._marked)
+        return None if changed is None else with_marked(changed, self._marked, self._reader.extents)
 
     def connect(self) -> contextlib.AbstractContextManager[Connection]:
         """See DiskReader."""
