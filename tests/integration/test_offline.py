@@ -352,12 +352,12 @@ def test_a_mirror_is_updated_by_the_bitmap(disk_guest: MakeGuest, place: Place) 
 
     path = guest.disks["vda"].path
     run("qemu-img", "bitmap", "--disable", "-f", "qcow2", path, "one")
-    run("qemu-io", "-f", "qcow2", "-c", "write -P 0x55 3328k 64k", path)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 0x55 3136k 64k", path)
     run("qemu-img", "bitmap", "--enable", "-f", "qcow2", path, "one")
-    guest.model("vda").write(3328 * 1024, bytes([0x55]) * 64 * 1024)
+    guest.model("vda").write(3136 * 1024, bytes([0x55]) * 64 * 1024)
     body = mirrored(place, guest.name, code=errors.EXIT_FELL_BACK)[guest.name]
     assert body["fell_back"]
-    assert body["disks"][0]["audit_differs_at_bytes"] == 3328 * 1024
+    assert body["disks"][0]["audit_differs_at_bytes"] == 3136 * 1024
     assert any("AUDIT" in warning for warning in body["warnings"])
     assert_mirror(place, guest)
 
