@@ -386,7 +386,8 @@ def test_an_older_copy_of_the_image_that_is_put_back_is_seen(disk_guest: MakeGue
     shut_down(guest)
     disk = mirrored(place, guest.name)[guest.name]["disks"][0]
     assert disk["fell_back"] == ""
-    assert disk["data_bytes"] == disk["changed_bytes"] == 2 * 64 * 1024
+    assert disk["data_bytes"] == 64 * 1024  # what the mirror had got at 5 MiB is zero in the older copy
+    assert disk["changed_bytes"] == 2 * 64 * 1024
     assert_mirror(place, guest)
 
 
