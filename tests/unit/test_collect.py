@@ -19,6 +19,7 @@ from stillframe.repository.mark import Marker
 from stillframe.repository.pack import read_footer
 from stillframe.repository.places import Places
 from stillframe.repository.session import list_sessions, open_session
+from stillframe.repository.verify import Level, verify
 from stillframe.storage.memory import MemoryStorage
 from tests.unit.repository_disks import CHUNK
 from tests.unit.repository_snapshots import DAY_S, World
@@ -346,4 +347,35 @@ def test_another_snapshot_of_the_same_data_keeps_the_packs() -> None:
     world.backup(changed(content, 3))
     world.forget(first)
     world.prune()
+    world.check()
+
+
+def test_what_only_a_heal_of_a_dead_run_needed_goes_in_the_same_prune() -> None:
+    class Killed(BaseException):
+        """The process died."""
+
+    world = World()
+    content = disk(20, 1)
+    world.backup(content)
+    pack = world.data_packs()[0]
+    at = world.packs()[pack] // 2
+    world.flip(pack.key, at)
+    verify(world.repository, world.clock, Level.FULL)
+    storage = world.repository.storage
+    assert isinstance(storage, MemoryStorage)
+
+    def kill(verb: str, key: str) -> None:
+        if verb == "create" and key.startswith("main/m/"):
+            raise Killed  # its packs and its heals are there, and it is no snapshot
+
+    storage.before = kill
+    with pytest.raises(Killed):
+        world.backup(content)
+    storage.before, world.all_are_dead = None, True
+    world.flip(pack.key, at)
+    verify(world.repository, world.clock, Level.FULL)
+    assert list(storage.list("main/v/heal/"))
+    world.prune()
+    assert world.rubbish() == set()
+    assert list(storage.list("main/v/heal/")) == []
     world.check()

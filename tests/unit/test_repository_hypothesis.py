@@ -79,8 +79,6 @@ class Repositories(RuleBasedStateMachine):
     @rule()
     def prune(self) -> None:
         self.world.prune()
-        if self.world.rubbish():
-            self.world.prune()  # what came while the first one was listing, the next one takes
         assert self.world.rubbish() == set()
 
     @rule()

@@ -10,7 +10,8 @@
 No clock takes part in what is safe: a pack is deleted only if every session knows that it is condemned,
 and a session that is wrongly taken for dead loses its backup, never a snapshot. The collector may be killed
 at any point; what it leaves is rubbish for the next one. Packs that are mostly unused are copied (compact.py)
-before G6. A second round follows at once: it deletes what the first condemned, if no session minds.
+before G6. A second round follows at once: it deletes what the first condemned, if no session minds. So does
+a third, where heals were removed that had kept packs until then.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ from stillframe.repository.snapshots import newest_of_each
 from stillframe.storage.model import Storage
 
 _BATCH = 100
+_ROUNDS = 3
 
 #: Shown the plan; returns whether to carry it out.
 Approve = Callable[[CollectionPlan], bool]
@@ -134,14 +136,18 @@ class _Collector:
             # Until it was fenced, a session could commit: what it refers to must be seen.
             looked, self._marker = None, None
             self.done = replace(self.done, fenced=dead)
-        won = self._round(looked or self._look(session.generation, (), session.sid), session, compacts=True)
-        if won and (self.done.plans[-1].condemned or self.done.plans[-1].compacted):
+        looked = looked or self._look(session.generation, (), session.sid)
+        goes_on = self._round(looked, session, compacts=True)
+        while goes_on and len(self.done.plans) < _ROUNDS:
             generation = latest_generation(self._storage, self._repository.key)
-            self._round(self._look(generation, (), session.sid), session, compacts=False)
+            goes_on = self._round(self._look(generation, (), session.sid), session, compacts=False)
         return self.done
 
     def _round(self, looked: Looked, session: Session, *, compacts: bool) -> bool:
-        """Carry out what follows from *looked*; return whether the generation was won, or needless."""
+        """Carry out what follows from *looked*; return whether another round has something to delete.
+
+        It has not if another collector was first with the generation.
+        """
         plan = self._planned(looked, compacts=compacts)
         self.done = replace(self.done, plans=(*self.done.plans, plan))
         copies = self._copies(looked, plan, session)
@@ -161,11 +167,11 @@ class _Collector:
                 return False
             self._delete_packs(decision, looked)
         self._delete_generations()
-        self._delete_records(looked, decision, copies)
+        heals_went = self._delete_records(looked, decision, copies)
         self.done = replace(
             self.done, waiting=tuple(waiting_for(looked, decision)),
             condemned_packs=self.done.condemned_packs + len(decision.newly_condemned))
-        return True
+        return bool(plan.condemned or plan.compacted or heals_went)
 
     # --- looking (G1 to G3) -------------------------------------------------------------------
 
@@ -243,8 +249,11 @@ class _Collector:
         if old:
             self._storage.delete(old)
 
-    def _delete_records(self, looked: Looked, decision: Decision, copies: Copies) -> None:
-        """Remove what is written about bad slots that nobody can refer to any more, and then all heals."""
+    def _delete_records(self, looked: Looked, decision: Decision, copies: Copies) -> bool:
+        """Remove what is written about bad slots that nobody can refer to any more, and then all heals.
+
+        Return whether heals were removed: what only they needed is needed no more.
+        """
         bad = read_bad(self._storage)
         copied = {target for targets in copies.moved.values() for target in targets}
         there = (looked.packs.keys() | copied) - {*decision.deletable}
@@ -258,8 +267,11 @@ class _Collector:
                 clear_bad(self._storage, pack, None, self._clock.now())
             elif slots is not None and slots != hurt:
                 clear_bad(self._storage, pack, slots & ~hurt, self._clock.now())
-        if self._heals and not needed and not looked.sessions:
-            self._storage.delete(self._heals)
+        if not self._heals or needed or looked.sessions:
+            return False
+        self._storage.delete(self._heals)
+        self._marker = None  # it has marked what they need
+        return True
 
 
 def list_packs(storage: Storage) -> dict[PackName, int]:
