@@ -182,9 +182,9 @@ class Run:
         self._all_reads_back("after the run")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collect_module, "is_dead", lambda *_: True)
-            for _ in range(2):
+            for number in ("first", "second"):
                 collect(self.repository, "host", _CLOCK, fence_after_s=0.0, max_unused=0.0)
-        self._all_reads_back("after two collections")
+                self._all_reads_back(f"after the {number} collection")
         left = rubbish(self.repository)
         generation = latest_generation(self.storage, self.repository.key)
         left |= generation.condemned.keys() & list_packs(self.storage).keys()

@@ -270,7 +270,6 @@ class _Collector:
         if not self._heals or needed or looked.sessions:
             return False
         self._storage.delete(self._heals)
-        self._marker = None  # it has marked what they need
         return True
 
 

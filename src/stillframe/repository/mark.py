@@ -8,7 +8,7 @@ deleted. A snapshot that is forgotten meanwhile is no error, and counts or does 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from stillframe.errors import ObjectMissing, RepositoryDamaged, SlotDamaged
 from stillframe.repository.catalog import display_name
@@ -25,7 +25,7 @@ _DAMAGES_MOST = 1000
 
 
 class Marker:
-    """Marks what snapshots refer to. Marks are only ever added. For one thread."""
+    """Marks what snapshots refer to (only ever added), and what heals do. For one thread."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
@@ -35,10 +35,10 @@ class Marker:
         self._done: set[SnapshotName] = set()
         self._trunks: list[Trunk] = []
         self._data: dict[PackName, int] = {}
-        #: The slots that heal others, marked like those that snapshots refer to.
+        #: The slots that heal others by the last marking: heals go, and snapshots' marks don't matter then.
         self.healing: dict[PackName, int] = {}
-        #: What the marked slots take in the packs that hold them by the generation of the marking.
-        self.homes: Counter[PackName] = Counter()
+        self._homes: Counter[PackName] = Counter()
+        self._healing_homes: Counter[PackName] = Counter()
         #: Whether something was unreadable, of snapshots that were forgotten meanwhile: then marks are
         #: missing that a later snapshot may need, and another marking must begin from nothing.
         self.has_gaps = False
@@ -47,6 +47,11 @@ class Marker:
     def live(self) -> dict[PackName, int]:
         """The slots that snapshots refer to: a bitset for each pack in which one was born."""
         return {**self._walk.seen, **self._data}
+
+    @property
+    def homes(self) -> Mapping[PackName, int]:
+        """What the marked slots take in the packs that hold them by the generation of the marking."""
+        return self._homes + self._healing_homes
 
     @property
     def snapshots(self) -> int:
@@ -69,8 +74,9 @@ class Marker:
                 self._add(name)
         self._walk.run(self._places)
         self._refuse_damage()
+        self.healing, self._healing_homes = {}, Counter()
         for ref in read_heals(self._repository).values():
-            self._slot(ref.place, self.healing)
+            self._heal(ref.place)
 
     def _add(self, name: SnapshotName) -> None:
         try:
@@ -86,19 +92,18 @@ class Marker:
 
     def _leaf(self, _place: SlotRef, _index: int, node: bytes) -> None:
         for slot in leaf_slots(node, self._repository.parameters.leaf_chunks):
-            self._slot(slot, self._data)
+            if _marks(self._data, slot):
+                self._count(slot)
 
-    def _slot(self, place: SlotRef, marks: dict[PackName, int]) -> None:
-        known = marks.get(place.pack, 0)
-        bit = 1 << place.slot
-        if not known & bit:
-            marks[place.pack] = known | bit
-            if not self._data.get(place.pack, 0) & bit or marks is self._data:
-                self._count(place)
+    def _heal(self, place: SlotRef) -> None:
+        if _marks(self.healing, place) and not self._data.get(place.pack, 0) >> place.slot & 1:
+            self._healing_homes[self._home(place)] += place.stored_bytes + ROW_BYTES
 
     def _count(self, place: SlotRef) -> None:
-        home = self._places.generation.home(place.pack, place.slot)
-        self.homes[home] += place.stored_bytes + ROW_BYTES
+        self._homes[self._home(place)] += place.stored_bytes + ROW_BYTES
+
+    def _home(self, place: SlotRef) -> PackName:
+        return self._places.generation.home(place.pack, place.slot)
 
     def _damage(self, damage: SlotDamaged, at: At) -> None:
         if len(self._damages) == _DAMAGES_MOST:
@@ -123,6 +128,13 @@ class Marker:
         except ObjectMissing:
             return False
         return True
+
+
+def _marks(marks: dict[PackName, int], place: SlotRef) -> bool:
+    """Mark a slot; return whether it was not marked yet."""
+    known, bit = marks.get(place.pack, 0), 1 << place.slot
+    marks[place.pack] = known | bit
+    return not known & bit
 
 
 def _refusal(names: list[SnapshotName], why: str) -> RepositoryDamaged:
