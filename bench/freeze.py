@@ -18,13 +18,13 @@ from pathlib import Path
 from lab.daemons import LibvirtDaemons
 from lab.dbguest import DbGuest
 from lab.enter import IMAGES_DIR
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Wishes
 from stillframe.capture.run import Tools
 from stillframe.capture.states import Quiesce, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain

@@ -23,7 +23,6 @@ import msgspec
 
 from stillframe.backup.run import BackupJob, backup_guest
 from stillframe.block.anchor import Anchor
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal, in_repository
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
@@ -33,6 +32,7 @@ from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Tools
 from stillframe.capture.standing import captured_by_standing_overlay, settle
 from stillframe.capture.states import Quiesce, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.errors import Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection

@@ -18,12 +18,12 @@ from lab.images import MIB, run
 from stillframe import errors
 from stillframe.backup import snapshot as snapshot_module
 from stillframe.backup.run import BackupJob, backup_guest
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Wishes
 from stillframe.capture.run import Tools
 from stillframe.capture.states import Quiesce
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain

@@ -14,12 +14,12 @@ from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.block.anchor import Anchor
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.limits import Limits
 from stillframe.capture.plan import Wishes, make_plan
 from stillframe.capture.run import Capture, Tools, captured
 from stillframe.capture.states import Quiesce, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.errors import CopyFailed, GuestBusy, GuestUnfit, Interrupted, ShutdownImpossible
 from stillframe.hypervisor.connection import Connection

@@ -10,11 +10,11 @@ import pytest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.plan import Wishes, make_plan
 from stillframe.capture.run import Tools, captured
 from stillframe.capture.states import Consistency, Quiesce, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.errors import Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection

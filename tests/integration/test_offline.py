@@ -21,13 +21,13 @@ from stillframe import errors
 from stillframe.block.anchor import Anchor
 from stillframe.block.image import file_place
 from stillframe.block.reader import open_reader
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.choose import captured, planned
 from stillframe.capture.journal import Journal
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Plan, Wishes
 from stillframe.capture.run import Tools
 from stillframe.capture.states import Consistency, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.extent import Extent
 from stillframe.hypervisor.connection import Connection

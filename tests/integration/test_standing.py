@@ -20,7 +20,6 @@ from stillframe.block.anchor import Anchor
 from stillframe.block.image import file_place
 from stillframe.block.reader import DiskReader
 from stillframe.block.tools import chain_info
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.journal import Journal
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
@@ -34,6 +33,7 @@ from stillframe.capture.standing import (
     settle_past_limit,
 )
 from stillframe.capture.states import Quiesce, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.errors import GuestUnfit, Interrupted, NeedsAttention, OverlayTaken, StillframeError
 from stillframe.extent import Extent

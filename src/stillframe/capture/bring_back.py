@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +27,9 @@ from stillframe.capture.let_go_on import fsync, fsync_definition, let_go_on, une
 from stillframe.capture.limits import Limits
 from stillframe.capture.sight import drained, look, qemu_mark, ready_to_pivot, stray_job
 from stillframe.capture.states import DiskPhase, State
-from stillframe.capture.thaw import thaw_until_verified
+from stillframe.capture.stepping import REPEATS_LIMIT, CommitProgress, Stepping, Watcher, again
 from stillframe.clock import Clock, Deadline, utc_text
 from stillframe.errors import (
-    ConnectionLost,
     CopyFailed,
     GuestState,
     GuestUnknown,
@@ -44,51 +43,26 @@ from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.model import DomainView, Power
 
-_POLL_S = 0.25
 _SETTLE_S = 8.0
 _CONVERGE_S = 10.0
 _OFFLINE_S = 6 * 3600.0
-_FAILURES_LIMIT = 8
-_REPEATS_LIMIT = 3
 _GUARD_S = 24 * 3600.0
 _STEPS_LIMIT = 200_000
 Drained = Callable[[DomainView, RunRecord, tuple[str, ...]], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class CommitProgress:
-    """How far the commits of all disks are, in bytes."""
-
-    done_bytes: int
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Watcher:
-    """Who is told what happens: words for people, and how far a commit is."""
-
-    say: Callable[[str], None]
-    commit: Callable[[CommitProgress], None]
-
-
-class BringBack:
+class BringBack(Stepping):
     """Takes one run of one domain to DONE, or raises NeedsAttention with everything left as it is."""
+
+    poll_s = 0.25
 
     def __init__(
         self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
-        self._journal = journal
-        self._domain = domain
-        self._clock = clock
-        self._limits = limits
-        self._watcher = watcher
-        #: What was done so far, one sentence a step, for people.
-        self.did: list[str] = []
+        super().__init__(journal, domain, clock, limits, watcher)
         self._compared: dict[str, bool] = {}
         self._waiting: Deadline | None = None
         self._waiting_for: Decision | None = None
-        self._thaw_hopeless = False
-        self._failures = 0
         self._repeats: Counter[Action] = Counter()
         self._guard: Guard | None = None
         self._suspended = False
@@ -139,7 +113,7 @@ class BringBack:
             if decision is not None:
                 record = self._attempt(record, decision)
             self._record = record
-        raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", _again(record))
+        raise NeedsAttention(f"Bringing {record.name} back takes too many steps.", again(record))
 
     def _newest(self, record: RunRecord) -> RunRecord:
         """Return the record as the journal has it, or as far as we know if that can't be read."""
@@ -185,16 +159,6 @@ class BringBack:
             self._failed(before, decision.action.value, StillframeError(str(error)))
             return self._journal.current(before)
 
-    def _failed(self, record: RunRecord, what: str, error: StillframeError) -> None:
-        self._failures += 1
-        self._journal.note(self._journal.current(record), f"could not {what}: {error.message}")
-        if self._failures >= _FAILURES_LIMIT:
-            raise NeedsAttention(f"Could not {what}: {error.message}", _again(record)) from error
-        if isinstance(error, ConnectionLost):
-            self._domain.connection.ensure()
-        else:
-            self._domain.connection.wait_change(_POLL_S * self._failures)
-
     def _step(self, action: Action) -> Callable[[RunRecord, Decision], RunRecord]:
         return {
             Action.RELEASE: self._release,
@@ -219,16 +183,10 @@ class BringBack:
     # --- the steps ----------------------------------------------------------------------------
 
     def _release(self, record: RunRecord, decision: Decision) -> RunRecord:
-        given_up = record.given_up or decision.reason
-        record = self._journal.enter(record, State.RELEASED, decision.reason, given_up=given_up)
-        return self._journal.done(record)
+        return self._given_up(record, decision.reason)
 
     def _thaw(self, record: RunRecord, _decision: Decision) -> RunRecord:
-        self._watcher.say("thawing the guest's file systems")
-        if thaw_until_verified(self._domain, self._clock, self._limits.thaw_s, self._limits.agent_s):
-            return self._journal.note(record, "thaw verified", thaw_verified=True)
-        self._thaw_hopeless = True
-        return self._journal.note(record, "the guest agent did not confirm a thaw")
+        return self._thawed(record)
 
     def _wait(self, record: RunRecord, decision: Decision) -> RunRecord:
         committing = decision.why is Why.COMMIT_RUNS
@@ -241,7 +199,7 @@ class BringBack:
             self._report_commit()
             if self._waiting.passed():
                 self._give_up_commit(record, decision)
-        self._domain.connection.wait_change(_POLL_S)
+        self._domain.connection.wait_change(self.poll_s)
         return record
 
     def _report_commit(self) -> None:
@@ -266,17 +224,17 @@ class BringBack:
     def _count(self, action: Action, message: str, next_command: str) -> None:
         """Raise NeedsAttention with the message once *action* was taken too often without avail."""
         self._repeats[action] += 1
-        if self._repeats[action] > _REPEATS_LIMIT:
+        if self._repeats[action] > REPEATS_LIMIT:
             raise NeedsAttention(message, next_command)
         # What stood in the way may be going: the readers of a run that was killed hold the bases' locks until
         # the kernel has ended them.
-        self._clock.pause(4 * _POLL_S * (self._repeats[action] - 1))
+        self._clock.pause(4 * self.poll_s * (self._repeats[action] - 1))
 
     def _count_commit(self, record: RunRecord) -> None:
         self._count(
-            Action.START_COMMIT, f"Writing the overlay of {record.name} back failed {_REPEATS_LIMIT} times; "
+            Action.START_COMMIT, f"Writing the overlay of {record.name} back failed {REPEATS_LIMIT} times; "
             "the guest runs on the overlay, which is whole.",
-            f"df -h {_folders(record)}; free some space there, then: {_again(record)}",
+            f"df -h {_folders(record)}; free some space there, then: {again(record)}",
         )
 
     def _start_commit(self, record: RunRecord, decision: Decision) -> RunRecord:
@@ -300,7 +258,7 @@ class BringBack:
         self._count(
             decision.action, f"The commits of {record.name} do not converge while it stands still: "
             "its storage is too slow or does not answer.",
-            f"dmesg | tail; then: {_again(record)}",
+            f"dmesg | tail; then: {again(record)}",
         )
         self._start_guard(record)
         record = self._journal.enter(record, State.SUSPENDING, suspended=True)
@@ -334,7 +292,7 @@ class BringBack:
                 if record.suspended:
                     self._resume_now(record)
                 raise HypervisorError("The commit is not ready although the guest stands still.", 0)
-            self._domain.connection.wait_change(_POLL_S / 10)
+            self._domain.connection.wait_change(self.poll_s / 10)
 
     def _pivot(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._wait_drained(record, decision.targets, ready_to_pivot)
@@ -353,7 +311,7 @@ class BringBack:
     def _resume(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._count(
             decision.action, f"{record.name} is paused again and again by I/O errors on its own images.",
-            f"df -h {_folders(record)}; free some space, then: virsh resume {record.name}; {_again(record)}",
+            f"df -h {_folders(record)}; free some space, then: virsh resume {record.name}; {again(record)}",
         )
         return self._resume_now(record)
 
@@ -378,7 +336,7 @@ class BringBack:
             while not self._domain.qmp(partial(in_qemu.finish, disk=known)):
                 if deadline.passed():
                     raise HypervisorError(f"QEMU's commit of {target} does not end.", 0)
-                self._clock.pause(_POLL_S / 10)
+                self._clock.pause(self.poll_s / 10)
         return self._journal.note(record, f"committed in QEMU: {' '.join(decision.targets)}")
 
     def _end_stray_job(self, record: RunRecord, decision: Decision) -> RunRecord:
@@ -459,13 +417,9 @@ def _needs_attention(error: StillframeError, record: RunRecord) -> NeedsAttentio
         return error
     return NeedsAttention(
         f"{error.message} {record.name} may still be on its overlays.",
-        f"{error.next_command}; then: {_again(record)}".removeprefix("; then: "),
+        f"{error.next_command}; then: {again(record)}".removeprefix("; then: "),
     )
 
 
 def _folders(record: RunRecord) -> str:
     return " ".join(sorted({str(Path(disk.base.path).parent) for disk in record.disks if disk.base.path}))
-
-
-def _again(record: RunRecord) -> str:
-    return f"stillframe recover {record.name}"

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stillframe.block.tools import remove_bitmap
-from stillframe.capture.bring_back import Watcher
 from stillframe.capture.decide_pull import PullAction, PullDecision, PullSight, PullWhy, decide_pull
 from stillframe.capture.journal import Journal, RunRecord
 from stillframe.capture.limits import Limits
 from stillframe.capture.pull_sight import look_at_pull, pull_of, scratch_nodes
 from stillframe.capture.states import State
-from stillframe.capture.thaw import thaw_until_verified
+from stillframe.capture.stepping import REPEATS_LIMIT, Stepping, Watcher, again
 from stillframe.clock import Clock, Deadline, utc_text
 from stillframe.errors import (
     ConnectionLost,
@@ -35,11 +34,8 @@ from stillframe.hypervisor.backup_xml import job_socket
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.monitor import close_exports, delete_bitmap
 
-_POLL_S = 0.1
 _END_S = 30.0
 _SETTLE_S = 8.0
-_FAILURES_LIMIT = 8
-_REPEATS_LIMIT = 3
 _STEPS_LIMIT = 1000
 
 _NEXT = {
@@ -52,22 +48,16 @@ _NEXT = {
 }
 
 
-class EndPull:
+class EndPull(Stepping):
     """Takes one run of the bitmap method to DONE, or raises NeedsAttention."""
+
+    stuck = GuestState.UNKNOWN
 
     def __init__(
         self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
-        self._journal = journal
-        self._domain = domain
-        self._clock = clock
-        self._limits = limits
-        self._watcher = watcher
-        #: What was done so far, one sentence a step, for people.
-        self.did: list[str] = []
-        self._thaw_hopeless = False
+        super().__init__(journal, domain, clock, limits, watcher)
         self._waiting: Deadline | None = None
-        self._failures = 0
         self._repeats: Counter[PullAction] = Counter()
         #: Checkpoints whose bitmaps could not be deleted: the next durable run deletes them.
         self._left: frozenset[str] = frozenset()
@@ -89,7 +79,7 @@ class EndPull:
             if decision.action is PullAction.ASK:
                 raise _attention(record, decision)
             record = self._attempt(record, decision)
-        raise NeedsAttention(f"Ending the run of {record.name} takes too many steps.", _again(record),
+        raise NeedsAttention(f"Ending the run of {record.name} takes too many steps.", again(record),
                              GuestState.UNKNOWN)
 
     def _decide(self, record: RunRecord) -> PullDecision | None:
@@ -100,7 +90,7 @@ class EndPull:
             return None
         decision = decide_pull(record, sight)
         given_up = (self._waiting is not None and self._waiting.passed()) if (
-            decision.action is PullAction.WAIT) else self._repeats[decision.action] > _REPEATS_LIMIT
+            decision.action is PullAction.WAIT) else self._repeats[decision.action] > REPEATS_LIMIT
         return decide_pull(record, replace(sight, waited_out=True)) if given_up else decision
 
     def _attempt(self, record: RunRecord, decision: PullDecision) -> RunRecord:
@@ -120,17 +110,6 @@ class EndPull:
             return done
         return self._journal.current(record)
 
-    def _failed(self, record: RunRecord, what: str, error: StillframeError) -> None:
-        self._failures += 1
-        self._journal.note(self._journal.current(record), f"could not {what}: {error.message}")
-        if self._failures >= _FAILURES_LIMIT:
-            raise NeedsAttention(
-                f"Could not {what}: {error.message}", _again(record), GuestState.UNKNOWN) from error
-        if isinstance(error, ConnectionLost):
-            self._domain.connection.ensure()
-        else:
-            self._domain.connection.wait_change(_POLL_S * self._failures)
-
     def _step(self, action: PullAction) -> Callable[[RunRecord, PullDecision], RunRecord]:
         return {
             PullAction.RELEASE: self._release,
@@ -146,20 +125,14 @@ class EndPull:
     # --- the steps ----------------------------------------------------------------------------
 
     def _release(self, record: RunRecord, decision: PullDecision) -> RunRecord:
-        given_up = record.given_up or decision.reason
-        record = self._journal.enter(record, State.RELEASED, decision.reason, given_up=given_up)
-        return self._journal.done(record)
+        return self._given_up(record, decision.reason)
 
     def _thaw(self, record: RunRecord, _decision: PullDecision) -> RunRecord:
-        self._watcher.say("thawing the guest's file systems")
-        if thaw_until_verified(self._domain, self._clock, self._limits.thaw_s, self._limits.agent_s):
-            return self._journal.note(record, "thaw verified", thaw_verified=True)
-        self._thaw_hopeless = True
-        return self._journal.note(record, "the guest agent did not confirm a thaw")
+        return self._thawed(record)
 
     def _wait(self, record: RunRecord, _decision: PullDecision) -> RunRecord:
         self._waiting = self._waiting or Deadline(self._clock, _SETTLE_S)
-        self._domain.connection.wait_change(4 * _POLL_S)
+        self._domain.connection.wait_change(4 * self.poll_s)
         return record
 
     def _end_job(self, record: RunRecord, _decision: PullDecision) -> RunRecord:
@@ -172,7 +145,7 @@ class EndPull:
         while job_socket(self._domain.backup_job()) == socket:
             if deadline.passed():
                 raise HypervisorError(f"The backup job of {record.name} does not end.", 0)
-            self._domain.connection.wait_change(_POLL_S)
+            self._domain.connection.wait_change(self.poll_s)
         return self._journal.done(record)
 
     def _close_in_qemu(self, record: RunRecord, _decision: PullDecision) -> RunRecord:
@@ -186,7 +159,7 @@ class EndPull:
         record = self._journal.enter(record, State.RESUMING)
         self._domain.resume()
         # What stopped it may stop it again at once: the next look is to see that.
-        self._domain.connection.wait_change(4 * _POLL_S)
+        self._domain.connection.wait_change(4 * self.poll_s)
         return self._journal.done(record)
 
     def _forget(self, record: RunRecord, decision: PullDecision) -> RunRecord:
@@ -197,7 +170,7 @@ class EndPull:
             except ConnectionLost:
                 raise
             except (HypervisorError, ProgramFailed, ProgramTimedOut) as error:
-                if self._repeats[PullAction.FORGET] <= _REPEATS_LIMIT:
+                if self._repeats[PullAction.FORGET] <= REPEATS_LIMIT:
                     raise
                 # It costs the guest a bitmap, no more; the next durable run tries again.
                 self._left |= {name}
@@ -236,7 +209,3 @@ def _attention(record: RunRecord, decision: PullDecision) -> NeedsAttention:
     return NeedsAttention(
         f"{record.name} needs a person: {decision.reason}.",
         _NEXT.get(decision.why, "stillframe recover {name}").replace("{name}", record.name), guest)
-
-
-def _again(record: RunRecord) -> str:
-    return f"stillframe recover {record.name}"

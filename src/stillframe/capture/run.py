@@ -17,12 +17,13 @@ from stillframe.block.anchor import Anchor
 from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.block.reader import DiskReader, open_reader
 from stillframe.block.tools import create_overlay
-from stillframe.capture.bring_back import BringBack, Watcher
+from stillframe.capture.bring_back import BringBack
 from stillframe.capture.forward import Forward, brought_back
 from stillframe.capture.journal import DiskRecord, Journal
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Plan
 from stillframe.capture.states import Consistency, DiskPhase, Quiesce, State
+from stillframe.capture.stepping import Watcher
 from stillframe.clock import Clock, Deadline, utc_text
 from stillframe.errors import (
     ConnectionLost,

@@ -19,7 +19,6 @@ import msgspec
 from stillframe.block.image import file_place
 from stillframe.block.tools import commit_offline, compare, stand_on
 from stillframe.capture import in_qemu
-from stillframe.capture.bring_back import CommitProgress, Watcher
 from stillframe.capture.decide import Action as BackAction
 from stillframe.capture.decide import Decision, Why
 from stillframe.capture.explain import attention
@@ -29,9 +28,9 @@ from stillframe.capture.limits import Limits
 from stillframe.capture.standing_decide import Lowering, LowerView, Step, decide_lowering
 from stillframe.capture.standing_sight import header_backing, look_lower, lower_job
 from stillframe.capture.states import DiskPhase, State
+from stillframe.capture.stepping import REPEATS_LIMIT, CommitProgress, Stepping, Watcher, again
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import (
-    ConnectionLost,
     CopyFailed,
     GuestUnknown,
     HypervisorError,
@@ -43,31 +42,21 @@ from stillframe.errors import (
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.domain_xml import with_source
 
-_POLL_S = 0.1
 _SETTLE_S = 8.0
 _OFFLINE_S = 6 * 3600.0
-_FAILURES_LIMIT = 8
-_REPEATS_LIMIT = 3
 _STEPS_LIMIT = 200_000
 
 
-class LowerRun:
+class LowerRun(Stepping):
     """Takes one run from LOWERING or SHEDDING to STANDING."""
 
     def __init__(
         self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
-        self._journal = journal
-        self._domain = domain
-        self._clock = clock
-        self._limits = limits
-        self._watcher = watcher
-        #: What was done so far, one sentence a step, for people.
-        self.did: list[str] = []
+        super().__init__(journal, domain, clock, limits, watcher)
         self._complete: dict[str, bool] = {}
         self._waiting: Deadline | None = None
         self._waiting_for: Lowering | None = None
-        self._failures = 0
         self._repeats: Counter[Step] = Counter()
 
     def look(self, record: RunRecord) -> LowerView:
@@ -83,7 +72,7 @@ class LowerRun:
             if decision is not None:
                 record = self._attempt(record, decision)
         raise NeedsAttention(f"Committing the older overlays of {record.name} takes too many steps.",
-                             _again(record))
+                             again(record))
 
     def _decide(self, record: RunRecord) -> Lowering | None:
         try:
@@ -117,16 +106,6 @@ class LowerRun:
             self.did.append(f"{decision.step.value}{where}: {decision.reason}")
         return after
 
-    def _failed(self, record: RunRecord, what: str, error: StillframeError) -> None:
-        self._failures += 1
-        self._journal.note(self._journal.current(record), f"could not {what}: {error.message}")
-        if self._failures >= _FAILURES_LIMIT:
-            raise NeedsAttention(f"Could not {what}: {error.message}", _again(record)) from error
-        if isinstance(error, ConnectionLost):
-            self._domain.connection.ensure()
-        else:
-            self._domain.connection.wait_change(_POLL_S * self._failures)
-
     def _steps(self) -> dict[Step, Callable[[RunRecord, Lowering], RunRecord]]:
         return {
             Step.WAIT: self._wait,
@@ -152,8 +131,8 @@ class LowerRun:
             if self._waiting.passed():
                 raise NeedsAttention(
                     f"Committing the older overlay of {record.name} down did not end within "
-                    f"{self._limits.commit_s:.0f} s; it goes on, and nothing is lost.", _again(record))
-        self._domain.connection.wait_change(_POLL_S)
+                    f"{self._limits.commit_s:.0f} s; it goes on, and nothing is lost.", again(record))
+        self._domain.connection.wait_change(self.poll_s)
         return record
 
     def _report(self, record: RunRecord) -> None:
@@ -163,12 +142,12 @@ class LowerRun:
 
     def _start_down(self, record: RunRecord, decision: Lowering) -> RunRecord:
         self._repeats[decision.step] += 1
-        if self._repeats[decision.step] > _REPEATS_LIMIT:
+        if self._repeats[decision.step] > REPEATS_LIMIT:
             raise NeedsAttention(
-                f"Committing the older overlay of {record.name} down failed {_REPEATS_LIMIT} times; the "
+                f"Committing the older overlay of {record.name} down failed {REPEATS_LIMIT} times; the "
                 "guest's data is complete in its chain.",
-                f"df -h; free some space below the base, then: {_again(record)}")
-        self._clock.pause(_POLL_S * 10 * (self._repeats[decision.step] - 1))
+                f"df -h; free some space below the base, then: {again(record)}")
+        self._clock.pause(self.poll_s * 10 * (self._repeats[decision.step] - 1))
         record = self._enter_committing(record, decision, "")
         view = self._domain.view()
         for target in decision.targets:
@@ -279,7 +258,3 @@ def standing_disks(record: RunRecord) -> tuple[DiskRecord, ...]:
 def _changed(record: RunRecord, targets: tuple[str, ...], **changes: object) -> tuple[DiskRecord, ...]:
     return tuple(
         msgspec.structs.replace(disk, **changes) if disk.target in targets else disk for disk in record.disks)
-
-
-def _again(record: RunRecord) -> str:
-    return f"stillframe recover {record.name}"

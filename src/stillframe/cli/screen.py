@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from stillframe.capture.bring_back import CommitProgress, Watcher
+from stillframe.capture.stepping import CommitProgress, Watcher
 from stillframe.errors import StillframeError
 from stillframe.mirror.update import CopyProgress
 
