@@ -99,14 +99,15 @@ def _examine(
         raise attention(standing, problem)
     if repository is not None:
         refuse_place(repository, plan)
-    session.screen.result(f"{domain.name}: can be captured by the {method_of(plan).value} method")
+    method = method_of(plan).value
+    session.screen.result(f"{domain.name}: can be captured by the {method} method")
     if standing is not None:
         session.screen.result(
             f"  it stands on the overlays of run {standing.id} by intention, since {standing.captured_at}")
     for line in _plan_lines(plan):
         session.screen.result(f"  {line}")
     return {
-        "method": method_of(plan).value, "quiesce": plan.quiesce.value, "warnings": plan.warnings,
+        "method": method, "quiesce": plan.quiesce.value, "warnings": plan.warnings,
         "disks": [
             {"target": disk.target, "image": disk.base.text(), "format": disk.base_format,
              "size_bytes": disk.size_bytes, "overlay": disk.overlay_path}
