@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,8 +11,7 @@ from pathlib import Path
 from stillframe.backup.machine import Machine, MachineFile, versions_of
 from stillframe.backup.watching import WatchedReader, WatchedStorage
 from stillframe.block.reader import DiskReader
-from stillframe.capture.journal import age_s
-from stillframe.capture.plan import Plan
+from stillframe.capture.plan import Plan, why_due
 from stillframe.capture.run import Capture, StillDisk
 from stillframe.capture.watched import STALL_TIMEOUT_S, Watch, Watched
 from stillframe.clock import Clock, utc_text
@@ -34,7 +32,6 @@ from stillframe.repository.places import Places
 from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import still_there
 from stillframe.repository.writer import Progress, Since, SnapshotWriter
-from stillframe.units import duration_text
 
 #: How long the end of the session is waited for when the guest is back. Left behind, it is fenced one day.
 _CLOSE_TIMEOUT_S = 30.0
@@ -232,7 +229,8 @@ class SnapshotRun:
             self._progress = (disk.target, progress.done_bytes, progress.size_bytes)
 
         old, since = parent.disk(disk.target), parent.since(disk.target)
-        due = "" if old is None or since is None else self._why_due(old)
+        due = "" if old is None or since is None else why_due(
+            self._clock, old.read_whole_at, self._plan.wishes.full_read_every_s)
         written = writer.write(WatchedReader(reader, watch), old, since=None if due else since,
                                stop=capture.stop, report=report)
         differs_at = written.mismatch_offset_bytes
@@ -253,15 +251,6 @@ class SnapshotRun:
             root=Root.of(written.root), read_bytes=written.read_bytes, data_bytes=written.data_bytes,
             changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes,
             read_whole_at=capture.captured_at if written.whole or old is None else old.read_whole_at)
-
-
-    def _why_due(self, old: DiskEntry) -> str:
-        """Return why the disk is to be read whole again, "" if it is not: no bitmap is believed for ever."""
-        age = age_s(self._clock, old.read_whole_at) if old.read_whole_at else math.inf
-        if age <= self._plan.wishes.full_read_every_s:
-            return ""
-        return "it was last read whole " + (f"{duration_text(age)} ago" if old.read_whole_at
-                                            else "nobody knows when")
 
 
 def _file(writer: SnapshotWriter, file: MachineFile, parent: Parent) -> FileEntry:

@@ -69,7 +69,7 @@ class Forward:
         """Write down that the copy was given up, and why."""
         record = self.record = self._journal.current(self.record)
         if record.state in BEFORE_RELEASE:
-            self._enter(State.RELEASED, "given up", given_up=_words(error))
+            self._enter(State.RELEASED, "given up", given_up=words(error))
 
     def _enter(self, state: State, detail: str = "", **changes: object) -> None:
         self.record = self._journal.enter(self.record, state, detail, **changes)
@@ -177,13 +177,14 @@ def _end(run: Forward, finish: Finish, left_in: GuestState, cause: BaseException
             run.give_up(cause)
         run.record = finish(run.record)
     except StillframeError as error:
-        failed = f"The run failed: {_words(cause)}\nThen, bringing the guest back: " if cause else ""
+        failed = f"The run failed: {words(cause)}\nThen, bringing the guest back: " if cause else ""
         next_command = error.next_command or f"stillframe recover {run.record.name}"
         guest = error.guest if isinstance(error, NeedsAttention) else left_in
         raise NeedsAttention(f"{failed}{error.message}", next_command, guest) from (cause or error)
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
+    """Return why a run was given up, for the journal."""
     if isinstance(error, StillframeError):
         return error.message
     return f"{type(error).__name__}: {error}"

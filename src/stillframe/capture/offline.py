@@ -21,6 +21,7 @@ from stillframe.block.anchor import Anchor
 from stillframe.block.image import FileIdentity, file_identity
 from stillframe.block.reader import DiskReader, open_reader
 from stillframe.block.tools import ImageInfo, chain_info
+from stillframe.capture.forward import words
 from stillframe.capture.journal import DiskRecord, RunRecord, new_run_id
 from stillframe.capture.method import Method
 from stillframe.capture.offline_bitmap import kept_anchor, usable_bitmap
@@ -127,8 +128,7 @@ class _Run:
         """Write down that the copy is durable, or was given up and why. Nothing else is to be done."""
         record = self._journal.current(self.record)
         if record.state in BEFORE_RELEASE:
-            given_up = "" if error is None else (
-                error.message if isinstance(error, StillframeError) else f"{type(error).__name__}: {error}")
+            given_up = "" if error is None else words(error)
             detail = "given up" if error is not None else "the copy is durable"
             record = self._journal.enter(record, State.RELEASED, detail, given_up=given_up)
         self.record = self._journal.enter(

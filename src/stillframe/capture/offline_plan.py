@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 
 from stillframe.block.tools import ImageInfo, chain_info
@@ -12,16 +11,16 @@ from stillframe.capture.plan import (
     Plan,
     Wishes,
     choose_disks,
+    is_other,
     place_of,
+    real_path,
+    refuse_format,
     refuse_shared,
 )
 from stillframe.capture.states import Quiesce
 from stillframe.errors import GuestBusy, GuestUnfit, OverlayTaken, ProgramFailed, ProgramTimedOut
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Disk, DomainView, Power
-from stillframe.hypervisor.monitor import plain_file
-
-_FORMATS = ("raw", "qcow2")
 
 
 def make_offline_plan(domain: Domain, view: DomainView, wishes: Wishes) -> Plan:
@@ -43,15 +42,11 @@ def make_offline_plan(domain: Domain, view: DomainView, wishes: Wishes) -> Plan:
 
 
 def _plan_disk(view: DomainView, disk: Disk, wishes: Wishes) -> DiskRecord:
-    top, exclude = disk.top, wishes.again(view.name, f"--exclude {disk.target}")
-    if top.format not in _FORMATS:
-        raise GuestUnfit(
-            f"{disk.target} of {view.name} is {top.format}; stillframe captures raw and qcow2.", exclude)
-    if "<encryption" in top.xml:
-        raise GuestUnfit(
-            f"{disk.target} of {view.name} is encrypted by QEMU, which is not supported.", exclude)
+    top = disk.top
+    refuse_format(disk, view.name, wishes)
     if "<slices" in top.xml:
-        raise GuestUnfit(f"{disk.target} of {view.name} is a slice of its image.", exclude)
+        raise GuestUnfit(f"{disk.target} of {view.name} is a slice of its image.",
+                         wishes.again(view.name, f"--exclude {disk.target}"))
     if top.place.endswith(OVERLAY_SUFFIX):
         raise OverlayTaken(
             f"{disk.target} of {view.name} stands on {top.place}, an overlay of stillframe "
@@ -84,21 +79,10 @@ def _refuse_other_chain(view: DomainView, disk: Disk, chain: tuple[ImageInfo, ..
             raise GuestUnfit(
                 f"{info.name} of {view.name} names no format for its backing file.",
                 f"qemu-img rebase -u -b {info.backing} -F {below.driver} {info.name}")
-    named = [_real(source.place) for source in disk.chain]
-    told = [_real(info.name) for info in chain]
-    if len(named) > 1 and (len(named) != len(told) or any(
-            one != other for one, other in zip(named, told, strict=True) if _is_path(one, other))):
+    named = [real_path(source.place) for source in disk.chain]
+    told = [real_path(info.name) for info in chain]
+    if len(named) > 1 and (len(named) != len(told) or any(map(is_other, named, told))):
         raise GuestUnfit(
             f"{disk.target} of {view.name} is defined as {' ← '.join(named[::-1])}, but its images' headers "
             f"name {' ← '.join(told[::-1])}.",
             f"qemu-img info -U --backing-chain {disk.top.place}; virsh dumpxml --inactive {view.name}")
-
-
-def _is_path(one: str, other: str) -> bool:
-    """Return whether both are paths. Network names have many spellings."""
-    return one.startswith("/") and other.startswith("/")
-
-
-def _real(name: str) -> str:
-    plain = plain_file(name)
-    return os.path.realpath(plain) if plain.startswith("/") else plain

@@ -15,11 +15,12 @@ from types import MappingProxyType
 from stillframe.block.image import ImagePlace, block_place, file_place, nbd_place, rbd_place
 from stillframe.block.tools import chain_info
 from stillframe.capture.growth import Watermark, plan_watermarks
-from stillframe.capture.journal import DiskRecord, RunRecord
+from stillframe.capture.journal import DiskRecord, RunRecord, age_s
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
 from stillframe.capture.neighbours import other_users
 from stillframe.capture.states import Quiesce
+from stillframe.clock import Clock
 from stillframe.errors import (
     AgentSilent,
     ForeignSnapshot,
@@ -42,7 +43,7 @@ from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
 from stillframe.hypervisor.monitor import plain_file
-from stillframe.units import DAY_S
+from stillframe.units import DAY_S, duration_text
 
 #: What an overlay's file name ends in.
 OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
@@ -242,16 +243,7 @@ def _plan_disk(
     domain: Domain, view: DomainView, disk: Disk, wishes: Wishes, standing: RunRecord | None
 ) -> DiskRecord:
     top = disk.top
-    if top.format not in _FORMATS:
-        raise GuestUnfit(
-            f"{disk.target} of {view.name} is {top.format}; stillframe captures raw and qcow2.",
-            wishes.again(view.name, f"--exclude {disk.target}"),
-        )
-    if "<encryption" in top.xml:
-        raise GuestUnfit(
-            f"{disk.target} of {view.name} is encrypted by QEMU, which is not supported.",
-            wishes.again(view.name, f"--exclude {disk.target}"),
-        )
+    refuse_format(disk, view.name, wishes)
     ours = {each.overlay_path for each in standing.disks} if standing is not None else set()
     if top.place.endswith(OVERLAY_SUFFIX) and top.place not in ours:
         raise OverlayTaken(
@@ -278,6 +270,16 @@ def _plan_disk(
         size_bytes=domain.capacity_bytes(disk.target),
         overlay_path=_overlay_path(view.name, disk, wishes, ours),
     )
+
+
+def refuse_format(disk: Disk, name: str, wishes: Wishes) -> None:
+    """Raise GuestUnfit for an image that is neither raw nor qcow2, or is encrypted by QEMU."""
+    exclude = wishes.again(name, f"--exclude {disk.target}")
+    if disk.top.format not in _FORMATS:
+        raise GuestUnfit(
+            f"{disk.target} of {name} is {disk.top.format}; stillframe captures raw and qcow2.", exclude)
+    if "<encryption" in disk.top.xml:
+        raise GuestUnfit(f"{disk.target} of {name} is encrypted by QEMU, which is not supported.", exclude)
 
 
 def _refuse_other_definition(view: DomainView, disk: Disk) -> None:
@@ -310,8 +312,8 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
             f"The chain of {disk.target} of {view.name} can't be read: {error.message}", advice
         ) from error
     known = _without_filters(view.qemu.disks[disk.target].files if view.qemu else ())
-    told = [_real(info.name) for info in headers[1:]]
-    if len(told) != len(known) - 1 or any(map(_is_other, told, map(_real, known[1:]))):
+    told = [real_path(info.name) for info in headers[1:]]
+    if len(told) != len(known) - 1 or any(map(is_other, told, map(real_path, known[1:]))):
         raise GuestUnfit(
             f"{disk.target} of {view.name} runs on {' ← '.join(known[::-1])}, but its images' headers "
             f"name {' ← '.join((*told[::-1], known[0]))}.", advice,
@@ -331,12 +333,13 @@ def _without_filters(files: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for at, name in enumerate(files) if at == 0 or files[at - 1] != name)
 
 
-def _is_other(one: str, other: str) -> bool:
+def is_other(one: str, other: str) -> bool:
     """Return whether two names are of different images. Network names have many spellings."""
     return one != other and one.startswith("/") and other.startswith("/")
 
 
-def _real(name: str) -> str:
+def real_path(name: str) -> str:
+    """Return where the file is that QEMU names so, without links; of anything else the name."""
     plain = plain_file(name)
     return os.path.realpath(plain) if plain.startswith("/") else plain
 
@@ -426,3 +429,14 @@ def _choose_quiesce(
             "systemctl status qemu-guest-agent   # inside the guest; or use --quiesce auto",
         )
     return Quiesce.NONE, (f"the guest agent {why}: the copy is only crash-consistent",)
+
+
+def why_due(clock: Clock, read_whole_at: str, every_s: float) -> str:
+    """Return why a disk is to be read whole again, "" if it is not: no bitmap is believed for ever.
+
+    *read_whole_at* is RFC 3339 text, "" if nobody knows.
+    """
+    if not read_whole_at:
+        return "it was last read whole nobody knows when"
+    age = age_s(clock, read_whole_at)
+    return f"it was last read whole {duration_text(age)} ago" if age > every_s else ""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 
 from stillframe.block.reader import DiskReader
-from stillframe.capture.journal import age_s
-from stillframe.capture.plan import FULL_READ_EVERY_S
+from stillframe.capture.plan import FULL_READ_EVERY_S, why_due
 from stillframe.capture.watched import Watch
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import DestinationFull
@@ -38,7 +36,7 @@ from stillframe.mirror.record import (
 )
 from stillframe.mirror.redo import RedoWriter
 from stillframe.mirror.units import DATA_UNIT_BYTES, Unit, changed_units, work_units
-from stillframe.units import duration_text, size_text
+from stillframe.units import size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +190,9 @@ class DiskStage:
             if block_map is None or disk is None or changed is None or self.verify \
                     or disk.size_bytes != self._reader.size_bytes:
                 return _How(by_changes=False, note=self.note)
-            age = age_s(self._clock, disk.read_whole_at) if disk.read_whole_at else math.inf
-            if age > self.full_read_every_s:
-                return _How(by_changes=False, note="it was last read whole "
-                            + (f"{duration_text(age)} ago" if disk.read_whole_at else "nobody knows when"))
+            due = why_due(self._clock, disk.read_whole_at or "", self.full_read_every_s)
+            if due:
+                return _How(by_changes=False, note=due)
             ranges = Ranges(changed_units(changed, disk.size_bytes, self.block_size, self.data_unit_bytes))
         audited = Audit(self._reader, block_map, ranges, self.block_size, self._clock, watch).run()
         if audited.differs_at_bytes is not None:
