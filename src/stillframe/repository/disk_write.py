@@ -29,6 +29,8 @@ from stillframe.repository.tree import Tree, TreeBuilder
 
 #: So many leaves may wait for an unfilled slot; most of them are the parent's and take no room.
 WAITING_LEAVES = 4096
+#: A batch that fills a slot so far is not copied: changes seldom come in just as many chunks as fit.
+_FULL = 0.75
 
 Entry = ChunkRef | Pending | None
 
@@ -327,9 +329,9 @@ class DiskWrite:
     def _whole_slot(
         self, scanned: Scanned, asked: Sequence[_Asked], known: dict[bytes, ChunkRef | Pending]
     ) -> NewSlot | None:
-        """If all chunks of the batch are new, and fill a slot, make it one as it is: nothing is copied."""
-        new = {each.id for each in asked}
-        if known or not len(new) == len(asked) == len(scanned.ids) == self._parameters.slot_chunks:
+        """Make a batch a slot as it is, without copying, if all its chunks are new and nearly fill one."""
+        new, most = {each.id for each in asked}, self._parameters.slot_chunks
+        if known or not len(new) == len(asked) == len(scanned.ids) or not most * _FULL <= len(new) <= most:
             return None
         self._close_slot()
         slot = self._stages.new_slot(scanned.buffer)
@@ -382,10 +384,10 @@ class DiskWrite:
         old = leaf.old.entries if leaf.old is not None else (None,) * len(leaf.entries)
         if self._upon is not None:
             self._check_inherited(leaf.entries, old)
-        self._count(leaf, old)
         # Entries of the parent are the same objects: where all are, so is the leaf, and nothing is encoded.
-        same = all(new is before for new, before in zip(leaf.entries, old, strict=True))
-        if same and leaf.old_place is not None and self._known.may_reuse(leaf.old_place):
+        other = [place for place, new in enumerate(leaf.entries) if new is not old[place]]
+        self._count(leaf, old, other)
+        if not other and leaf.old_place is not None and self._known.may_reuse(leaf.old_place):
             self._waiting.append(_DoneLeaf(leaf.index, -1, place=leaf.old_place))
         else:
             self._waiting.append(_DoneLeaf(leaf.index, leaf.needs, leaf.entries))
@@ -399,17 +401,17 @@ class DiskWrite:
             if not self._known.may_reuse(place):
                 raise SlotDamaged(place, "it must not be referred to any more")
 
-    def _count(self, leaf: _OpenLeaf, old: Sequence[ChunkRef | None]) -> None:
+    def _count(self, leaf: _OpenLeaf, old: Sequence[ChunkRef | None], other: Sequence[int]) -> None:
+        """Count the entries that are not the parent's own (*other*), and in a whole read all."""
         first = leaf.index * self._parameters.leaf_chunks
-        for place, (new, before) in enumerate(zip(leaf.entries, old, strict=True), first):
-            if new is None and before is None:
-                continue
-            length = self._length(place)
-            if new is not None:
-                self._data_bytes += length
-            if before is not None and self._upon is not None:
-                self._data_bytes -= length
-            if new is not before and (new is None or before is None or new.id != before.id):
+        if self._upon is None:
+            self._data_bytes += sum(
+                self._length(first + place) for place, new in enumerate(leaf.entries) if new is not None)
+        for place in other:
+            new, before, length = leaf.entries[place], old[place], self._length(first + place)
+            if self._upon is not None:
+                self._data_bytes += length * ((new is not None) - (before is not None))
+            if new is None or before is None or new.id != before.id:
                 self._changed_bytes += length
 
     def _length(self, chunk: int) -> int:
@@ -432,7 +434,9 @@ class DiskWrite:
         while self._waiting and self._waiting[0].needs < self._stages.slots.count:
             leaf = self._waiting.popleft()
             if leaf.entries:
-                self._builder.put_leaf(leaf.index, [_settled(entry) for entry in leaf.entries], differs=True)
+                settled = [entry if entry is None or isinstance(entry, ChunkRef) else _placed(entry)
+                           for entry in leaf.entries]
+                self._builder.put_leaf(leaf.index, settled, differs=True)
             else:
                 self._builder.keep_leaf(leaf.index, leaf.place)
 
@@ -450,9 +454,7 @@ class DiskWrite:
             whole=self._upon is None)
 
 
-def _settled(entry: Entry) -> ChunkRef | None:
+def _placed(pending: Pending) -> ChunkRef:
     """Return the entry with its place, which its slot has by now."""
-    if not isinstance(entry, Pending):
-        return entry
-    assert entry.slot.place is not None
-    return ChunkRef(entry.id, entry.slot.place, entry.position)
+    assert pending.slot.place is not None
+    return ChunkRef(pending.id, pending.slot.place, pending.position)

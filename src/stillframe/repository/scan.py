@@ -105,8 +105,9 @@ def batches(each: Iterable[Unit | range], most_chunks: int) -> Iterator[Batch | 
     """Yield units in batches of at most *most_chunks* chunks to read, and ranges of leaves as they are."""
     batch, count = list[Unit](), 0
     for unit in each:
-        more = most_chunks if isinstance(unit, range) else unit.read_chunks
-        if batch and count + more > most_chunks:
+        # A unit of which nothing is read counts as well: a batch is no longer than that many units.
+        more = most_chunks if isinstance(unit, range) else max(1, unit.read_chunks)
+        if batch and (count + more > most_chunks or isinstance(unit, range)):
             yield tuple(batch)
             batch, count = [], 0
         if isinstance(unit, range):
