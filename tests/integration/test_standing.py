@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -407,6 +409,38 @@ def test_past_its_limit_it_is_settled_early_and_the_next_run_reads_all(guest: Di
     kept.take(guest)
     assert set(kept.notes.values()) == {"no overlay stands on it"}
     assert_standing(guest, kept)
+
+
+def test_a_watch_settles_a_guest_as_soon_as_its_overlay_passes_the_limit(
+    guest: DiskGuest, kept: Kept, tmp_path: Path
+) -> None:
+    kept.take(guest)
+    uuid = guest.domain().UUIDString()
+    # Without looks of its own it has nothing but libvirt's event to go by.
+    code = ("import stillframe.cli.settle as settle; settle._LOOK_EVERY_S = 1e6\n"
+            "from stillframe.__main__ import main; main()")
+    watch = subprocess.Popen(
+        [sys.executable, "-c", code, "settle", "--watch", "--standing-limit", "2M",
+         "--config", "/dev/null", "--state-dir", str(kept.tools.journal.folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for("libvirt knows the limits", lambda: _thresholds(guest) == {2 * MIB}, PATIENCE_S)
+        assert kept.tools.journal.standing(uuid) is not None
+        for at in range(4, 10):
+            write(guest, at * MIB, 0xA0 + at)
+        wait_for("it is settled", lambda: kept.tools.journal.standing(uuid) is None, PATIENCE_S)
+        with domain_lock(kept.tools.journal.folder, uuid, guest.name, "test", kept.tools.clock, PATIENCE_S):
+            assert_settled(guest, kept)
+    finally:
+        watch.terminate()
+        said, _ = watch.communicate()
+    assert watch.returncode == 0, said
+    assert "its limit is 2.0 MiB" in said
+
+
+def _thresholds(guest: DiskGuest) -> set[int]:
+    nodes = guest.monitor.execute("query-named-block-nodes", flat=True)
+    return {node["write_threshold"] for node in nodes} - {0}
 
 
 def test_recover_leaves_a_standing_guest_alone(guest: DiskGuest, kept: Kept) -> None:

@@ -227,13 +227,11 @@ def first_settle_step(record: RunRecord, domain: Domain, tools: Tools) -> Decisi
 def past_limit(record: RunRecord, limits: Limits) -> str:
     """Return which standing overlay has grown past its limit, in words; "" if none has.
 
-    A run at that moment reads and ends it anyway. Whoever looks in between (`status`, a timer) settles the
-    guest early, and its next run reads whole disks.
+    A run at that moment reads and ends it anyway. Whoever looks in between (`status`, a timer, a watch)
+    settles the guest early, and its next run reads whole disks.
     """
     for disk in record.disks:
-        limit = limits.standing_bytes
-        limit = round(disk.size_bytes * limits.standing_share) if limit is None else limit
-        used = allocated_bytes(disk.overlay_path)
+        limit, used = _limit_bytes(disk, limits), allocated_bytes(disk.overlay_path)
         if used > limit:
             return f"the overlay of {disk.target} holds {size_text(used)}, its limit is {size_text(limit)}"
         with contextlib.suppress(OSError):
@@ -241,6 +239,21 @@ def past_limit(record: RunRecord, limits: Limits) -> str:
             if free < limits.reserve_bytes:
                 return f"beside the overlay of {disk.target} only {size_text(free)} are free"
     return ""
+
+
+def watch_growth(domain: Domain, record: RunRecord, limits: Limits) -> None:
+    """Have the connection's wait_change wake up when a standing overlay of the guest reaches its limit.
+
+    Asks libvirt for an event at the limit; a qcow2 file is written to there no earlier than it is as large.
+    Has to be done anew after each event. Raises HypervisorError, ConnectionLost.
+    """
+    for disk in record.disks:
+        domain.tell_when_written_to(disk.target, _limit_bytes(disk, limits))
+
+
+def _limit_bytes(disk: DiskRecord, limits: Limits) -> int:
+    limit = limits.standing_bytes
+    return round(disk.size_bytes * limits.standing_share) if limit is None else limit
 
 
 def settle_past_limit(domain: Domain, tools: Tools, limits: Limits) -> Recovered | None:

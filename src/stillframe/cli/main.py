@@ -134,16 +134,21 @@ def settle(
     past_limit: Annotated[
         bool, typer.Option("--past-limit", help="only where an overlay has grown past its limit: for timers")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="stay, and do so as soon as one has: for a service")
+    ] = False,
     standing_limit: Annotated[
         str | None, typer.Option(help="that limit, as a size or a share of the disk (default 50%)")
     ] = None,
 ) -> None:
     """Bring guests that stand on overlays back onto their own images."""
+    options = GuestSettings(standing_limit=standing_limit)
+    if watch and (guests or dry_run):
+        raise typer.BadParameter("--watch looks at all guests and goes with neither names nor --dry-run")
     run_command(
         common,
-        lambda session: settle_command.settle_guests(
-            session, guests or [], GuestSettings(standing_limit=standing_limit), dry_run=dry_run,
-            past=past_limit))
+        lambda session: settle_command.watch(session, options) if watch else settle_command.settle_guests(
+            session, guests or [], options, dry_run=dry_run, past=past_limit))
 
 
 @app.command()

@@ -7,14 +7,25 @@ from collections.abc import Sequence
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.recover import domain_of, recover_domain
-from stillframe.capture.standing import first_settle_step, past_limit, settle, settle_past_limit
+from stillframe.capture.standing import (
+    first_settle_step,
+    past_limit,
+    settle,
+    settle_past_limit,
+    watch_growth,
+)
 from stillframe.cli.recover import Outcome, exit_code, outcome_body, show_outcome
 from stillframe.cli.session import Session
+from stillframe.clock import Deadline
 from stillframe.config import GuestSettings, for_guest
-from stillframe.errors import StillframeError
+from stillframe.errors import EXIT_OK, StillframeError
 from stillframe.hypervisor.domain import Domain, find_domain
 
 _LOCK_S = 10.0
+#: Between two looks of a watch that no event asks for.
+_LOOK_EVERY_S = 60.0
+#: So long it takes until a signal ends a watch.
+_SIGNAL_S = 0.5
 
 
 def settle_guests(
@@ -38,6 +49,45 @@ def settle_guests(
         session.screen.result("no guest stands on an overlay")
     session.screen.json({"dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in outcomes]})
     return exit_code(outcomes)
+
+
+def watch(session: Session, options: GuestSettings) -> int:
+    """Settle each guest whose overlays grow past their limit, as soon as they do, until a signal comes.
+
+    libvirt tells when a limit is reached; at the latest after a minute all are looked at anyway, since an
+    event can be missed, and neither free space nor a new standing guest makes one.
+    """
+    with session.signals_as_stop("no guest is being changed"):
+        while session.stop() is None:
+            for record in session.journal.standing_runs():
+                outcome = Outcome(record.name)
+                try:
+                    _watch_one(session, outcome, record, options)
+                except StillframeError as error:
+                    outcome.error = error
+                if outcome.did or outcome.error:
+                    show_outcome(session, outcome, "")
+                    session.screen.json({"guests": [outcome_body(outcome)]})
+            _wait(session)
+    return EXIT_OK
+
+
+def _watch_one(session: Session, outcome: Outcome, record: RunRecord, options: GuestSettings) -> None:
+    domain = domain_of(session.connection, record)
+    limits = for_guest(session.settings, record.name, options).limits
+    words = past_limit(record, limits)
+    if words:
+        session.screen.say(f"{record.name}: {words}")
+        _settle(session, outcome, domain, options, dry_run=False, past=True)
+    elif domain.power().has_qemu:
+        watch_growth(domain, record, limits)
+
+
+def _wait(session: Session) -> None:
+    deadline = Deadline(session.clock, _LOOK_EVERY_S)
+    while not deadline.passed() and session.stop() is None:
+        if session.connection.wait_change(min(_SIGNAL_S, deadline.remaining_s())):
+            return
 
 
 def _settle(

@@ -92,10 +92,11 @@ class Connection:
             self.close()
             self._connect = opened
 
-    def wait_change(self, timeout_s: float) -> None:
-        """Return when an event came, at the latest after *timeout_s*."""
-        self.clock.wait(self._changed, timeout_s)
+    def wait_change(self, timeout_s: float) -> bool:
+        """Return when an event came, at the latest after *timeout_s*; whether one came."""
+        changed = self.clock.wait(self._changed, timeout_s)
         self._changed.clear()
+        return changed
 
     def starts(self, uuid: str) -> tuple[int, int]:
         """Return what is another value once the domain was started, or its start may have been missed."""
@@ -123,6 +124,7 @@ class Connection:
         with contextlib.suppress(libvirt.libvirtError):  # a driver inside this process has no keepalive
             connect.setKeepAlive(_KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT)
         for event, told in ((libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, self._on_event),
+                            (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD, self._on_event),
                             (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle)):
             with contextlib.suppress(libvirt.libvirtError):
                 connect.domainEventRegisterAny(None, event, told, None)

@@ -109,6 +109,13 @@ class Domain:
         except HypervisorError:
             return False  # a libvirt that can't answer has none
 
+    def tell_when_written_to(self, target: str, offset_bytes: int) -> None:
+        """Have libvirt send one event when the image of disk *target* is written to at this offset or beyond.
+
+        It forgets that when the event was sent, and when the guest or the image changes.
+        """
+        self._act(lambda domain: domain.setBlockThreshold(target, offset_bytes))
+
     def snapshot_holders(self) -> tuple[str, ...]:
         """Return the names of libvirt snapshots that keep a disk on an external overlay."""
         return self._look(_external_snapshots)
