@@ -3,9 +3,10 @@
     with Ceph(folder, daemons) as ceph:
         ...   # a guest's disk may be of Kind.RBD or Kind.RBD_QCOW2 now
 
-Its settings and keys lie in /etc/ceph, as on any client of Ceph: in the lab, a folder of its own is mounted
-there, so that a cluster which the machine itself uses is out of reach. Everybody proves who they are
-(cephx): QEMU by a secret that libvirt keeps, qemu-img and qemu-nbd by the keyring in /etc/ceph.
+Its settings and the user's key lie in /etc/ceph, as on any client of Ceph: in the lab, a folder of its own is
+mounted there, so that a cluster which the machine itself uses is out of reach. Everybody proves who they are
+(cephx): QEMU by a secret that libvirt keeps, qemu-img and qemu-nbd by the user's keyring. That of the
+administrator is elsewhere, so that nobody comes by it unasked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ MON_HOST, MON_PORT = "127.0.0.1", 6789
 SECRET_UUID = "6a5ec12c-16b1-4a39-8c1c-3bd4e9f8d1b2"
 
 _SETTINGS_DIR = Path("/etc/ceph")
-_KEYRING = _SETTINGS_DIR / "keyring"  # of the daemons and of client.admin; one of Ceph's usual places
 _USER_KEYRING = _SETTINGS_DIR / f"ceph.client.{USER}.keyring"
 _CAPABILITIES = {
     "mon.": ["mon", "allow *"],
@@ -85,6 +85,7 @@ class Ceph:
         if not inside_lab():
             raise OutsideLab
         self.folder = folder
+        self._keyring = folder / "keyring"
         self._daemons = daemons
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -101,8 +102,8 @@ class Ceph:
         try:
             self._start_monitor(fsid)
             self._start_osd()
-            run("ceph", "osd", "pool", "create", POOL, "8", "8")
-            run("rbd", "pool", "init", POOL)
+            self._ceph("osd", "pool", "create", POOL, "8", "8")
+            run("rbd", "--keyring", self._keyring, "pool", "init", POOL)
             self._tell_libvirt()
         except BaseException:
             self._end()
@@ -115,7 +116,7 @@ class Ceph:
 
     def _make_keys(self) -> None:
         for name, capabilities in _CAPABILITIES.items():
-            keyring = _USER_KEYRING if name == f"client.{USER}" else _KEYRING
+            keyring = _USER_KEYRING if name == f"client.{USER}" else self._keyring
             create = [] if keyring.exists() else ["--create-keyring"]
             pairs = zip(capabilities[::2], capabilities[1::2], strict=True)
             words = [word for pair in pairs for word in ("--cap", *pair)]
@@ -124,26 +125,29 @@ class Ceph:
     def _start_monitor(self, fsid: str) -> None:
         monitors = self.folder / "monmap"
         run("monmaptool", "--create", "--addv", "a", f"v1:{MON_HOST}:{MON_PORT}", "--fsid", fsid, monitors)
-        run("ceph-mon", "--id", "a", "--mkfs", "--monmap", monitors, "--keyring", _KEYRING)
+        run("ceph-mon", "--id", "a", "--mkfs", "--monmap", monitors, "--keyring", self._keyring)
         self._start("ceph-mon", "a")
-        for keyring in (_KEYRING, _USER_KEYRING):
-            run("ceph", "auth", "import", "-i", keyring)
+        for keyring in (self._keyring, _USER_KEYRING):
+            self._ceph("auth", "import", "-i", keyring)
 
     def _start_osd(self) -> None:
-        key = {"cephx_secret": run("ceph-authtool", _KEYRING, "--name", "osd.0", "--print-key").strip()}
+        key = {"cephx_secret": run("ceph-authtool", self._keyring, "--name", "osd.0", "--print-key").strip()}
         identity = str(uuid.uuid4())
         secrets = self.folder / "osd.json"
         secrets.write_text(json.dumps(key))
-        run("ceph", "osd", "new", identity, "0", "-i", secrets)
-        run("ceph-osd", "--id", "0", "--mkfs", "--osd-uuid", identity, "--keyring", _KEYRING)
+        self._ceph("osd", "new", identity, "0", "-i", secrets)
+        run("ceph-osd", "--id", "0", "--mkfs", "--osd-uuid", identity, "--keyring", self._keyring)
         self._start("ceph-osd", "0")
         wait_for("the OSD is up", lambda: json.loads(
-            run("ceph", "osd", "stat", "--format", "json"))["num_up_osds"] == 1, PATIENCE_S)
+            self._ceph("osd", "stat", "--format", "json"))["num_up_osds"] == 1, PATIENCE_S)
+
+    def _ceph(self, *words: str | Path) -> str:
+        return run("ceph", "--keyring", self._keyring, *words)
 
     def _start(self, program: str, name: str) -> None:
         with (self.folder / f"{program}.log").open("ab") as log:
             self._processes.append(subprocess.Popen(
-                [program, "--foreground", "--id", name, "--keyring", str(_KEYRING)], stdout=log, stderr=log))
+                [program, "--foreground", "--id", name, "--keyring", str(self._keyring)], stdout=log, stderr=log))
 
     def _tell_libvirt(self) -> None:
         key = run("ceph-authtool", _USER_KEYRING, "--name", f"client.{USER}", "--print-key").strip()

@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import ceph
 from lab.enter import SOCKETS_DIR
 from lab.images import KIB, MIB, Model, make_initial, run
 from lab.waiting import PATIENCE_S, wait_for
@@ -25,6 +26,13 @@ class Kind(enum.Enum):
     NBD = "raw file behind an NBD server on a unix socket"
     NBD_TCP = "raw file behind an NBD server on 127.0.0.1"
     CHAIN = "base, mid and top qcow2"
+    RBD = "raw image in the pool of the lab's Ceph"
+    RBD_QCOW2 = "qcow2 image in the pool of the lab's Ceph"
+
+
+#: Those that need the lab's Ceph (lab/ceph.py).
+ON_RBD = (Kind.RBD, Kind.RBD_QCOW2)
+_ON_NETWORK = (Kind.NBD, Kind.NBD_TCP, *ON_RBD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +76,13 @@ class Disk:
             self.model.path.touch()
             self.model.resize(spec.size_bytes)
         {Kind.RAW: self._make_raw, Kind.QCOW2: self._make_qcow2, Kind.CHAIN: self._make_chain,
-         Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd}[spec.kind]()
+         Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd,
+         Kind.RBD: self._make_rbd, Kind.RBD_QCOW2: self._make_rbd}[spec.kind]()
 
     @property
     def image_format(self) -> str:
         """Return the format name as QEMU knows it."""
-        return "qcow2" if self.spec.kind in (Kind.QCOW2, Kind.CHAIN) else "raw"
+        return "qcow2" if self.spec.kind in (Kind.QCOW2, Kind.CHAIN, Kind.RBD_QCOW2) else "raw"
 
     @property
     def path(self) -> Path:
@@ -86,13 +95,19 @@ class Disk:
         return self.files[0]
 
     @property
+    def _rbd_image(self) -> str:
+        return f"{self.label}-{self.spec.target}"
+
+    @property
     def socket_path(self) -> Path:
         """Return the NBD server's unix socket."""
         return SOCKETS_DIR / f"{self.label}-{self.spec.target}.nbd"
 
     @property
     def address(self) -> str:
-        """Return what qemu-img reads the whole disk from: a path or an NBD address."""
+        """Return what qemu-img reads the whole disk from: a path, or an NBD or RBD address."""
+        if self.spec.kind in ON_RBD:
+            return f"rbd:{ceph.POOL}/{self._rbd_image}:id={ceph.USER}"
         if self.spec.kind is Kind.NBD:
             return f"nbd+unix:///{self.spec.target}?socket={self.socket_path}"
         if self.spec.kind is Kind.NBD_TCP:
@@ -101,7 +116,7 @@ class Disk:
 
     def xml(self) -> str:
         """Return the libvirt element."""
-        kind = {Kind.BLOCK: "block", Kind.NBD: "network", Kind.NBD_TCP: "network"}.get(self.spec.kind, "file")
+        kind = {Kind.BLOCK: "block", **dict.fromkeys(_ON_NETWORK, "network")}.get(self.spec.kind, "file")
         cache = "none" if kind != "network" and _direct_works(self.folder) else "writeback"
         return (f"<disk type='{kind}' device='disk'>"
                 f"<driver name='qemu' type='{self.image_format}' cache='{cache}' discard='unmap'/>"
@@ -109,7 +124,7 @@ class Disk:
                 f"{self.spec.elements}</disk>")
 
     def remove(self) -> None:
-        """Take down what serves the disk; its files stay until the folder goes."""
+        """Take down what serves the disk; its files stay until the folder goes, an RBD image until Ceph goes."""
         self.stop_server()
         if self._loop_hold >= 0:
             os.close(self._loop_hold)
@@ -153,6 +168,10 @@ class Disk:
             case Kind.NBD_TCP:
                 host = f"<host name='127.0.0.1' port='{self.nbd_port}'/>"
                 return f"<source protocol='nbd' name='{self.spec.target}'>{host}</source>"
+            case Kind.RBD | Kind.RBD_QCOW2:
+                host = f"<host name='{ceph.MON_HOST}' port='{ceph.MON_PORT}'/>"
+                auth = f"<auth username='{ceph.USER}'><secret type='ceph' uuid='{ceph.SECRET_UUID}'/></auth>"
+                return f"<source protocol='rbd' name='{ceph.POOL}/{self._rbd_image}'>{host}{auth}</source>"
             case _:
                 return f"<source file='{self.path}'/>"
 
@@ -190,9 +209,12 @@ class Disk:
         self._make_raw()
         self.start_server()
 
-    def _convert_into(self, image: Path) -> None:
+    def _make_rbd(self) -> None:
+        self._convert_into(self.address)
+
+    def _convert_into(self, image: str | Path) -> None:
         options = ["-o", self.spec.qcow2_options] if self.spec.qcow2_options else []
-        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.model.path, image)
+        run("qemu-img", "convert", "-f", "raw", "-O", self.image_format, *options, self.model.path, image)
 
 
 def remove_folder(folder: Path) -> None:

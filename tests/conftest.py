@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from lab.enter import IMAGES_DIR, inside_lab
 
 if TYPE_CHECKING:
+    from lab.ceph import Ceph
     from lab.daemons import LibvirtDaemons
     from lab.dbguest import DbGuest
     from lab.diskguest import DiskGuest
@@ -51,6 +52,21 @@ def daemons(session_daemons: LibvirtDaemons) -> Iterator[LibvirtDaemons]:
     yield session_daemons
     session_daemons.start()
     session_daemons.remove_all_domains()
+
+
+@pytest.fixture(scope="session")
+def ceph(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
+    """Start Ceph once for all tests with a disk on RBD."""
+    from lab.ceph import Ceph as Cluster
+
+    with Cluster(tmp_path_factory.mktemp("ceph"), session_daemons) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _ceph_where_it_is_marked(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("ceph"):
+        request.getfixturevalue("ceph")
 
 
 @pytest.fixture
