@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
 import shutil
 import signal
@@ -113,6 +114,16 @@ class Disk:
         if self.spec.kind is Kind.NBD_TCP:
             return f"nbd://127.0.0.1:{self.nbd_port}/{self.spec.target}"
         return str(self.path)
+
+    def opened_at(self, top: str) -> str:
+        """Return what qemu-img opens the file *top* by: the image itself, or an overlay on it."""
+        if self.spec.kind not in ON_RBD:
+            return top
+        # An overlay's header may lack the user: libvirt leaves it out.
+        image = {"driver": "rbd", "pool": ceph.POOL, "image": self._rbd_image, "user": ceph.USER}
+        return "json:" + json.dumps({
+            "driver": "qcow2", "file": {"driver": "file", "filename": top},
+            "backing": {"driver": self.image_format, "file": image}})
 
     def xml(self) -> str:
         """Return the libvirt element."""

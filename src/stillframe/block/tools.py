@@ -42,6 +42,8 @@ def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tupl
     Only metadata is read, so the image is opened without taking its lock (``-U``).
     Raises ProgramFailed (also when an image of the chain is missing), ProgramTimedOut.
     """
+    if place.beneath is not None:
+        return (image_info(place, timeout_s=timeout_s), *chain_info(place.beneath, timeout_s=timeout_s))
     output = process.run(
         ["qemu-img", "info", "-U", "--output=json", "--backing-chain", place.json_name()],
         timeout_s=timeout_s,
@@ -52,7 +54,7 @@ def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tupl
 def image_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> ImageInfo:
     """Return what qemu-img says of the image alone. Works while in use, and as chain_info does."""
     output = process.run(
-        ["qemu-img", "info", "-U", "--output=json", place.json_name()], timeout_s=timeout_s)
+        ["qemu-img", "info", "-U", "--output=json", place.alone().json_name()], timeout_s=timeout_s)
     return _info(json.loads(output.stdout))
 
 

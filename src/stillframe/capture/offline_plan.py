@@ -12,7 +12,7 @@ from stillframe.capture.plan import (
     Wishes,
     choose_disks,
     is_other,
-    place_of,
+    place_of_chain,
     real_path,
     refuse_format,
     refuse_shared,
@@ -53,7 +53,7 @@ def _plan_disk(view: DomainView, disk: Disk, wishes: Wishes) -> DiskRecord:
             "that this journal does not know.",
             "stillframe status --state-dir with the state folder of the run that made it",
         )
-    place = place_of(top)
+    place = place_of_chain(disk.chain)
     try:
         chain = chain_info(place)
     except (ProgramFailed, ProgramTimedOut) as error:

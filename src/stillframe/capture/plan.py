@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -261,7 +261,7 @@ def _plan_disk(
         )
     return DiskRecord(
         target=disk.target,
-        base=place_of(top),
+        base=place_of_chain(disk.chain),
         base_source_xml=top.xml,
         base_kind=top.kind,
         base_format=top.format,
@@ -344,6 +344,16 @@ def real_path(name: str) -> str:
     return os.path.realpath(plain) if plain.startswith("/") else plain
 
 
+def place_of_chain(chain: tuple[Source, ...]) -> ImagePlace:
+    """Return the image on top of *chain*, of which libvirt names at least that. Raises GuestUnfit.
+
+    What is below is named outright if an image there opens only for a user: headers often lack the user.
+    """
+    below = chain[1:]
+    beneath = place_of_chain(below) if any(source.user for source in below) else None
+    return replace(place_of(chain[0]), beneath=beneath)
+
+
 def place_of(source: Source) -> ImagePlace:
     """Return the image that libvirt's *source* names. Raises GuestUnfit for protocols not known."""
     if source.kind == "file":
@@ -357,8 +367,9 @@ def place_of(source: Source) -> ImagePlace:
         )
     if source.protocol == "rbd":
         pool, _, image = source.export.partition("/")
-        hosts = ((source.host, source.port or _RBD_PORT),) if source.host else ()
-        return rbd_place(source.format, pool=pool, image=image, hosts=hosts)
+        hosts = tuple((host, port or _RBD_PORT) for host, port in source.hosts)
+        return rbd_place(
+            source.format, pool=pool, image=image, hosts=hosts, user=source.user, conf=source.conf)
     raise GuestUnfit(
         f"Network disks by {source.protocol} are not supported.", "virsh domblklist GUEST --details"
     )

@@ -162,11 +162,14 @@ def _source(kind: str, image_format: str, element: ET.Element, index: int) -> So
     if kind != "network":
         place = element.get("file") or element.get("dev") or ""
         return Source(kind, image_format, place, index, xml=text)
-    hosts = element.findall("host")
-    host = hosts[0] if hosts else ET.Element("host")
+    found = element.findall("host")
+    hosts = tuple((host.get("name", ""), int(host.get("port", "0"))) for host in found if host.get("name"))
+    socket = next((host.get("socket", "") for host in found), "")
     protocol, export = element.get("protocol", ""), element.get("name", "")
-    socket, server, port = host.get("socket", ""), host.get("name", ""), int(host.get("port", "0"))
+    server, port = hosts[0] if hosts else ("", 0)
+    auth, config = element.find("auth"), element.find("config")
     return Source(
-        kind, image_format, f"{protocol}://{socket or f'{server}:{port}'}/{export}", index,
-        protocol, server, port, socket, export, text,
+        kind, image_format, f"{protocol}://{socket or f'{server}:{port}'}/{export}", index, protocol, hosts,
+        socket, export, text, user="" if auth is None else auth.get("username", ""),
+        conf="" if config is None else config.get("file", ""),
     )
