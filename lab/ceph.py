@@ -18,7 +18,6 @@ import uuid
 from pathlib import Path
 from typing import Self
 
-
 from lab.daemons import LibvirtDaemons, OutsideLab
 from lab.enter import inside_lab
 from lab.images import run

@@ -16,7 +16,7 @@ from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images
 from stillframe.capture.states import State
 from tests.fault.harness import Place, Run, overlays_left
-from tests.kinds import each
+from tests.kinds import disks, each
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 32 * MIB
@@ -43,8 +43,7 @@ def change(guest: DiskGuest, round_: int) -> None:
 def test_each_mirror_equals_the_disk_at_its_moment(
     disk_guest: MakeGuest, place: Place, kinds: tuple[Kind, ...]
 ) -> None:
-    guest = disk_guest(*(
-        DiskSpec(target, kind, _SIZE_BYTES) for target, kind in zip(("vda", "vdb"), kinds, strict=True)))
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     for round_ in range(3):
         change(guest, round_)
         expected = moment_of(guest)

@@ -40,7 +40,7 @@ from stillframe.extent import Extent
 from stillframe.extent import Kind as Holds
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
-from tests.kinds import each
+from tests.kinds import disks, each
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -176,8 +176,7 @@ def some_writes(guest: DiskGuest, chance: random.Random) -> None:
 def test_a_chain_of_runs_reads_only_what_changed_and_every_image_is_right(
     disk_guest: MakeGuest, kept: Kept, kinds: tuple[Kind, ...]
 ) -> None:
-    guest = disk_guest(*(
-        DiskSpec(f"vd{letter}", kind, _SIZE_BYTES) for letter, kind in zip("ab", kinds, strict=False)))
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     chance = random.Random(len(kinds))
     some_writes(guest, chance)
     kept.take(guest, meanwhile=lambda: some_writes(guest, chance))
@@ -250,9 +249,11 @@ def test_the_plain_overlay_method_leaves_a_standing_guest_standing(guest: DiskGu
     assert_standing(guest, kept)
 
 
+@pytest.mark.parametrize("kinds", each([(Kind.RAW, Kind.QCOW2), (Kind.RBD, Kind.RBD_QCOW2)]))
 def test_killed_and_started_while_it_stands(
-    guest: DiskGuest, kept: Kept, daemons: LibvirtDaemons
+    disk_guest: MakeGuest, kept: Kept, daemons: LibvirtDaemons, kinds: tuple[Kind, ...]
 ) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     kept.take(guest)
     write(guest, MIB, 0xA1)
     daemons.kill_qemu(guest.name)
