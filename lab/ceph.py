@@ -31,7 +31,8 @@ MON_HOST, MON_PORT = "127.0.0.1", 6789
 SECRET_UUID = "6a5ec12c-16b1-4a39-8c1c-3bd4e9f8d1b2"
 
 _SETTINGS_DIR = Path("/etc/ceph")
-_USER_KEYRING = _SETTINGS_DIR / f"ceph.client.{USER}.keyring"
+#: What qemu-img and qemu-nbd open images with.
+USER_KEYRING = _SETTINGS_DIR / f"ceph.client.{USER}.keyring"
 _CAPABILITIES = {
     "mon.": ["mon", "allow *"],
     "client.admin": ["mon", "allow *", "osd", "allow *"],
@@ -115,7 +116,7 @@ class Ceph:
 
     def _make_keys(self) -> None:
         for name, capabilities in _CAPABILITIES.items():
-            keyring = _USER_KEYRING if name == f"client.{USER}" else self._keyring
+            keyring = USER_KEYRING if name == f"client.{USER}" else self._keyring
             create = [] if keyring.exists() else ["--create-keyring"]
             pairs = zip(capabilities[::2], capabilities[1::2], strict=True)
             words = [word for pair in pairs for word in ("--cap", *pair)]
@@ -126,7 +127,7 @@ class Ceph:
         run("monmaptool", "--create", "--addv", "a", f"v1:{MON_HOST}:{MON_PORT}", "--fsid", fsid, monitors)
         run("ceph-mon", "--id", "a", "--mkfs", "--monmap", monitors, "--keyring", self._keyring)
         self._start("ceph-mon", "a")
-        for keyring in (self._keyring, _USER_KEYRING):
+        for keyring in (self._keyring, USER_KEYRING):
             self._ceph("auth", "import", "-i", keyring)
 
     def _start_osd(self) -> None:
@@ -144,12 +145,12 @@ class Ceph:
         return run("ceph", "--keyring", self._keyring, *words)
 
     def _start(self, program: str, name: str) -> None:
+        command = [program, "--foreground", "--id", name, "--keyring", str(self._keyring)]
         with (self.folder / f"{program}.log").open("ab") as log:
-            self._processes.append(subprocess.Popen(
-                [program, "--foreground", "--id", name, "--keyring", str(self._keyring)], stdout=log, stderr=log))
+            self._processes.append(subprocess.Popen(command, stdout=log, stderr=log))
 
     def _tell_libvirt(self) -> None:
-        key = run("ceph-authtool", _USER_KEYRING, "--name", f"client.{USER}", "--print-key").strip()
+        key = run("ceph-authtool", USER_KEYRING, "--name", f"client.{USER}", "--print-key").strip()
         connection = self._daemons.connect()
         secret = connection.secretDefineXML(
             f"<secret ephemeral='no' private='no'><uuid>{SECRET_UUID}</uuid>"

@@ -135,7 +135,7 @@ class Disk:
                 f"{self.spec.elements}</disk>")
 
     def remove(self) -> None:
-        """Take down what serves the disk; its files stay until the folder goes, an RBD image until Ceph goes."""
+        """Take down what serves the disk; files stay until the folder goes, RBD images until Ceph goes."""
         self.stop_server()
         if self._loop_hold >= 0:
             os.close(self._loop_hold)

@@ -553,12 +553,14 @@ def test_a_capture_by_overlay_in_between(desk: MakeDesk) -> None:
     assert one.take().notes == {"vda": ""}
 
 
-@pytest.mark.parametrize("kinds", each((Kind.QCOW2, kind) for kind in (Kind.BLOCK, Kind.NBD, Kind.RBD)))
-def test_disks_without_a_folder_of_their_own(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
-    """They are raw in the lab, and pulled whole; their scratch files lie in the overlays' folder."""
+@pytest.mark.parametrize("kinds", each(
+    (Kind.QCOW2, kind) for kind in (Kind.RAW, Kind.BLOCK, Kind.NBD, Kind.RBD)))
+def test_a_raw_disk_beside_a_qcow2_one_is_pulled_whole(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
+    """Also those without a folder of their own: the scratch files lie in the overlays' folder."""
     one = desk(*disks(kinds, _SIZE_BYTES))
     for number in range(1, 3):
         one.write_some(number)
         taken = one.take()
         assert taken.notes["vda"] == ""
         assert "raw" in taken.notes["vdb"]
+        assert "vdb" not in taken.counted

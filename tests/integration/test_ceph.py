@@ -55,6 +55,19 @@ def change(guest: DiskGuest, round_: int) -> None:
     guest.flush()
 
 
+def refused(repo: Repo, guest: DiskGuest, error: type[errors.StillframeError], *options: str) -> str:
+    """Back up, which must be refused with nothing changed; return what is said."""
+    done = repo.call(
+        "backup", guest.name, "--quiesce", "none", "--min-free", "32M", "--json", *options)
+    assert done.returncode == error.exit_code, done.stdout + done.stderr
+    body = json.loads(done.stdout)["guests"][0]["error"]
+    assert body["code"] == error.code
+    assert not Journal(repo.place.state_dir, SystemClock()).last_runs(1)
+    assert "stillframe-overlay" not in guest.disk_source("vda")[0]
+    assert guest.running()
+    return f"{body['message']} {body['next_command']}"
+
+
 def methods_of(result: dict[str, Any]) -> dict[str, str]:
     return {disk["target"]: disk["method"] for disk in result["disks"]}
 
@@ -86,3 +99,41 @@ def test_snapshots_by_each_method_in_turn_restore_byte_for_byte(
     assert repo.json("verify", "--level", "full")["sound"] is True
     guest.destroy()
     guest.assert_disk_equals_model()
+
+
+def test_a_raw_disk_can_not_be_captured_by_bitmap(guest: DiskGuest, repo: Repo) -> None:
+    said = refused(repo, guest, errors.GuestUnfit, "--method", "bitmap",
+                   "--overlay-dir", str(repo.place.overlays))
+    assert "raw images keep no bitmap" in said
+    assert "--method standing-overlay" in said
+
+
+def test_there_is_no_folder_beside_it_for_an_overlay(guest: DiskGuest, repo: Repo) -> None:
+    assert "--overlay-dir" in refused(repo, guest, errors.OverlayFolderNeeded)
+
+
+def test_a_user_whose_key_this_host_does_not_have(guest: DiskGuest, repo: Repo) -> None:
+    """QEMU has its key of libvirt's secret; what stillframe starts looks for the user's keyring."""
+    hidden = ceph.USER_KEYRING.rename(ceph.USER_KEYRING.with_suffix(".hidden"))
+    try:
+        said = refused(repo, guest, errors.GuestUnfit, "--overlay-dir", str(repo.place.overlays))
+    finally:
+        hidden.rename(ceph.USER_KEYRING)
+    assert f"rbd --id {ceph.USER} info {ceph.POOL}/{guest.name}-vda" in said
+    assert "keyring" in said
+    assert methods_of(backed_up(repo, guest)) == {"vda": "overlay"}
+
+
+def test_a_snapshot_is_put_back_onto_rbd(guest: DiskGuest, repo: Repo, tmp_path: Path) -> None:
+    """As docs/USER-GUIDE.md says: restored to a file, then written over the image."""
+    change(guest, 0)
+    moment = guest.model().copy_at_moment()
+    snapshot = backed_up(repo, guest)["snapshot"]
+    change(guest, 1)
+    guest.destroy()
+    image = tmp_path / "vda.img"
+    assert repo.call("restore", f"{snapshot}:vda", "--to", image).returncode == 0
+    run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, guest.disks["vda"].address)
+    assert_equal_images(guest.read_disk("vda"), moment)
+    guest.start()
+    assert guest.reads_as("vda", MIB, 300 * 1024, 0xA0)

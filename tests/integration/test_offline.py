@@ -278,7 +278,7 @@ def _body(journal: Journal, run_id: str) -> str:
 
 def add_bitmap(guest: DiskGuest, name: str) -> Anchor:
     """Put a bitmap into the image of vda, the guest being off, as a checkpoint would; return its anchor."""
-    run("qemu-img", "bitmap", "--add", "-f", "qcow2", guest.disks["vda"].path, name)
+    run("qemu-img", "bitmap", "--add", "-f", "qcow2", guest.disks["vda"].address, name)
     return Anchor(capture="test", sizes={"vda": _SIZE_BYTES}, checkpoint=name)
 
 
@@ -288,8 +288,11 @@ def changed(plan: Plan, tools: Tools, anchor: Anchor) -> tuple[list[Extent] | No
         return None if extents is None else list(extents), capture.disks[0].note, capture.anchor
 
 
-def test_the_bitmap_of_a_checkpoint_says_what_changed(disk_guest: MakeGuest, tools: Tools) -> None:
-    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+@pytest.mark.parametrize("kinds", each([(Kind.QCOW2,), (Kind.CHAIN,), (Kind.RBD_QCOW2,)]))
+def test_the_bitmap_of_a_checkpoint_says_what_changed(
+    disk_guest: MakeGuest, tools: Tools, kinds: tuple[Kind, ...]
+) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     shut_down(guest)
     anchor = add_bitmap(guest, "one")
     found, note, kept = changed(plan_of(guest, tools), tools, anchor)

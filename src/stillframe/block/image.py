@@ -111,8 +111,8 @@ class ImagePlace:
     def is_named(self, backing: str) -> bool:
         """Return whether a qcow2 header's text *backing* names this image.
 
-        Where libvirt writes the name of a network image itself (after a commit), it spells it its own way, and
-        leaves out for whom the image opens.
+        Where libvirt writes the name of a network image itself (after a commit), it spells it its own way,
+        and leaves out for whom the image opens.
         """
         if backing == self.backing_text():
             return True

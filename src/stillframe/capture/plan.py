@@ -302,7 +302,7 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
     differ, the copy would be of another disk than the guest's. A backing file without a format
     would be probed, which lets a guest choose what a raw image is taken for.
     """
-    advice = f"qemu-img info -U --backing-chain {disk.top.place}; virsh dumpxml {view.name}"
+    advice = f"{how_to_look(disk.top)}; virsh dumpxml {view.name}"
     if "<slices" in disk.top.xml:
         raise GuestUnfit(f"{disk.target} of {view.name} is a slice of its image.", advice)
     try:
@@ -326,6 +326,14 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
                 f"backing file, which runs as {source.format}.",
                 f"virsh shutdown {view.name}; qemu-img rebase -u -b {source.place} -F {source.format} IMAGE",
             )
+
+
+def how_to_look(source: Source) -> str:
+    """Return the command that shows a person the image as stillframe is to open it."""
+    if source.protocol != "rbd":
+        return f"qemu-img info -U --backing-chain {source.place}"
+    user = f" --id {source.user}" if source.user else ""
+    return f"rbd{user} info {source.export}   # needs the keyring of that user in /etc/ceph"
 
 
 def _without_filters(files: tuple[str, ...]) -> tuple[str, ...]:
