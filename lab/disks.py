@@ -15,6 +15,7 @@ from pathlib import Path
 from lab import ceph
 from lab.enter import SOCKETS_DIR
 from lab.images import KIB, MIB, Model, make_initial, run
+from lab.lvm import VolumeGroup
 from lab.waiting import PATIENCE_S, wait_for
 
 
@@ -27,6 +28,7 @@ class Kind(enum.Enum):
     NBD = "raw file behind an NBD server on a unix socket"
     NBD_TCP = "raw file behind an NBD server on 127.0.0.1"
     CHAIN = "base, mid and top qcow2"
+    LVM = "logical volume in the lab's volume group"
     RBD = "raw image in the pool of the lab's Ceph"
     RBD_QCOW2 = "qcow2 image in the pool of the lab's Ceph"
 
@@ -65,7 +67,7 @@ class Disk:
         #: Every image file, bottom first; the last one is what the guest writes to.
         self.files: list[Path] = []
         self.nbd_port = 0
-        self._loop_device = ""
+        self._device: Path | None = None
         self._loop_hold = -1
         self._server: subprocess.Popen[bytes] | None = None
         self.model = Model(folder / f"{spec.target}.model")
@@ -78,7 +80,7 @@ class Disk:
             self.model.resize(spec.size_bytes)
         {Kind.RAW: self._make_raw, Kind.QCOW2: self._make_qcow2, Kind.CHAIN: self._make_chain,
          Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd,
-         Kind.RBD: self._make_rbd, Kind.RBD_QCOW2: self._make_rbd}[spec.kind]()
+         Kind.LVM: self._make_volume, Kind.RBD: self._make_rbd, Kind.RBD_QCOW2: self._make_rbd}[spec.kind]()
 
     @property
     def image_format(self) -> str:
@@ -88,7 +90,7 @@ class Disk:
     @property
     def path(self) -> Path:
         """Return the file or device that the guest's disk names (for NBD: the served raw file)."""
-        return Path(self._loop_device) if self._loop_device else self.files[-1]
+        return self._device or self.files[-1]
 
     @property
     def base(self) -> Path:
@@ -127,7 +129,8 @@ class Disk:
 
     def xml(self) -> str:
         """Return the libvirt element."""
-        kind = {Kind.BLOCK: "block", **dict.fromkeys(_ON_NETWORK, "network")}.get(self.spec.kind, "file")
+        kinds = {Kind.BLOCK: "block", Kind.LVM: "block", **dict.fromkeys(_ON_NETWORK, "network")}
+        kind = kinds.get(self.spec.kind, "file")
         cache = "none" if kind != "network" and _direct_works(self.folder) else "writeback"
         return (f"<disk type='{kind}' device='disk'>"
                 f"<driver name='qemu' type='{self.image_format}' cache='{cache}' discard='unmap'/>"
@@ -135,7 +138,7 @@ class Disk:
                 f"{self.spec.elements}</disk>")
 
     def remove(self) -> None:
-        """Take down what serves the disk; files stay until the folder goes, RBD images until Ceph goes."""
+        """Take down what serves the disk; files go with the folder, the rest with Ceph or LVM."""
         self.stop_server()
         if self._loop_hold >= 0:
             os.close(self._loop_hold)
@@ -171,7 +174,7 @@ class Disk:
 
     def _source_xml(self) -> str:
         match self.spec.kind:
-            case Kind.BLOCK:
+            case Kind.BLOCK | Kind.LVM:
                 return f"<source dev='{self.path}'/>"
             case Kind.NBD:
                 host = f"<host transport='unix' socket='{self.socket_path}'/>"
@@ -211,10 +214,14 @@ class Disk:
 
     def _make_block(self) -> None:
         self._make_raw()
-        self._loop_device = run("losetup", "--find", "--show", self.files[0]).strip()
-        self._loop_hold = os.open(self._loop_device, os.O_RDONLY)
+        self._device = Path(run("losetup", "--find", "--show", self.files[0]).strip())
+        self._loop_hold = os.open(self._device, os.O_RDONLY)
         # Detaching a device in use marks it to go with its last user: nothing is left if the lab dies.
-        run("losetup", "--detach", self._loop_device)
+        run("losetup", "--detach", self._device)
+
+    def _make_volume(self) -> None:
+        self._device = VolumeGroup.make_volume(f"{self.label}-{self.spec.target}", self.spec.size_bytes)
+        run("dd", f"if={self.model.path}", f"of={self._device}", "bs=1M", "conv=fsync,nocreat", "status=none")
 
     def _make_nbd(self) -> None:
         self._make_raw()

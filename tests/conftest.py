@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lab.dbguest import DbGuest
     from lab.diskguest import DiskGuest
     from lab.disks import DiskSpec
+    from lab.lvm import VolumeGroup
     from tests.fault.harness import Place
 
 _numbers = itertools.count(1)
@@ -63,10 +64,20 @@ def ceph(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFacto
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def lvm(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VolumeGroup]:
+    """Make a volume group for all tests with a disk on LVM."""
+    from lab.lvm import VolumeGroup as Group
+
+    with Group(tmp_path_factory.mktemp("lvm")) as group:
+        yield group
+
+
 @pytest.fixture(autouse=True)
-def _ceph_where_it_is_marked(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("ceph"):
-        request.getfixturevalue("ceph")
+def _storage_that_is_marked(request: pytest.FixtureRequest) -> None:
+    for storage in ("ceph", "lvm"):
+        if request.node.get_closest_marker(storage):
+            request.getfixturevalue(storage)
 
 
 @pytest.fixture

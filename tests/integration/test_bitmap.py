@@ -393,7 +393,7 @@ def test_a_disk_that_was_added(desk: MakeDesk) -> None:
     assert "added" in taken.notes["vdb"]
 
 
-@pytest.mark.parametrize("kinds", each([(Kind.RAW,), (Kind.BLOCK,), (Kind.NBD,), (Kind.RBD,)]))
+@pytest.mark.parametrize("kinds", each([(Kind.RAW,), (Kind.BLOCK,), (Kind.NBD,), (Kind.LVM,), (Kind.RBD,)]))
 def test_no_disk_that_keeps_a_bitmap(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
     one = desk(*disks(kinds, _SIZE_BYTES))
     with pytest.raises(GuestUnfit, match="raw images keep no bitmap") as error:
@@ -554,7 +554,7 @@ def test_a_capture_by_overlay_in_between(desk: MakeDesk) -> None:
 
 
 @pytest.mark.parametrize("kinds", each(
-    (Kind.QCOW2, kind) for kind in (Kind.RAW, Kind.BLOCK, Kind.NBD, Kind.RBD)))
+    (Kind.QCOW2, kind) for kind in (Kind.RAW, Kind.BLOCK, Kind.NBD, Kind.LVM, Kind.RBD)))
 def test_a_raw_disk_beside_a_qcow2_one_is_pulled_whole(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
     """Also those without a folder of their own: the scratch files lie in the overlays' folder."""
     one = desk(*disks(kinds, _SIZE_BYTES))

@@ -98,7 +98,7 @@ def assert_mirror(place: Place, guest: DiskGuest) -> None:
 
 @pytest.mark.parametrize("kinds", each([
     (Kind.RAW,), (Kind.QCOW2,), (Kind.BLOCK,), (Kind.CHAIN,), (Kind.NBD,), (Kind.RAW, Kind.QCOW2),
-    (Kind.RBD,), (Kind.RBD_QCOW2,), (Kind.RBD, Kind.RBD_QCOW2)]))
+    (Kind.LVM,), (Kind.RBD,), (Kind.RBD_QCOW2,), (Kind.RBD, Kind.RBD_QCOW2)]))
 def test_a_guest_that_is_off_is_read_byte_for_byte(
     disk_guest: MakeGuest, place: Place, repo: Repo, tmp_path: Path, kinds: tuple[Kind, ...]
 ) -> None:

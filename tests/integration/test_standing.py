@@ -172,7 +172,7 @@ def some_writes(guest: DiskGuest, chance: random.Random) -> None:
 
 @pytest.mark.parametrize("kinds", each([
     (Kind.RAW,), (Kind.QCOW2,), (Kind.BLOCK,), (Kind.NBD,), (Kind.CHAIN,), (Kind.QCOW2, Kind.RAW),
-    (Kind.RBD,), (Kind.RBD_QCOW2,), (Kind.RBD, Kind.QCOW2)]))
+    (Kind.LVM,), (Kind.RBD,), (Kind.RBD_QCOW2,), (Kind.RBD, Kind.QCOW2)]))
 def test_a_chain_of_runs_reads_only_what_changed_and_every_image_is_right(
     disk_guest: MakeGuest, kept: Kept, kinds: tuple[Kind, ...]
 ) -> None:
