@@ -204,7 +204,8 @@ class LowerRun(Stepping):
         record = self._journal.enter(record, State.LOWERING, "in the definition")
         text = view.inactive.text
         for target in decision.targets:
-            text = with_source(text, target, view.inactive.disks[target].top)
+            text = with_source(
+                text, target, view.inactive.disks[target].top, record.disk(target).source())
         self._domain.define(text)
         return self._journal.done(record)
 
