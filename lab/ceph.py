@@ -31,6 +31,8 @@ MON_HOST, MON_PORT = "127.0.0.1", 6789
 SECRET_UUID = "6a5ec12c-16b1-4a39-8c1c-3bd4e9f8d1b2"
 
 _SETTINGS_DIR = Path("/etc/ceph")
+#: Where the cluster is, for its clients.
+SETTINGS = _SETTINGS_DIR / "ceph.conf"
 #: What qemu-img and qemu-nbd open images with.
 USER_KEYRING = _SETTINGS_DIR / f"ceph.client.{USER}.keyring"
 _CAPABILITIES = {
@@ -96,7 +98,7 @@ class Ceph:
             part.mkdir(parents=True)
         run("mount", "--bind", settings, _SETTINGS_DIR)
         fsid = str(uuid.uuid4())
-        (_SETTINGS_DIR / "ceph.conf").write_text(
+        SETTINGS.write_text(
             _SETTINGS.format(fsid=fsid, folder=self.folder, host=MON_HOST, port=MON_PORT))
         self._make_keys()
         try:

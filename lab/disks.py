@@ -183,7 +183,9 @@ class Disk:
                 host = f"<host name='127.0.0.1' port='{self.nbd_port}'/>"
                 return f"<source protocol='nbd' name='{self.spec.target}'>{host}</source>"
             case Kind.RBD | Kind.RBD_QCOW2:
-                host = f"<host name='{ceph.MON_HOST}' port='{ceph.MON_PORT}'/>"
+                # Both ways to say where the cluster is.
+                host = f"<config file='{ceph.SETTINGS}'/>" if self.spec.kind is Kind.RBD_QCOW2 else (
+                    f"<host name='{ceph.MON_HOST}' port='{ceph.MON_PORT}'/>")
                 auth = f"<auth username='{ceph.USER}'><secret type='ceph' uuid='{ceph.SECRET_UUID}'/></auth>"
                 return f"<source protocol='rbd' name='{ceph.POOL}/{self._rbd_image}'>{host}{auth}</source>"
             case _:

@@ -127,6 +127,22 @@ def test_a_later_run_killed_while_overlays_on_ceph_are_committed_down(
     _kill_a_later_run(step, victim, guest, daemons, place, tmp_path)
 
 
+@pytest.mark.ceph
+def test_a_plain_capture_of_a_guest_that_stands_on_ceph_is_cut_short(
+    disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path
+) -> None:
+    """The overlay is written back into one whose header libvirt wrote, without the user of the image below."""
+    guest = disk_guest(*disks((Kind.RBD_QCOW2, Kind.RBD), _SIZE_BYTES))
+    for pattern in (0x11, 0x21):
+        write_some(guest, pattern)
+        assert Run(place, guest, what="standing").end() == 0
+    write_some(guest, 0x31)
+    run = Run(place, guest, state=State.COPYING, phase="done")
+    struck(place, guest, daemons, run, Victim.QEMU, tmp_path)
+    assert_only(place, guest, standing=True)
+    goes_on(place, guest, tmp_path)
+
+
 def _kill_a_later_run(
     step: Step, victim: Victim, guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path
 ) -> None:

@@ -233,7 +233,11 @@ def test_another_destination_has_an_anchor_of_its_own(guest: DiskGuest, kept: Ke
     assert_standing(guest, kept)
 
 
-def test_the_plain_overlay_method_leaves_a_standing_guest_standing(guest: DiskGuest, kept: Kept) -> None:
+@pytest.mark.parametrize("kinds", each([(Kind.RAW, Kind.QCOW2), (Kind.RBD, Kind.RBD_QCOW2)]))
+def test_the_plain_overlay_method_leaves_a_standing_guest_standing(
+    disk_guest: MakeGuest, kept: Kept, kinds: tuple[Kind, ...]
+) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     kept.take(guest)
     write(guest, MIB, 0xA1)
     plan = kept.plan(guest)

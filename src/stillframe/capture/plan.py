@@ -332,8 +332,8 @@ def how_to_look(source: Source) -> str:
     """Return the command that shows a person the image as stillframe is to open it."""
     if source.protocol != "rbd":
         return f"qemu-img info -U --backing-chain {source.place}"
-    user = f" --id {source.user}" if source.user else ""
-    return f"rbd{user} info {source.export}   # needs the keyring of that user in /etc/ceph"
+    user = source.user or "admin"
+    return f"rbd --id {user} info {source.export}   # needs /etc/ceph/ceph.client.{user}.keyring"
 
 
 def _without_filters(files: tuple[str, ...]) -> tuple[str, ...]:
