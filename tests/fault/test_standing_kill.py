@@ -131,7 +131,7 @@ def test_a_later_run_killed_while_overlays_on_ceph_are_committed_down(
 def test_a_plain_capture_of_a_guest_that_stands_on_ceph_is_cut_short(
     disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path
 ) -> None:
-    """The overlay is written back into one whose header libvirt wrote, without the user of the image below."""
+    """Its overlay goes back into one whose header libvirt wrote, without the user of the image below."""
     guest = disk_guest(*disks((Kind.RBD_QCOW2, Kind.RBD), _SIZE_BYTES))
     for pattern in (0x11, 0x21):
         write_some(guest, pattern)
