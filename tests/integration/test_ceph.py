@@ -85,6 +85,13 @@ def test_snapshots_by_each_method_in_turn_restore_byte_for_byte(
         change(guest, round_)
         moment = {"vda": guest.model().copy_at_moment()}
         code = 0
+        if asked == "standing-overlay" and guest.domain().listAllCheckpoints():
+            done = repo.call("backup", guest.name, "--method", asked, "--overlay-dir", repo.place.overlays)
+            assert done.returncode == errors.GuestUnfit.exit_code
+            assert "has bitmaps of checkpoints" in done.stderr
+            assert not overlays_left(repo.place)
+            for checkpoint in guest.domain().listAllCheckpoints():
+                checkpoint.delete()
         if round_ == len(wanted) - 1:
             assert repo.json("settle", guest.name)["guests"][0]["ok"]
             assert not overlays_left(repo.place)
