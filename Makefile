@@ -6,7 +6,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install develop apt apt-dev apt-bench boot test test-slow lint demo bench lock clean
+.PHONY: help install develop apt apt-dev apt-bench apt-ceph apt-lvm boot test test-slow test-ceph test-lvm \
+        lint demo bench lock clean
 
 # The distribution's own interpreter: its libvirt and nbd modules are for no other.
 PYTHON := /usr/bin/python3
@@ -24,6 +25,9 @@ APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-c
 APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod
 # What `make bench` compares with, and nothing else needs.
 APT_BENCH := restic borgbackup virtnbdbackup
+# A cluster of one node, and QEMU's way to it, for `make test-ceph`.
+APT_LVM := lvm2
+APT_CEPH := ceph-mon ceph-osd ceph-common qemu-block-extra
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,7 +36,7 @@ install: apt $(VENV)/.installed ## what stillframe needs to run: Debian packages
 
 develop: apt-dev $(VENV)/.developed ## install, and what tests, demo and benchmarks need
 
-test: develop boot ## every test but the slow ones (root: the lab has its own namespaces)
+test: develop boot ## every test but the slow ones and those on Ceph or LVM (root: the lab has its own namespaces)
 ifeq ($(strip $(ARGS)),)
 	@$(RUN) -m lab.share $(LABS) build
 else
@@ -41,6 +45,12 @@ endif
 
 test-slow: develop boot ## the tests that take minutes
 	$(LAB) $(RUN) -m pytest -m slow $(ARGS)
+
+test-ceph: develop apt-ceph boot ## the tests with disks on Ceph RBD, on a cluster of their own
+	$(LAB) $(RUN) -m pytest -m ceph $(ARGS)
+
+test-lvm: develop apt-lvm boot ## the tests with disks on LVM, in a guest with device-mapper (emulated: slow)
+	$(RUN) -m lab.machine -- $(LAB) $(RUN) -m pytest -m lvm --timeout 1800 $(ARGS)
 
 lint: develop ## ruff, mypy, import-linter (they are part of make test too)
 	$(VENV)/bin/ruff check .
@@ -79,6 +89,12 @@ apt-dev:
 
 apt-bench: apt-dev
 	$(call apt_install,$(APT_BENCH))
+
+apt-ceph: apt-dev
+	$(call apt_install,$(APT_CEPH))
+
+apt-lvm: apt-dev
+	$(call apt_install,$(APT_LVM))
 
 # The environment is a function of the lock files: when one changed it is made anew, so that nothing old
 # stays in it. Distribution packages show through (libvirt, nbd); what is locked is installed over them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
 import shutil
 import signal
@@ -11,8 +12,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import ceph
 from lab.enter import SOCKETS_DIR
 from lab.images import KIB, MIB, Model, make_initial, run
+from lab.lvm import VolumeGroup
 from lab.waiting import PATIENCE_S, wait_for
 
 
@@ -25,6 +28,14 @@ class Kind(enum.Enum):
     NBD = "raw file behind an NBD server on a unix socket"
     NBD_TCP = "raw file behind an NBD server on 127.0.0.1"
     CHAIN = "base, mid and top qcow2"
+    LVM = "logical volume in the lab's volume group"
+    RBD = "raw image in the pool of the lab's Ceph"
+    RBD_QCOW2 = "qcow2 image in the pool of the lab's Ceph"
+
+
+#: Those that need the lab's Ceph (lab/ceph.py).
+ON_RBD = (Kind.RBD, Kind.RBD_QCOW2)
+_ON_NETWORK = (Kind.NBD, Kind.NBD_TCP, *ON_RBD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ class Disk:
         #: Every image file, bottom first; the last one is what the guest writes to.
         self.files: list[Path] = []
         self.nbd_port = 0
-        self._loop_device = ""
+        self._device: Path | None = None
         self._loop_hold = -1
         self._server: subprocess.Popen[bytes] | None = None
         self.model = Model(folder / f"{spec.target}.model")
@@ -68,22 +79,27 @@ class Disk:
             self.model.path.touch()
             self.model.resize(spec.size_bytes)
         {Kind.RAW: self._make_raw, Kind.QCOW2: self._make_qcow2, Kind.CHAIN: self._make_chain,
-         Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd}[spec.kind]()
+         Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd,
+         Kind.LVM: self._make_volume, Kind.RBD: self._make_rbd, Kind.RBD_QCOW2: self._make_rbd}[spec.kind]()
 
     @property
     def image_format(self) -> str:
         """Return the format name as QEMU knows it."""
-        return "qcow2" if self.spec.kind in (Kind.QCOW2, Kind.CHAIN) else "raw"
+        return "qcow2" if self.spec.kind in (Kind.QCOW2, Kind.CHAIN, Kind.RBD_QCOW2) else "raw"
 
     @property
     def path(self) -> Path:
         """Return the file or device that the guest's disk names (for NBD: the served raw file)."""
-        return Path(self._loop_device) if self._loop_device else self.files[-1]
+        return self._device or self.files[-1]
 
     @property
     def base(self) -> Path:
         """Return the lowest image of the chain."""
         return self.files[0]
+
+    @property
+    def _rbd_image(self) -> str:
+        return f"{self.label}-{self.spec.target}"
 
     @property
     def socket_path(self) -> Path:
@@ -92,16 +108,29 @@ class Disk:
 
     @property
     def address(self) -> str:
-        """Return what qemu-img reads the whole disk from: a path or an NBD address."""
+        """Return what qemu-img reads the whole disk from: a path, or an NBD or RBD address."""
+        if self.spec.kind in ON_RBD:
+            return f"rbd:{ceph.POOL}/{self._rbd_image}:id={ceph.USER}"
         if self.spec.kind is Kind.NBD:
             return f"nbd+unix:///{self.spec.target}?socket={self.socket_path}"
         if self.spec.kind is Kind.NBD_TCP:
             return f"nbd://127.0.0.1:{self.nbd_port}/{self.spec.target}"
         return str(self.path)
 
+    def opened_at(self, top: str) -> str:
+        """Return what qemu-img opens the file *top* by: the image itself, or an overlay on it."""
+        if self.spec.kind not in ON_RBD:
+            return top
+        # An overlay's header may lack the user: libvirt leaves it out.
+        image = {"driver": "rbd", "pool": ceph.POOL, "image": self._rbd_image, "user": ceph.USER}
+        return "json:" + json.dumps({
+            "driver": "qcow2", "file": {"driver": "file", "filename": top},
+            "backing": {"driver": self.image_format, "file": image}})
+
     def xml(self) -> str:
         """Return the libvirt element."""
-        kind = {Kind.BLOCK: "block", Kind.NBD: "network", Kind.NBD_TCP: "network"}.get(self.spec.kind, "file")
+        kinds = {Kind.BLOCK: "block", Kind.LVM: "block", **dict.fromkeys(_ON_NETWORK, "network")}
+        kind = kinds.get(self.spec.kind, "file")
         cache = "none" if kind != "network" and _direct_works(self.folder) else "writeback"
         return (f"<disk type='{kind}' device='disk'>"
                 f"<driver name='qemu' type='{self.image_format}' cache='{cache}' discard='unmap'/>"
@@ -109,7 +138,7 @@ class Disk:
                 f"{self.spec.elements}</disk>")
 
     def remove(self) -> None:
-        """Take down what serves the disk; its files stay until the folder goes."""
+        """Take down what serves the disk; files go with the folder, the rest with Ceph or LVM."""
         self.stop_server()
         if self._loop_hold >= 0:
             os.close(self._loop_hold)
@@ -145,7 +174,7 @@ class Disk:
 
     def _source_xml(self) -> str:
         match self.spec.kind:
-            case Kind.BLOCK:
+            case Kind.BLOCK | Kind.LVM:
                 return f"<source dev='{self.path}'/>"
             case Kind.NBD:
                 host = f"<host transport='unix' socket='{self.socket_path}'/>"
@@ -153,6 +182,12 @@ class Disk:
             case Kind.NBD_TCP:
                 host = f"<host name='127.0.0.1' port='{self.nbd_port}'/>"
                 return f"<source protocol='nbd' name='{self.spec.target}'>{host}</source>"
+            case Kind.RBD | Kind.RBD_QCOW2:
+                # Both ways to say where the cluster is.
+                host = f"<config file='{ceph.SETTINGS}'/>" if self.spec.kind is Kind.RBD_QCOW2 else (
+                    f"<host name='{ceph.MON_HOST}' port='{ceph.MON_PORT}'/>")
+                auth = f"<auth username='{ceph.USER}'><secret type='ceph' uuid='{ceph.SECRET_UUID}'/></auth>"
+                return f"<source protocol='rbd' name='{ceph.POOL}/{self._rbd_image}'>{host}{auth}</source>"
             case _:
                 return f"<source file='{self.path}'/>"
 
@@ -181,18 +216,25 @@ class Disk:
 
     def _make_block(self) -> None:
         self._make_raw()
-        self._loop_device = run("losetup", "--find", "--show", self.files[0]).strip()
-        self._loop_hold = os.open(self._loop_device, os.O_RDONLY)
+        self._device = Path(run("losetup", "--find", "--show", self.files[0]).strip())
+        self._loop_hold = os.open(self._device, os.O_RDONLY)
         # Detaching a device in use marks it to go with its last user: nothing is left if the lab dies.
-        run("losetup", "--detach", self._loop_device)
+        run("losetup", "--detach", self._device)
+
+    def _make_volume(self) -> None:
+        self._device = VolumeGroup.make_volume(f"{self.label}-{self.spec.target}", self.spec.size_bytes)
+        run("dd", f"if={self.model.path}", f"of={self._device}", "bs=1M", "conv=fsync,nocreat", "status=none")
 
     def _make_nbd(self) -> None:
         self._make_raw()
         self.start_server()
 
-    def _convert_into(self, image: Path) -> None:
+    def _make_rbd(self) -> None:
+        self._convert_into(self.address)
+
+    def _convert_into(self, image: str | Path) -> None:
         options = ["-o", self.spec.qcow2_options] if self.spec.qcow2_options else []
-        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.model.path, image)
+        run("qemu-img", "convert", "-f", "raw", "-O", self.image_format, *options, self.model.path, image)
 
 
 def remove_folder(folder: Path) -> None:

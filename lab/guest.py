@@ -84,6 +84,8 @@ class Guest:
         live = self.running()
         source, image_format = self.disk_source(target)
         raw = to or self.folder / f"{target}.read-{self._reads}.raw"
+        if source.startswith("/"):
+            source = self.disks[target].opened_at(source)
         return to_raw(source, image_format, raw, shared=live)
 
     def disk_source(self, target: str, *, inactive: bool = False) -> tuple[str, str]:

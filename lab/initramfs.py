@@ -1,4 +1,4 @@
-"""The kernel and the initial file system of the database guest, put together from Debian packages.
+"""The kernel and the initial file systems of guests that boot, put together from Debian packages.
 
 Nothing is installed on the machine: the packages are unpacked into the lab's cache, where the
 finished initramfs stays for the next time, named by a hash of all that went into it.
@@ -20,7 +20,6 @@ from lab.images import run
 
 _KERNEL_META = "linux-image-cloud-amd64"
 _AGENT_PACKAGE = "qemu-guest-agent"
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_console")
 _HERE = Path(__file__).resolve().parent
 _LIBRARY = re.compile(r"(/\S+) \(0x")
 _FOLDERS = ("bin", "sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "run", "tmp", "data", "modules",
@@ -35,16 +34,35 @@ class Boot:
     initrd: Path
 
 
-def boot_files() -> Boot:
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is in an initramfs besides busybox: kernel modules; scripts of lab/ and programs, by place."""
+
+    modules: tuple[str, ...]
+    scripts: tuple[tuple[str, str], ...]
+    programs: tuple[tuple[str, str], ...] = ()
+    with_agent: bool = False
+
+
+#: The guest with a database (lab/dbguest.py).
+DATABASE = Recipe(
+    ("virtio_pci", "virtio_blk", "virtio_console"),
+    (("guest-init.sh", "init"), ("guest-shutdown.sh", "sbin/shutdown")),
+    (("sqlite3", "usr/bin/sqlite3"),), with_agent=True)
+#: The machine that runs this one's files (lab/machine.py).
+MACHINE = Recipe(("virtio_pci", "virtiofs", "overlay", "dm-mod", "loop"), (("machine-init.sh", "init"),))
+
+
+def boot_files(recipe: Recipe = DATABASE) -> Boot:
     """Return kernel and initramfs, made now if the cache has none. Needs apt only the first time."""
     packages = _packages()
     kernel = next((packages / "boot").glob("vmlinuz-*"))
-    scripts = [_HERE / "guest-init.sh", _HERE / "guest-shutdown.sh", Path(__file__)]
+    scripts = [*(_HERE / script for script, _ in recipe.scripts), Path(__file__)]
     digest = hashlib.sha256(kernel.name.encode() + b"".join(script.read_bytes() for script in scripts))
     initrd = cache_dir() / f"initrd-{digest.hexdigest()[:16]}.gz"
     if not initrd.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as staging:
-            part = _build(packages, Path(staging))
+            part = _build(recipe, packages, Path(staging))
             part.rename(initrd)
     return Boot(kernel, initrd)
 
@@ -68,19 +86,21 @@ def _packages() -> Path:
     return unpacked
 
 
-def _build(packages: Path, staging: Path) -> Path:
+def _build(recipe: Recipe, packages: Path, staging: Path) -> Path:
     root = staging / "root"
     for name in _FOLDERS:
         (root / name).mkdir(parents=True)
     (root / "var/run").symlink_to("/run")
-    for program, place in ((_found("busybox"), "bin/busybox"), (_found("sqlite3"), "usr/bin/sqlite3"),
-                           (packages / "usr/sbin/qemu-ga", "usr/sbin/qemu-ga")):
+    programs = [(_found(name), place) for name, place in (("busybox", "bin/busybox"), *recipe.programs)]
+    if recipe.with_agent:
+        programs.append((packages / "usr/sbin/qemu-ga", "usr/sbin/qemu-ga"))
+    for program, place in programs:
         shutil.copy(program, root / place)
         _copy_libraries(program, root)
-    for script, place in (("guest-init.sh", "init"), ("guest-shutdown.sh", "sbin/shutdown")):
+    for script, place in recipe.scripts:
         shutil.copy(_HERE / script, root / place)
         (root / place).chmod(0o755)
-    for number, module in enumerate(_in_load_order(packages)):
+    for number, module in enumerate(_in_load_order(packages, recipe.modules)):
         shutil.copy(module, root / "modules" / f"{number:02d}-{module.name}")
     names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
     archive = staging / "initrd.gz"
@@ -110,8 +130,8 @@ def _ldd(program: Path) -> str:
     return subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
 
 
-def _in_load_order(packages: Path) -> list[Path]:
-    """Return the modules' files, each behind what it depends on."""
+def _in_load_order(packages: Path, modules: tuple[str, ...]) -> list[Path]:
+    """Return the files of *modules*, each behind what it depends on."""
     version_dir = next((packages / "lib/modules").iterdir())
     listing = run("busybox", "depmod", "-n", "-b", packages, version_dir.name)
     needs: dict[str, list[str]] = {}
@@ -129,7 +149,7 @@ def _in_load_order(packages: Path) -> list[Path]:
         if name not in ordered:
             ordered.append(name)
 
-    for name in _MODULES:
+    for name in modules:
         visit(name)
     return [files[name] for name in ordered]
 

@@ -18,10 +18,12 @@ from hypothesis import HealthCheck, settings
 from lab.enter import IMAGES_DIR, inside_lab
 
 if TYPE_CHECKING:
+    from lab.ceph import Ceph
     from lab.daemons import LibvirtDaemons
     from lab.dbguest import DbGuest
     from lab.diskguest import DiskGuest
     from lab.disks import DiskSpec
+    from lab.lvm import VolumeGroup
     from tests.fault.harness import Place
 
 _numbers = itertools.count(1)
@@ -51,6 +53,31 @@ def daemons(session_daemons: LibvirtDaemons) -> Iterator[LibvirtDaemons]:
     yield session_daemons
     session_daemons.start()
     session_daemons.remove_all_domains()
+
+
+@pytest.fixture(scope="session")
+def ceph(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
+    """Start Ceph once for all tests with a disk on RBD."""
+    from lab.ceph import Ceph as Cluster
+
+    with Cluster(tmp_path_factory.mktemp("ceph"), session_daemons) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def lvm(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VolumeGroup]:
+    """Make a volume group for all tests with a disk on LVM."""
+    from lab.lvm import VolumeGroup as Group
+
+    with Group(tmp_path_factory.mktemp("lvm")) as group:
+        yield group
+
+
+@pytest.fixture(autouse=True)
+def _storage_that_is_marked(request: pytest.FixtureRequest) -> None:
+    for storage in ("ceph", "lvm"):
+        if request.node.get_closest_marker(storage):
+            request.getfixturevalue(storage)
 
 
 @pytest.fixture

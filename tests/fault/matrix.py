@@ -17,6 +17,8 @@ SHUTDOWN = frozenset({State.SHUTTING_DOWN, State.STARTING})
 RESTART = frozenset({State.RESTARTING})
 #: Steps of a run whose overlays stay, from the moment when its copy is durable.
 KEPT = frozenset({State.LOWERING, State.SHEDDING, State.STANDING})
+#: Steps in which a base is written to, or about to be.
+WRITING_BACK = frozenset({State.RELEASED, State.COMMITTING, State.PIVOTING})
 #: Steps of a run, of either kind, until its copy is durable or given up.
 FORWARD = frozenset({State.PLANNED, State.OVERLAYS, State.SNAPSHOT, State.COPYING})
 

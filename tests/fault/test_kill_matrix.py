@@ -13,14 +13,15 @@ import pytest
 
 from lab.daemons import LibvirtDaemons
 from lab.diskguest import DiskGuest
-from lab.disks import DiskSpec, Kind
+from lab.disks import Kind
 from lab.images import MIB
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import Step, name_of, plain_steps
+from tests.fault.matrix import WRITING_BACK, Step, name_of, plain_steps, steps_of
+from tests.kinds import disks
 
 MakeGuest = Callable[..., DiskGuest]
 
@@ -46,7 +47,24 @@ def test_killed_at_a_step(
     disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step,
     victim: Victim,
 ) -> None:
-    guest = disk_guest(DiskSpec("vda", size_bytes=16 * MIB), DiskSpec("vdb", Kind.RAW, 16 * MIB))
+    guest = disk_guest(*disks((Kind.QCOW2, Kind.RAW), 16 * MIB))
+    _kill_at(step, victim, guest, daemons, place, tmp_path)
+
+
+@pytest.mark.ceph
+@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("step", steps_of(WRITING_BACK), ids=name_of)
+def test_killed_while_disks_on_ceph_are_written_back(
+    disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step,
+    victim: Victim,
+) -> None:
+    guest = disk_guest(*disks((Kind.RBD_QCOW2, Kind.RBD), 16 * MIB))
+    _kill_at(step, victim, guest, daemons, place, tmp_path)
+
+
+def _kill_at(
+    step: Step, victim: Victim, guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path
+) -> None:
     moments = [model_copy(guest, tmp_path, "first")]
     assert Run(place, guest).end() == 0
     for target in guest.disks:

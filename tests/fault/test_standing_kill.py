@@ -17,7 +17,8 @@ from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import VICTIMS, Step, back_steps, name_of, standing_steps
+from tests.fault.matrix import KEPT, VICTIMS, Step, back_steps, name_of, standing_steps, steps_of
+from tests.kinds import disks
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -112,6 +113,38 @@ def goes_on(place: Place, guest: DiskGuest, moments: Path) -> None:
 @pytest.mark.parametrize("step", standing_steps(), ids=name_of)
 def test_a_later_run_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
+) -> None:
+    _kill_a_later_run(step, victim, guest, daemons, place, tmp_path)
+
+
+@pytest.mark.ceph
+@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
+@pytest.mark.parametrize("step", steps_of(KEPT - {State.STANDING}), ids=name_of)
+def test_a_later_run_killed_while_overlays_on_ceph_are_committed_down(
+    disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
+) -> None:
+    guest = disk_guest(*disks((Kind.RBD_QCOW2, Kind.RBD), _SIZE_BYTES))
+    _kill_a_later_run(step, victim, guest, daemons, place, tmp_path)
+
+
+@pytest.mark.ceph
+def test_a_plain_capture_of_a_guest_that_stands_on_ceph_is_cut_short(
+    disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path
+) -> None:
+    """Its overlay goes back into one whose header libvirt wrote, without the user of the image below."""
+    guest = disk_guest(*disks((Kind.RBD_QCOW2, Kind.RBD), _SIZE_BYTES))
+    for pattern in (0x11, 0x21):
+        write_some(guest, pattern)
+        assert Run(place, guest, what="standing").end() == 0
+    write_some(guest, 0x31)
+    run = Run(place, guest, state=State.COPYING, phase="done")
+    struck(place, guest, daemons, run, Victim.QEMU, tmp_path)
+    assert_only(place, guest, standing=True)
+    goes_on(place, guest, tmp_path)
+
+
+def _kill_a_later_run(
+    step: Step, victim: Victim, guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path
 ) -> None:
     write_some(guest, 0x11)
     earlier = held(guest, tmp_path, "first")

@@ -24,6 +24,7 @@ from stillframe.clock import SystemClock
 from stillframe.errors import CopyFailed, GuestBusy, GuestUnfit, Interrupted, ShutdownImpossible
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
+from tests.kinds import disks, each
 from tests.pull_store import PullStore, Taken, never
 
 MakeGuest = Callable[..., DiskGuest]
@@ -125,8 +126,9 @@ def desk(disk_guest: MakeGuest, tools: Tools, tmp_path: Path, overlays_dir: Path
 MakeDesk = Callable[..., Desk]
 
 
-def test_a_full_then_incrementals(desk: MakeDesk) -> None:
-    one = desk()
+@pytest.mark.parametrize("kinds", each([(Kind.QCOW2,), (Kind.CHAIN,), (Kind.RBD_QCOW2,)]))
+def test_a_full_then_incrementals(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
+    one = desk(*disks(kinds, _SIZE_BYTES))
     first = one.take()
     assert first.counted == {}
     assert first.notes == {"vda": ""}
@@ -391,8 +393,9 @@ def test_a_disk_that_was_added(desk: MakeDesk) -> None:
     assert "added" in taken.notes["vdb"]
 
 
-def test_no_disk_that_keeps_a_bitmap(desk: MakeDesk) -> None:
-    one = desk(DiskSpec("vda", Kind.RAW, _SIZE_BYTES))
+@pytest.mark.parametrize("kinds", each([(Kind.RAW,), (Kind.BLOCK,), (Kind.NBD,), (Kind.LVM,), (Kind.RBD,)]))
+def test_no_disk_that_keeps_a_bitmap(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
+    one = desk(*disks(kinds, _SIZE_BYTES))
     with pytest.raises(GuestUnfit, match="raw images keep no bitmap") as error:
         one.store.take(one.domain, one.tools, one.wishes)
     assert "--method standing-overlay" in error.value.next_command
@@ -550,12 +553,14 @@ def test_a_capture_by_overlay_in_between(desk: MakeDesk) -> None:
     assert one.take().notes == {"vda": ""}
 
 
-@pytest.mark.parametrize("kind", [Kind.BLOCK, Kind.NBD])
-def test_disks_without_a_folder_of_their_own(desk: MakeDesk, kind: Kind) -> None:
-    """They are raw in the lab, and pulled whole; their scratch files lie in the overlays' folder."""
-    one = desk(DiskSpec("vda", size_bytes=_SIZE_BYTES), DiskSpec("vdb", kind, _SIZE_BYTES))
+@pytest.mark.parametrize("kinds", each(
+    (Kind.QCOW2, kind) for kind in (Kind.RAW, Kind.BLOCK, Kind.NBD, Kind.LVM, Kind.RBD)))
+def test_a_raw_disk_beside_a_qcow2_one_is_pulled_whole(desk: MakeDesk, kinds: tuple[Kind, ...]) -> None:
+    """Also those without a folder of their own: the scratch files lie in the overlays' folder."""
+    one = desk(*disks(kinds, _SIZE_BYTES))
     for number in range(1, 3):
         one.write_some(number)
         taken = one.take()
         assert taken.notes["vda"] == ""
         assert "raw" in taken.notes["vdb"]
+        assert "vdb" not in taken.counted

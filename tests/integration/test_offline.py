@@ -36,6 +36,7 @@ from stillframe.mirror.files import OsFiles
 from stillframe.mirror.layout import RECORD, read_record, write_record
 from tests.fault.harness import Place
 from tests.integration.repositories import Repo, make_repo
+from tests.kinds import disks, each
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 32 * MIB
@@ -95,12 +96,13 @@ def assert_mirror(place: Place, guest: DiskGuest) -> None:
         assert_equal_images(place.mirror(guest) / f"{target}.img", guest.model(target).path)
 
 
-@pytest.mark.parametrize("kinds", [
-    (Kind.RAW,), (Kind.QCOW2,), (Kind.BLOCK,), (Kind.CHAIN,), (Kind.NBD,), (Kind.RAW, Kind.QCOW2)])
+@pytest.mark.parametrize("kinds", each([
+    (Kind.RAW,), (Kind.QCOW2,), (Kind.BLOCK,), (Kind.CHAIN,), (Kind.NBD,), (Kind.RAW, Kind.QCOW2),
+    (Kind.LVM,), (Kind.RBD,), (Kind.RBD_QCOW2,), (Kind.RBD, Kind.RBD_QCOW2)]))
 def test_a_guest_that_is_off_is_read_byte_for_byte(
     disk_guest: MakeGuest, place: Place, repo: Repo, tmp_path: Path, kinds: tuple[Kind, ...]
 ) -> None:
-    guest = disk_guest(*(DiskSpec(f"vd{'ab'[at]}", kind, _SIZE_BYTES) for at, kind in enumerate(kinds)))
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     for round_ in range(2):
         change(guest, round_)
         shut_down(guest)
@@ -160,8 +162,11 @@ def test_a_start_fails_while_it_is_read(disk_guest: MakeGuest, tools: Tools) -> 
     assert guest.running()
 
 
-def test_a_start_that_no_lock_prevents_is_noticed(disk_guest: MakeGuest, tools: Tools) -> None:
-    guest = disk_guest(DiskSpec("vda", Kind.NBD, _SIZE_BYTES))
+@pytest.mark.parametrize("kinds", each([(Kind.NBD,), (Kind.RBD,), (Kind.RBD_QCOW2,)]))
+def test_a_start_that_no_lock_prevents_is_noticed(
+    disk_guest: MakeGuest, tools: Tools, kinds: tuple[Kind, ...]
+) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     shut_down(guest)
 
     def start_in_mid_read() -> None:
@@ -273,7 +278,7 @@ def _body(journal: Journal, run_id: str) -> str:
 
 def add_bitmap(guest: DiskGuest, name: str) -> Anchor:
     """Put a bitmap into the image of vda, the guest being off, as a checkpoint would; return its anchor."""
-    run("qemu-img", "bitmap", "--add", "-f", "qcow2", guest.disks["vda"].path, name)
+    run("qemu-img", "bitmap", "--add", "-f", "qcow2", guest.disks["vda"].address, name)
     return Anchor(capture="test", sizes={"vda": _SIZE_BYTES}, checkpoint=name)
 
 
@@ -283,8 +288,11 @@ def changed(plan: Plan, tools: Tools, anchor: Anchor) -> tuple[list[Extent] | No
         return None if extents is None else list(extents), capture.disks[0].note, capture.anchor
 
 
-def test_the_bitmap_of_a_checkpoint_says_what_changed(disk_guest: MakeGuest, tools: Tools) -> None:
-    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+@pytest.mark.parametrize("kinds", each([(Kind.QCOW2,), (Kind.CHAIN,), (Kind.RBD_QCOW2,)]))
+def test_the_bitmap_of_a_checkpoint_says_what_changed(
+    disk_guest: MakeGuest, tools: Tools, kinds: tuple[Kind, ...]
+) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     shut_down(guest)
     anchor = add_bitmap(guest, "one")
     found, note, kept = changed(plan_of(guest, tools), tools, anchor)

@@ -19,7 +19,7 @@ from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, assert_equal_images, run
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.block.anchor import Anchor
-from stillframe.block.image import file_place
+from stillframe.block.image import overlay_place
 from stillframe.block.reader import DiskReader
 from stillframe.block.tools import chain_info
 from stillframe.capture.journal import Journal
@@ -42,6 +42,7 @@ from stillframe.extent import Extent
 from stillframe.extent import Kind as Holds
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
+from tests.kinds import disks, each
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -146,8 +147,10 @@ def assert_standing(guest: DiskGuest, kept: Kept) -> None:
     for target, disk in guest.disks.items():
         for inactive in (False, True):
             assert guest.disk_source(target, inactive=inactive)[0] == record.disk(target).overlay_path
-        chain = chain_info(file_place(record.disk(target).overlay_path, "qcow2"))
-        assert len(chain) == 1 + len(disk.files)
+        known = record.disk(target)
+        chain = chain_info(overlay_place(known.overlay_path, known.base))
+        assert len(chain) == 1 + max(1, len(disk.files))
+        assert known.base.is_named(chain[0].backing)
 
 
 def assert_settled(guest: DiskGuest, kept: Kept) -> None:
@@ -169,14 +172,13 @@ def some_writes(guest: DiskGuest, chance: random.Random) -> None:
     guest.flush()
 
 
-@pytest.mark.parametrize("kinds", [
-    (Kind.RAW,), (Kind.QCOW2,), (Kind.BLOCK,), (Kind.NBD,), (Kind.CHAIN,), (Kind.QCOW2, Kind.RAW)],
-    ids=lambda kinds: "+".join(kind.name for kind in kinds))
+@pytest.mark.parametrize("kinds", each([
+    (Kind.RAW,), (Kind.QCOW2,), (Kind.BLOCK,), (Kind.NBD,), (Kind.CHAIN,), (Kind.QCOW2, Kind.RAW),
+    (Kind.LVM,), (Kind.RBD,), (Kind.RBD_QCOW2,), (Kind.RBD, Kind.QCOW2)]))
 def test_a_chain_of_runs_reads_only_what_changed_and_every_image_is_right(
     disk_guest: MakeGuest, kept: Kept, kinds: tuple[Kind, ...]
 ) -> None:
-    guest = disk_guest(*(
-        DiskSpec(f"vd{letter}", kind, _SIZE_BYTES) for letter, kind in zip("ab", kinds, strict=False)))
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     chance = random.Random(len(kinds))
     some_writes(guest, chance)
     kept.take(guest, meanwhile=lambda: some_writes(guest, chance))
@@ -233,7 +235,11 @@ def test_another_destination_has_an_anchor_of_its_own(guest: DiskGuest, kept: Ke
     assert_standing(guest, kept)
 
 
-def test_the_plain_overlay_method_leaves_a_standing_guest_standing(guest: DiskGuest, kept: Kept) -> None:
+@pytest.mark.parametrize("kinds", each([(Kind.RAW, Kind.QCOW2), (Kind.RBD, Kind.RBD_QCOW2)]))
+def test_the_plain_overlay_method_leaves_a_standing_guest_standing(
+    disk_guest: MakeGuest, kept: Kept, kinds: tuple[Kind, ...]
+) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     kept.take(guest)
     write(guest, MIB, 0xA1)
     plan = kept.plan(guest)
@@ -249,9 +255,11 @@ def test_the_plain_overlay_method_leaves_a_standing_guest_standing(guest: DiskGu
     assert_standing(guest, kept)
 
 
+@pytest.mark.parametrize("kinds", each([(Kind.RAW, Kind.QCOW2), (Kind.RBD, Kind.RBD_QCOW2)]))
 def test_killed_and_started_while_it_stands(
-    guest: DiskGuest, kept: Kept, daemons: LibvirtDaemons
+    disk_guest: MakeGuest, kept: Kept, daemons: LibvirtDaemons, kinds: tuple[Kind, ...]
 ) -> None:
+    guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     kept.take(guest)
     write(guest, MIB, 0xA1)
     daemons.kill_qemu(guest.name)

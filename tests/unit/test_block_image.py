@@ -14,6 +14,7 @@ from stillframe.block.image import (
     file_place,
     local_place,
     nbd_place,
+    overlay_place,
     protocol_place,
     rbd_place,
 )
@@ -43,10 +44,28 @@ def test_a_block_device_is_no_file() -> None:
          r"rbd:rbd/vm\:1:id=admin:conf=/etc/ceph/c.conf"),
         (rbd_place("raw", pool="p", image="i", hosts=(("10.0.0.1", 6789), ("m2", 6789))),
          r"rbd:p/i:mon_host=10.0.0.1\:6789;m2\:6789"),
+        (rbd_place("raw", pool="p", image="i", hosts=(("::1", 6789),)), r"rbd:p/i:mon_host=[\:\:1]\:6789"),
     ],
 )
 def test_network_images_have_a_backing_name(place: ImagePlace, text: str) -> None:
     assert place.backing_text() == text
+
+
+def test_libvirts_name_of_an_image_on_ceph_lacks_the_user() -> None:
+    """As libvirt 9.0 wrote it into the header of an overlay whose lower one it had committed."""
+    place = rbd_place("raw", pool="p", image="i", hosts=(("127.0.0.1", 6789),), user="libvirt")
+    written = ('json:{"file":{"driver":"rbd","pool":"p","image":"i",'
+               '"server":[{"host":"127.0.0.1","port":"6789"}]}}')
+    assert place.is_named(written)
+    assert not place.is_named(written.replace('"i"', '"j"'))
+    assert not place.is_named(written.replace("6789", "6790"))
+
+
+def test_an_overlay_names_its_base_where_that_opens_only_for_a_user() -> None:
+    base = rbd_place("raw", pool="p", image="i", user="libvirt")
+    assert overlay_place("/o", base).qemu_options()["backing"] == base.qemu_options()
+    assert overlay_place("/o", file_place("/b", "raw")) == file_place("/o", "qcow2")
+    assert overlay_place("/o2", overlay_place("/o", base)).beneath == overlay_place("/o", base)
 
 
 def test_any_other_protocol_goes_through_as_it_is() -> None:

@@ -6,6 +6,8 @@ import ast
 import itertools
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,55 @@ def test_tests_that_are_named_exist() -> None:
         parsed = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         defined = {node.name for node in ast.walk(parsed) if isinstance(node, ast.FunctionDef)}
         assert not function or function in defined, name
+
+
+def cells_without_a_test(text: str, collected: set[str]) -> list[str]:
+    """Return the cells of the table of storage that no collected test has the row's storage for.
+
+    *text* has the table and, below it, the one that names the tests of each cell.
+    """
+    shown = {row[0]: ticked(row[1:]) for row in rows(text, "cell")}
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| storage of the disk"))
+    methods = [cell.strip() for cell in head.strip("|").split("|")][2:]
+    wrong = []
+    for name, storage, *cells in rows(text, "storage of the disk"):
+        for method, cell in zip(methods, cells, strict=True):
+            for word in [] if cell == "not tested" else cell.split(", "):
+                tests = shown.get(f"{method}: {word}", [])
+                have = {test for test in tests for node in collected
+                        if node.startswith(f"{test}[") and storage.strip("`") in kinds_of(node)}
+                if not tests or have != set(tests):
+                    wrong.append(f"{name}, {method}: {word}")
+    return wrong
+
+
+def kinds_of(node: str) -> list[str]:
+    """Return the kinds of storage in a test's parameters (tests/kinds.py)."""
+    return re.split(r"[+\-]", node.partition("[")[2].rstrip("]"))
+
+
+@pytest.fixture(scope="module")
+def collected() -> set[str]:
+    """Give every integration test there is, whatever it needs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "tests/integration"],
+        cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_each_cell_of_the_table_of_storage_has_its_test(collected: set[str]) -> None:
+    text = section(GUIDE.read_text(encoding="utf-8"), "## Methods")
+    assert len(rows(text, "storage of the disk")) > 6
+    assert cells_without_a_test(text, collected) == []
+
+
+def test_a_cell_without_a_test_is_caught(collected: set[str]) -> None:
+    text = section(GUIDE.read_text(encoding="utf-8"), "## Methods")
+    assert cells_without_a_test(text.replace("`NBD` | whole |", "`LV` | whole |"), collected)
+    assert cells_without_a_test(text.replace("| whole beside, refused |", "| changed |", 1), collected) == [
+        "raw file, `bitmap`: changed"]
 
 
 def test_rooms_and_modules_that_are_named_exist() -> None:

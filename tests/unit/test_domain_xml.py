@@ -253,6 +253,27 @@ def overlaid(base: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
+_CEPH = ("<source protocol='rbd' name='pool/image'><auth username='u'><secret type='ceph' usage='x'/></auth>"
+         "</source>")
+_ON_CEPH = disk_xml(
+    "vda", "<source file='/new'/><backingStore type='file'><format type='qcow2'/><source file='/old'/>"
+    f"<backingStore type='network'><format type='qcow2'/>{_CEPH}<backingStore type='file'>"
+    "<format type='raw'/><source file='/golden'/></backingStore></backingStore></backingStore>")
+
+
+def test_an_image_of_the_chain_keeps_what_is_below_it_in_the_definition() -> None:
+    """Guests on Ceph would not start without: no header names the secret of the user."""
+    top, old, base, golden = only_disk(_ON_CEPH).chain
+    for image, below in ((old, (base, golden)), (base, (golden,))):
+        after = read_domain_xml(with_source(domain_xml(_ON_CEPH), "vda", image)).disks["vda"]
+        assert after.chain == (image, *below)
+    past = read_domain_xml(with_source(domain_xml(_ON_CEPH), "vda", top, base)).disks["vda"]
+    assert past.chain == (top, base, golden)
+    assert past.chain[1].user == "u"
+    elsewhere = read_domain_xml(with_source(domain_xml(_ON_CEPH), "vda", only_disk(_FILE).top)).disks["vda"]
+    assert [image.key for image in elsewhere.chain] == [only_disk(_FILE).top.key]
+
+
 def changed(text: str, target: str, source: Source) -> ET.Element:
     root = ET.fromstring(with_source(text, target, source))
     for disk in root.iterfind("./devices/disk"):

@@ -11,7 +11,7 @@ import enum
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -65,17 +65,29 @@ class ImagePlace:
 
     `driver` is the format ("raw", "qcow2"). `path` is set for files and block devices. For all
     else `protocol_json` is the protocol layer in QEMU's blockdev words, as JSON text (so that a
-    place can be compared, hashed and kept in a journal).
+    place can be compared, hashed and kept in a journal). `beneath` is the image below, where the
+    image's own record is not to be gone by.
     """
 
     kind: ImageKind
     driver: str
     path: str = ""
     protocol_json: str = ""
+    beneath: ImagePlace | None = None
 
     def qemu_options(self) -> dict[str, Any]:
         """Return the image as blockdev options: the format driver with its protocol below it."""
-        return {"driver": self.driver, "file": self._protocol()}
+        below = {} if self.beneath is None else {"backing": self.beneath.qemu_options()}
+        return {"driver": self.driver, "file": self._protocol(), **below}
+
+    def alone(self) -> ImagePlace:
+        """Return the image without a word about what is below it."""
+        return replace(self, beneath=None)
+
+    @property
+    def asks_who(self) -> bool:
+        """Whether the image, or one below it that is named, opens only for a user."""
+        return self.beneath is not None or bool(self.protocol_json and "user" in self._protocol())
 
     def json_name(self) -> str:
         """Return the image as a ``json:{...}`` file name that every QEMU program takes."""
@@ -99,7 +111,8 @@ class ImagePlace:
     def is_named(self, backing: str) -> bool:
         """Return whether a qcow2 header's text *backing* names this image.
 
-        Where libvirt writes the name of a network image itself (after a commit), it spells it its own way.
+        Where libvirt writes the name of a network image itself (after a commit), it spells it its own way,
+        and leaves out for whom the image opens.
         """
         if backing == self.backing_text():
             return True
@@ -109,8 +122,8 @@ class ImagePlace:
             named = json.loads(backing.removeprefix("json:"))
         except ValueError:
             return False
-        wanted = _flat(self._protocol())
-        return wanted in (_flat(named), _flat(named.get("file")))
+        wanted = _image_named(self._protocol())
+        return wanted in (_image_named(named), _image_named(named.get("file")))
 
     def identity(self) -> FileIdentity | None:
         """Return the identity of the file or device; None for network images. Raises OSError."""
@@ -137,6 +150,14 @@ def file_place(path: str, driver: str) -> ImagePlace:
 def block_place(path: str, driver: str) -> ImagePlace:
     """Return the place of an image on a block device; *path* must be absolute."""
     return ImagePlace(ImageKind.BLOCK, driver, path=_absolute(path))
+
+
+def overlay_place(path: str, base: ImagePlace) -> ImagePlace:
+    """Return the place of the qcow2 overlay at *path*, which stands on *base*.
+
+    A base that opens only for a user is named outright: libvirt leaves the user out of an overlay's header.
+    """
+    return replace(file_place(path, "qcow2"), beneath=base if base.asks_who else None)
 
 
 def local_place(path: str, driver: str) -> ImagePlace:
@@ -186,6 +207,11 @@ def _absolute(path: str) -> str:
     return path
 
 
+def _image_named(options: Any) -> dict[str, str]:
+    """Return the options that say which image it is: all but the user."""
+    return {key: value for key, value in _flat(options).items() if key != "user"}
+
+
 def _flat(options: Any, prefix: str = "") -> dict[str, str]:
     """Return nested blockdev options as one flat mapping, so that two spellings compare."""
     if not isinstance(options, dict):
@@ -201,8 +227,12 @@ def _nbd_uri(options: dict[str, Any]) -> str:
     export = quote(options.get("export", ""), safe="")
     if server["type"] == "unix":
         return f"nbd+unix:///{export}?socket={quote(server['path'], safe='/')}"
+    return f"nbd://{_address(server)}/{export}"
+
+
+def _address(server: dict[str, str]) -> str:
     host = f"[{server['host']}]" if ":" in server["host"] else server["host"]
-    return f"nbd://{host}:{server['port']}/{export}"
+    return f"{host}:{server['port']}"
 
 
 def _rbd_name(options: dict[str, Any]) -> str:
@@ -216,7 +246,7 @@ def _rbd_name(options: dict[str, Any]) -> str:
     if options.get("user"):
         name += ":id=" + escaped(options["user"])
     if options.get("server"):
-        hosts = ";".join(f"{server['host']}:{server['port']}" for server in options["server"])
+        hosts = ";".join(_address(server) for server in options["server"])
         name += ":mon_host=" + escaped(hosts)
     if options.get("conf"):
         name += ":conf=" + options["conf"].replace("\\", "\\\\").replace(":", "\\:")

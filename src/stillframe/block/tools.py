@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillframe import process
-from stillframe.block.image import ImagePlace, file_place
+from stillframe.block.image import ImagePlace, overlay_place
 from stillframe.errors import CopyFailed, OverlayTaken, ProgramFailed
 
 _INFO_TIMEOUT_S = 30.0
@@ -42,6 +42,8 @@ def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tupl
     Only metadata is read, so the image is opened without taking its lock (``-U``).
     Raises ProgramFailed (also when an image of the chain is missing), ProgramTimedOut.
     """
+    if place.beneath is not None:
+        return (image_info(place, timeout_s=timeout_s), *chain_info(place.beneath, timeout_s=timeout_s))
     output = process.run(
         ["qemu-img", "info", "-U", "--output=json", "--backing-chain", place.json_name()],
         timeout_s=timeout_s,
@@ -52,7 +54,7 @@ def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tupl
 def image_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> ImageInfo:
     """Return what qemu-img says of the image alone. Works while in use, and as chain_info does."""
     output = process.run(
-        ["qemu-img", "info", "-U", "--output=json", place.json_name()], timeout_s=timeout_s)
+        ["qemu-img", "info", "-U", "--output=json", place.alone().json_name()], timeout_s=timeout_s)
     return _info(json.loads(output.stdout))
 
 
@@ -140,14 +142,15 @@ def commit_offline(overlay_path: str, base: ImagePlace, *, timeout_s: float) -> 
     written, when a running program has one open; also when the overlay's header names another
     base, and when writing failed (the overlay is then still whole: the call can be repeated).
     """
-    overlay = file_place(overlay_path, "qcow2")
+    overlay = overlay_place(overlay_path, base)
     named = image_info(overlay).backing
     if named != base.backing_text():
         raise CopyFailed(
             f"{overlay_path} stands on {named!r}, not on {base.text()!r}: it was not written back.",
             f"qemu-img info -U --backing-chain {overlay_path}",
         )
-    command = ["qemu-img", "commit", "-q", "-d", "-b", named, overlay.json_name()]
+    into = [] if overlay.beneath is not None else ["-b", named]  # the overlay's place names the base itself
+    command = ["qemu-img", "commit", "-q", "-d", *into, overlay.json_name()]
     try:
         process.run(command, timeout_s=timeout_s)
     except ProgramFailed as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msgspec.structs import replace as replace_record
 
-from stillframe.block.image import file_place
+from stillframe.block.image import overlay_place
 from stillframe.block.tools import commit_offline, compare, stand_on
 from stillframe.capture import in_qemu
 from stillframe.capture.decide import Action, Decision, Sight, Why, decide
@@ -356,7 +356,7 @@ class BringBack(Stepping):
         for target in decision.targets:
             self._watcher.say(f"comparing base and overlay of {target}")
             known = record.disk(target)
-            overlay = file_place(known.overlay_path, "qcow2")
+            overlay = overlay_place(known.overlay_path, known.base)
             self._compared[target] = compare(known.base, overlay, timeout_s=_OFFLINE_S)
         return record
 

@@ -11,8 +11,9 @@ from stillframe.capture.plan import (
     Plan,
     Wishes,
     choose_disks,
+    how_to_look,
     is_other,
-    place_of,
+    place_of_chain,
     real_path,
     refuse_format,
     refuse_shared,
@@ -53,13 +54,13 @@ def _plan_disk(view: DomainView, disk: Disk, wishes: Wishes) -> DiskRecord:
             "that this journal does not know.",
             "stillframe status --state-dir with the state folder of the run that made it",
         )
-    place = place_of(top)
+    place = place_of_chain(disk.chain)
     try:
         chain = chain_info(place)
     except (ProgramFailed, ProgramTimedOut) as error:
         raise GuestUnfit(
             f"The image of {disk.target} of {view.name} can't be read: {error.message}",
-            f"qemu-img info -U --backing-chain {top.place}") from error
+            how_to_look(top)) from error
     _refuse_other_chain(view, disk, chain)
     return DiskRecord(
         target=disk.target, base=place, base_source_xml=top.xml, base_kind=top.kind,
@@ -85,4 +86,4 @@ def _refuse_other_chain(view: DomainView, disk: Disk, chain: tuple[ImageInfo, ..
         raise GuestUnfit(
             f"{disk.target} of {view.name} is defined as {' ← '.join(named[::-1])}, but its images' headers "
             f"name {' ← '.join(told[::-1])}.",
-            f"qemu-img info -U --backing-chain {disk.top.place}; virsh dumpxml --inactive {view.name}")
+            f"{how_to_look(disk.top)}; virsh dumpxml --inactive {view.name}")

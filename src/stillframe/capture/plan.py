@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -261,7 +261,7 @@ def _plan_disk(
         )
     return DiskRecord(
         target=disk.target,
-        base=place_of(top),
+        base=place_of_chain(disk.chain),
         base_source_xml=top.xml,
         base_kind=top.kind,
         base_format=top.format,
@@ -302,7 +302,7 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
     differ, the copy would be of another disk than the guest's. A backing file without a format
     would be probed, which lets a guest choose what a raw image is taken for.
     """
-    advice = f"qemu-img info -U --backing-chain {disk.top.place}; virsh dumpxml {view.name}"
+    advice = f"{how_to_look(disk.top)}; virsh dumpxml {view.name}"
     if "<slices" in disk.top.xml:
         raise GuestUnfit(f"{disk.target} of {view.name} is a slice of its image.", advice)
     try:
@@ -328,6 +328,14 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
             )
 
 
+def how_to_look(source: Source) -> str:
+    """Return the command that shows a person the image as stillframe is to open it."""
+    if source.protocol != "rbd":
+        return f"qemu-img info -U --backing-chain {source.place}"
+    user = source.user or "admin"
+    return f"rbd --id {user} info {source.export}   # needs /etc/ceph/ceph.client.{user}.keyring"
+
+
 def _without_filters(files: tuple[str, ...]) -> tuple[str, ...]:
     """Return the chain without repeats: a filter (copy-on-read) shows its image a second time."""
     return tuple(name for at, name in enumerate(files) if at == 0 or files[at - 1] != name)
@@ -344,6 +352,16 @@ def real_path(name: str) -> str:
     return os.path.realpath(plain) if plain.startswith("/") else plain
 
 
+def place_of_chain(chain: tuple[Source, ...]) -> ImagePlace:
+    """Return the image on top of *chain*, of which libvirt names at least that. Raises GuestUnfit.
+
+    What is below is named outright if an image there opens only for a user: headers often lack the user.
+    """
+    below = chain[1:]
+    beneath = place_of_chain(below) if any(source.user for source in below) else None
+    return replace(place_of(chain[0]), beneath=beneath)
+
+
 def place_of(source: Source) -> ImagePlace:
     """Return the image that libvirt's *source* names. Raises GuestUnfit for protocols not known."""
     if source.kind == "file":
@@ -357,8 +375,9 @@ def place_of(source: Source) -> ImagePlace:
         )
     if source.protocol == "rbd":
         pool, _, image = source.export.partition("/")
-        hosts = ((source.host, source.port or _RBD_PORT),) if source.host else ()
-        return rbd_place(source.format, pool=pool, image=image, hosts=hosts)
+        hosts = tuple((host, port or _RBD_PORT) for host, port in source.hosts)
+        return rbd_place(
+            source.format, pool=pool, image=image, hosts=hosts, user=source.user, conf=source.conf)
     raise GuestUnfit(
         f"Network disks by {source.protocol} are not supported.", "virsh domblklist GUEST --details"
     )

@@ -55,6 +55,7 @@ def captured_by_standing_overlay(
     """
     refuse_undefined(plan)
     refuse_moved(plan, tools)
+    refuse_bitmaps_on_network(plan)
     run = _StandingRun(plan, tools, destination, stop, earlier)
     back = BringBack(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
     lower = LowerRun(tools.journal, plan.domain, tools.clock, plan.limits, tools.watcher)
@@ -82,6 +83,25 @@ def refuse_undefined(plan: Plan) -> None:
             "start would not know of a standing overlay.",
             plan.wishes.again(plan.domain.name, "--method overlay"),
         )
+
+
+def refuse_bitmaps_on_network(plan: Plan) -> None:
+    """Raise GuestUnfit for a qcow2 on network storage that has bitmaps: no overlay can be committed into it.
+
+    libvirt does not look for the backing file of such an image, so it can't reopen it to merge the bitmaps
+    ("unknown presence of backing store", 9.0). QEMU has committed by then, and libvirt's chain stays wrong.
+    """
+    qemu = plan.view.qemu
+    for disk in plan.disks:
+        bottom = plan.live.disks[disk.target].chain[-1]
+        bitmaps = qemu.bitmaps(qemu.disks[disk.target].files[-1]) if qemu is not None else {}
+        if bitmaps and (bottom.kind, bottom.format) == ("network", "qcow2"):
+            raise GuestUnfit(
+                f"{disk.target} of {plan.domain.name} is a qcow2 on network storage and has bitmaps of "
+                "checkpoints: libvirt could not commit a standing overlay into it.",
+                plan.wishes.again(plan.domain.name, "--method bitmap")
+                + f"   # or delete them: virsh checkpoint-list {plan.domain.name}",
+            )
 
 
 def refuse_moved(plan: Plan, tools: Tools) -> None:

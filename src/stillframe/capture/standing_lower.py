@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from stillframe.block.image import file_place
+from stillframe.block.image import overlay_place
 from stillframe.block.tools import commit_offline, compare, stand_on
 from stillframe.capture import in_qemu
 from stillframe.capture.decide import Action as BackAction
@@ -181,7 +181,7 @@ class LowerRun(Stepping):
             known = record.disk(target)
             self._watcher.say(f"comparing the base and the older overlay of {target}")
             self._complete[target] = compare(
-                known.base, file_place(known.lower_path, "qcow2"), timeout_s=_OFFLINE_S)
+                known.base, overlay_place(known.lower_path, known.base), timeout_s=_OFFLINE_S)
         return record
 
     def _down_offline(self, record: RunRecord, decision: Lowering) -> RunRecord:
@@ -204,7 +204,8 @@ class LowerRun(Stepping):
         record = self._journal.enter(record, State.LOWERING, "in the definition")
         text = view.inactive.text
         for target in decision.targets:
-            text = with_source(text, target, view.inactive.disks[target].top)
+            text = with_source(
+                text, target, view.inactive.disks[target].top, record.disk(target).source())
         self._domain.define(text)
         return self._journal.done(record)
 

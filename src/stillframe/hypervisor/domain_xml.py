@@ -65,16 +65,17 @@ def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def with_source(domain_text: str, target: str, base: Source) -> str:
-    """Return *domain_text* (inactive XML) with disk *target* reading from *base* again.
+def with_source(domain_text: str, target: str, top: Source, below: Source | None = None) -> str:
+    """Return *domain_text* (inactive XML) with disk *target* reading from *top*, which stands on *below*.
 
-    What a person changed elsewhere in the XML meanwhile is kept. Raises NeedsAttention
-    if the disk is no longer there.
+    Without *below*, what it stands on is what the XML has below it now, if anything; else its own header
+    tells. Where an image there opens only for a user, the XML must: no header names libvirt's secret. What a
+    person changed elsewhere in the XML meanwhile is kept. Raises NeedsAttention if the disk is not there.
     """
     root = ET.fromstring(domain_text)
     for element in root.iterfind("./devices/disk"):
         if _target(element) == target:
-            _point_to(element, base)
+            _point_to(element, top, below)
             return ET.tostring(root, encoding="unicode")
     raise NeedsAttention(
         f"The domain's definition has no disk {target} any more.",
@@ -82,18 +83,48 @@ def with_source(domain_text: str, target: str, base: Source) -> str:
     )
 
 
-def _point_to(element: ET.Element, base: Source) -> None:
+def _point_to(element: ET.Element, top: Source, below: Source | None) -> None:
+    beneath = _beneath(element, below or top)
+    if below is not None:
+        beneath = _backing_store(below, beneath)
     for name in ("source", "backingStore", *_OF_SOURCE):
         for child in element.findall(name):
             element.remove(child)
-    element.set("type", base.kind)
+    element.set("type", top.kind)
     driver = element.find("driver")
     if driver is None:
         driver = ET.SubElement(element, "driver", name="qemu")
-    driver.set("type", base.format)
-    source = ET.fromstring(base.xml)
-    source.attrib.pop("index", None)
-    element.insert(list(element).index(driver) + 1, source)
+    driver.set("type", top.format)
+    at = list(element).index(driver) + 1
+    if beneath is not None:
+        element.insert(at, beneath)
+    element.insert(at, _source_element(top))
+
+
+def _beneath(element: ET.Element, image: Source) -> ET.Element | None:
+    """Return what the disk's XML has below *image*; None if it has nothing, or not that image."""
+    wanted = _source(image.kind, image.format, _source_element(image), -1).key
+    level: ET.Element | None = element
+    for found in _chain(element):
+        level = None if level is None else level.find("backingStore")
+        if found.key == wanted:
+            return level
+    return None
+
+
+def _backing_store(source: Source, beneath: ET.Element | None) -> ET.Element:
+    element = ET.Element("backingStore", type=source.kind)
+    ET.SubElement(element, "format", type=source.format)
+    element.append(_source_element(source))
+    if beneath is not None:
+        element.append(beneath)
+    return element
+
+
+def _source_element(source: Source) -> ET.Element:
+    element = ET.fromstring(source.xml)
+    element.attrib.pop("index", None)
+    return element
 
 
 def _target(element: ET.Element) -> str:
@@ -162,11 +193,14 @@ def _source(kind: str, image_format: str, element: ET.Element, index: int) -> So
     if kind != "network":
         place = element.get("file") or element.get("dev") or ""
         return Source(kind, image_format, place, index, xml=text)
-    hosts = element.findall("host")
-    host = hosts[0] if hosts else ET.Element("host")
+    found = element.findall("host")
+    hosts = tuple((host.get("name", ""), int(host.get("port", "0"))) for host in found if host.get("name"))
+    socket = next((host.get("socket", "") for host in found), "")
     protocol, export = element.get("protocol", ""), element.get("name", "")
-    socket, server, port = host.get("socket", ""), host.get("name", ""), int(host.get("port", "0"))
+    server, port = hosts[0] if hosts else ("", 0)
+    auth, config = element.find("auth"), element.find("config")
     return Source(
-        kind, image_format, f"{protocol}://{socket or f'{server}:{port}'}/{export}", index,
-        protocol, server, port, socket, export, text,
+        kind, image_format, f"{protocol}://{socket or f'{server}:{port}'}/{export}", index, protocol, hosts,
+        socket, export, text, user="" if auth is None else auth.get("username", ""),
+        conf="" if config is None else config.get("file", ""),
     )

@@ -38,7 +38,9 @@ class Source:
 
     *kind* is libvirt's type attribute (file, block, network, volume, …), *place* a path
     or, for a network disk, the protocol's own address; *index* is libvirt's number in
-    `vda[index]`, -1 where the XML gives none. *xml* is the <source> element as text.
+    `vda[index]`, -1 where the XML gives none. *xml* is the <source> element as text. *hosts* are all servers
+    that it names, by host and port (0 for the protocol's own), *user* is whom the server is to let in, and
+    *conf* a file of settings for it (Ceph).
     """
 
     kind: str
@@ -46,11 +48,22 @@ class Source:
     place: str
     index: int = -1
     protocol: str = ""
-    host: str = ""
-    port: int = 0
+    hosts: tuple[tuple[str, int], ...] = ()
     socket: str = ""
     export: str = ""
     xml: str = ""
+    user: str = ""
+    conf: str = ""
+
+    @property
+    def host(self) -> str:
+        """The first server, "" if none is named."""
+        return self.hosts[0][0] if self.hosts else ""
+
+    @property
+    def port(self) -> int:
+        """The port of the first server, 0 if none is given."""
+        return self.hosts[0][1] if self.hosts else 0
 
     @property
     def key(self) -> str:
