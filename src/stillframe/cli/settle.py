@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.recover import domain_of, recover_domain
+from stillframe.capture.recover import recover_domain
 from stillframe.capture.standing import first_settle_step, past_limit, settle, settle_past_limit
+from stillframe.cli.find import find_guest, guest_of
 from stillframe.cli.recover import Outcome, exit_code, outcome_body, show_outcome
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import StillframeError
-from stillframe.hypervisor.domain import Domain, find_domain
+from stillframe.hypervisor.guest import Guest
 
 _LOCK_S = 10.0
 
@@ -24,8 +25,8 @@ def settle_guests(
 
     With *past* only those whose overlays have grown past their limit, which *options* may say.
     """
-    domains = [find_domain(session.connection, name) for name in names] or [
-        domain_of(session.connection, record) for record in session.journal.standing_runs()]
+    domains = [find_guest(session, name) for name in names] or [
+        guest_of(session, record) for record in session.journal.standing_runs()]
     outcomes = [Outcome(domain.name) for domain in domains]
     with session.signals_as_stop("it ends by itself once the guests are back"):
         for outcome, domain in zip(outcomes, domains, strict=True):
@@ -41,7 +42,7 @@ def settle_guests(
 
 
 def _settle(
-    session: Session, outcome: Outcome, domain: Domain, options: GuestSettings, *, dry_run: bool, past: bool
+    session: Session, outcome: Outcome, domain: Guest, options: GuestSettings, *, dry_run: bool, past: bool
 ) -> None:
     limits = for_guest(session.settings, domain.name, options).limits
     with domain_lock(session.journal.folder, domain.uuid, domain.name, "settle", session.clock, _LOCK_S):
@@ -58,7 +59,7 @@ def _settle(
             outcome.did += [f"settled run {settled.run.id}:", *(f"  {word}" for word in settled.words)]
 
 
-def _first_step(session: Session, record: RunRecord, domain: Domain) -> str:
+def _first_step(session: Session, record: RunRecord, domain: Guest) -> str:
     step = first_settle_step(record, domain, session.tools)
     where = f" on {', '.join(step.targets)}" if step.targets else ""
     return f"run {record.id} (standing): would {step.action.value}{where}, because {step.reason}"
