@@ -298,7 +298,8 @@ class BringBack(Stepping):
         self._wait_drained(record, decision.targets, ready_to_pivot)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
         record = self._journal.enter(
-            record, State.PIVOTING, " ".join(decision.targets), disks=disks, qemu_mark=qemu_mark(self._domain))
+            record, State.PIVOTING, " ".join(decision.targets), disks=disks,
+            qemu_mark=qemu_mark(self._domain))
         for target in decision.targets:
             self._domain.pivot(target)
         return self._journal.done(record)

@@ -72,7 +72,7 @@ class QmpLink:
             self._open()
 
     def ensure(self) -> None:
-        """Make the connection anew if it is broken. That QEMU has ended is no error here: a look will tell."""
+        """Make the connection anew if it is broken. A QEMU that ended is no error: a look will tell."""
         with self._lock, contextlib.suppress(GuestUnknown):
             self._open()
 
