@@ -26,7 +26,7 @@ class Attach(enum.Enum):
 
 
 class BareQemu(WrittenDisks):
-    """A guest of 32 MiB. *address* is what names it to stillframe; *uuid* may be left out, as people do."""
+    """A guest of 32 MiB. *address* names it to stillframe; *uuid* may be left out, as people do."""
 
     def __init__(
         self, folder: Path, name: str, disks: Sequence[DiskSpec] = (DiskSpec(),), *, uuid: str = "",
@@ -72,9 +72,10 @@ class BareQemu(WrittenDisks):
             self._process = subprocess.Popen(self.command(), stdout=log, stderr=log, cwd=self.folder)
         wait_for(f"QEMU {self.name}", self._is_up, PATIENCE_S)
         named = {str(disk.path): target for target, disk in self.disks.items()}
-        self._devices = {
-            named[found["inserted"]["file"]]: found["qdev"]
-            for found in self.monitor.execute("query-block") if found.get("inserted", {}).get("file") in named}
+        for found in self.monitor.execute("query-block"):
+            file = found.get("inserted", {}).get("file")
+            if file in named:
+                self._devices[named[file]] = found["qdev"]
 
     def running(self) -> bool:
         """See WrittenDisks."""

@@ -73,8 +73,8 @@ class Repo:
 
     def backup(self, guest: Guest | BareQemu, *options: str, code: int = 0) -> dict[str, Any]:
         """Back a guest up and return what is said of it."""
-        found: dict[str, Any] = self.json(
-            "backup", named(guest), "--quiesce", "none", "--min-free", "32M", *options, code=code)["guests"][0]
+        words = ["backup", named(guest), "--quiesce", "none", "--min-free", "32M", *options]
+        found: dict[str, Any] = self.json(*words, code=code)["guests"][0]
         return found
 
     def assert_restores(self, snapshot: str, expected: dict[str, Path], to: Path) -> None:

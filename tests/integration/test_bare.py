@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from lab.barequemu import Attach, BareQemu
 from lab.disks import DiskSpec, Kind
-from lab.images import MIB
+from lab.images import MIB, assert_equal_images
+from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
-from tests.fault.harness import Place, Run, overlays_left
+from stillframe.cli.main import app
+from stillframe.clock import SystemClock
+from stillframe.errors import (
+    AgentSilent,
+    CopyFailed,
+    GuestUnfit,
+    GuestUnknown,
+    MonitorBusy,
+    NeedsAttention,
+    ShutdownImpossible,
+)
+from tests.fault.harness import Place, Run, Victim, named, overlays_left, recover
 from tests.integration.repositories import Repo, make_repo
+from tests.pull_store import PullStore
 
 MakeBare = Callable[..., BareQemu]
 _KIB = 1024
@@ -87,3 +105,286 @@ def test_writes_during_the_copy_are_not_in_it(bare_qemu: MakeBare, repo: Repo, t
         chain.append((run.output.rpartition("snapshot ")[2].split()[0], expected))
     for snapshot, expected in chain:
         repo.assert_restores(snapshot, expected, tmp_path)
+
+
+# --- by bitmap ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(place: Place) -> PullStore:
+    return PullStore(place.destination)
+
+
+def bitmaps_of(guest: BareQemu) -> set[str]:
+    nodes = guest.monitor.execute("query-named-block-nodes")
+    return {each["name"] for node in nodes for each in node.get("dirty-bitmaps", ())}
+
+
+def assert_pulled(store: PullStore, expected: dict[str, Path]) -> None:
+    point = store.current()
+    assert point is not None
+    for target, moment in expected.items():
+        assert_equal_images(point / f"{target}.img", moment)
+
+
+def pull(guest: BareQemu, place: Place, store: PullStore, round_: int) -> None:
+    """Take a point, the guest writing before it and while it is read; compare it."""
+    change(guest, round_)
+    expected = moment_of(guest)
+    run = Run(place, guest, what="bitmap", state=State.READING, phase="done")
+    assert run.wait_reached(), run.output
+    change(guest, round_ + 3)
+    assert run.go_on() == 0, run.output
+    assert_pulled(store, expected)
+    assert_clean(guest, place)
+    anchor = store.anchor()
+    assert anchor is not None
+    assert bitmaps_of(guest) == {anchor.checkpoint}
+
+
+def test_bitmap_backups(bare_qemu: MakeBare, repo: Repo, tmp_path: Path) -> None:
+    """Through the command: a first one is read whole, the next reads what changed; a restart keeps that."""
+    guest = bare_qemu(*TWO)
+    options = ("--overlay-dir", str(repo.place.overlays))
+    chain = []
+    for round_ in range(3):
+        change(guest, round_)
+        expected = moment_of(guest)
+        result = repo.backup(guest, *options)  # auto comes to bitmap, as for libvirt's guests
+        assert [disk["method"] for disk in result["disks"]] == ["bitmap", "bitmap"]
+        chain.append((result["snapshot"], expected))
+        assert_clean(guest, repo.place)
+        if round_:
+            assert result["disks"][0]["note"] == ""
+            assert result["disks"][0]["read_bytes"] < 2 * MIB
+        if round_ == 1:
+            guest.quit()
+            guest.start()
+    for snapshot, expected in chain:
+        repo.assert_restores(snapshot, expected, tmp_path)
+    shown = repo.json("show", chain[-1][0])
+    assert shown["guest"] == guest.name
+    assert "no libvirt" in repo.call("show", chain[-1][0]).stdout
+
+
+def test_writes_while_a_bitmap_point_is_read(
+    bare_qemu: MakeBare, place: Place, store: PullStore
+) -> None:
+    guest = bare_qemu(*TWO)
+    for round_ in range(3):
+        pull(guest, place, store, round_)
+    guest.kill()  # what the bitmap knows is lost with QEMU
+    guest.start()
+    pull(guest, place, store, 3)
+
+
+PULL_STEPS = ((State.BEGINNING, "intent"), (State.BEGINNING, "done"), (State.READING, "done"),
+              (State.RELEASED, "intent"), (State.ENDING, "intent"), (State.FORGETTING, "intent"))
+
+
+@pytest.mark.parametrize("victim", [Victim.TOOL, Victim.QEMU], ids=lambda victim: victim.value)
+def test_killed_by_bitmap(
+    bare_qemu: MakeBare, place: Place, store: PullStore, victim: Victim
+) -> None:
+    """Whoever dies wherever in the job: nothing is left of it, and the next point is right."""
+    guest = bare_qemu(*TWO)
+    pull(guest, place, store, 0)
+    for round_, (state, phase) in enumerate(PULL_STEPS):
+        change(guest, round_)
+        run = Run(place, guest, what="bitmap", state=state, phase=phase)
+        assert run.wait_reached(), run.output
+        guest.write("vda", 20 * MIB + round_ * 65536, 65536, 0xE0 + round_)
+        guest.flush()
+        if victim is Victim.TOOL:
+            run.kill()
+            done = recover(place, guest)
+            assert done.returncode == 0, done.stdout + done.stderr
+        else:
+            guest.kill()
+            run.go_on()
+            guest.start()
+        assert not Journal(place.state_dir, SystemClock()).open_runs()
+        assert_clean(guest, place)
+    pull(guest, place, store, 2)
+
+
+
+def test_the_guest_shuts_down_while_it_is_read(
+    bare_qemu: MakeBare, place: Place, store: PullStore
+) -> None:
+    guest = bare_qemu(*TWO)
+    pull(guest, place, store, 0)
+    run = Run(place, guest, what="bitmap", state=State.READING, phase="done")
+    assert run.wait_reached(), run.output
+    guest.quit()
+    assert run.go_on() == CopyFailed.exit_code, run.output
+    assert_clean(guest, place)
+    guest.start()
+    pull(guest, place, store, 1)
+
+
+# --- overlays, and somebody dies ---------------------------------------------------------------------
+
+
+STEPS = ((State.SNAPSHOT, "intent"), (State.SNAPSHOT, "done"), (State.COPYING, "done"),
+         (State.COMMITTING, "done"), (State.PIVOTING, "intent"), (State.PIVOTING, "done"),
+         (State.RESUMING, "intent"), (State.CLEANING, "intent"))
+
+
+def mirrored(guest: BareQemu, place: Place) -> dict[str, Path]:
+    return {target: place.mirror(guest) / f"{target}.img" for target in guest.disks}
+
+
+def assert_mirror(guest: BareQemu, place: Place) -> None:
+    """One more mirror, of a guest at rest, is what the guest holds."""
+    expected = moment_of(guest)
+    assert Run(place, guest).end() == 0
+    for target, moment in expected.items():
+        assert_equal_images(mirrored(guest, place)[target], moment)
+    assert_clean(guest, place)
+
+
+def test_the_tool_is_killed(bare_qemu: MakeBare, place: Place) -> None:
+    """At any step, in the pivot with the guest's CPUs stopped: recover brings it back, and no write is lost."""
+    guest = bare_qemu(*TWO)
+    for round_, (state, phase) in enumerate(STEPS):
+        change(guest, round_)
+        run = Run(place, guest, state=state, phase=phase)
+        assert run.wait_reached(), run.output
+        guest.write("vdb", 20 * MIB + round_ * 65536, 65536, 0xE0 + round_)
+        guest.flush()
+        run.kill()
+        done = recover(place, guest)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_clean(guest, place)
+    assert_mirror(guest, place)
+
+
+def test_qemu_is_killed(bare_qemu: MakeBare, place: Place) -> None:
+    """Before it is started again the run has written the overlays back, under QEMU's locks."""
+    guest = bare_qemu(*TWO)
+    for round_, (state, phase) in enumerate(STEPS):
+        change(guest, round_)
+        run = Run(place, guest, state=state, phase=phase)
+        assert run.wait_reached(), run.output
+        guest.write("vda", 20 * MIB + round_ * 65536, 65536, 0xE0 + round_)
+        guest.flush()
+        guest.kill()
+        run.go_on()
+        assert_clean(guest, place)
+        guest.start()
+        assert_clean(guest, place)
+    assert_mirror(guest, place)
+
+
+def test_both_are_killed(bare_qemu: MakeBare, place: Place) -> None:
+    guest = bare_qemu(*TWO)
+    for round_, (state, phase) in enumerate(STEPS[1:5]):
+        change(guest, round_)
+        run = Run(place, guest, state=state, phase=phase)
+        assert run.wait_reached(), run.output
+        guest.write("vda", 20 * MIB + round_ * 65536, 65536, 0xE0 + round_)
+        guest.flush()
+        run.kill()
+        guest.kill()
+        done = recover(place, guest)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_clean(guest, place)
+        guest.start()
+
+
+def test_qemu_is_started_on_its_base_before_anybody_recovered(bare_qemu: MakeBare, place: Place) -> None:
+    """Two histories: nothing is merged, a person is asked, and both files stay."""
+    guest = bare_qemu(*TWO)
+    run = Run(place, guest, state=State.COPYING, phase="done")
+    assert run.wait_reached(), run.output
+    guest.write("vda", 3 * MIB, 65536, 0xE1)
+    guest.flush()
+    run.kill()
+    guest.kill()
+    guest.start()
+    done = recover(place, guest)
+    assert done.returncode == NeedsAttention.exit_code, done.stdout
+    assert "overlay holds writes that the base lacks" in done.stdout
+    assert len(overlays_left(place)) == 2
+
+
+def test_recover_finds_a_bare_guest_without_being_told(bare_qemu: MakeBare, place: Place) -> None:
+    guest = bare_qemu(*TWO)
+    run = Run(place, guest, state=State.COPYING, phase="done")
+    assert run.wait_reached(), run.output
+    run.kill()
+    status = call(place, "status")
+    assert status.exit_code == NeedsAttention.exit_code
+    assert f"stillframe recover {guest.name}" in status.stdout
+    assert "the guest writes to the overlay" in call(place, "recover", "--dry-run", guest.name).stdout
+    assert call(place, "recover").exit_code == 0
+    assert_clean(guest, place)
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def call(place: Place, *words: str) -> Any:
+    """Call stillframe in this process."""
+    return CliRunner().invoke(
+        app, [*words, "--state-dir", str(place.state_dir)], env={"STILLFRAME_CONFIG": "/dev/null"},
+        catch_exceptions=False)
+
+
+def refused(place: Place, guest: BareQemu, *options: str) -> dict[str, Any]:
+    done = call(place, "mirror", named(guest), str(place.destination), "--json", "--min-free", "32M",
+                "--overlay-dir", str(place.overlays), *options)
+    body = json.loads(done.stdout)["guests"][0]
+    assert not body["ok"], body
+    error: dict[str, Any] = body["error"]
+    assert done.exit_code == error["exit_code"]
+    return error
+
+
+@pytest.mark.parametrize(("options", "code", "words"), [
+    (("--quiesce", "agent"), AgentSilent.code, "can't be reached without libvirt"),
+    (("--quiesce", "shutdown"), ShutdownImpossible.code, "gone after a shutdown"),
+    (("--method", "standing-overlay"), GuestUnfit.code, "in no definition that libvirt keeps"),
+    (("--method", "offline"), GuestUnfit.code, "reads guests that are shut off"),
+], ids=lambda value: value[-1] if isinstance(value, tuple) else "")
+def test_refused(
+    bare_qemu: MakeBare, place: Place, options: tuple[str, ...], code: str, words: str
+) -> None:
+    guest = bare_qemu(*TWO)
+    error = refused(place, guest, *options)
+    assert error["code"] == code
+    assert words in error["message"]
+    assert named(guest) in error["next_command"] or code == AgentSilent.code
+    assert_clean(guest, place)
+
+
+def test_a_monitor_that_somebody_else_holds(bare_qemu: MakeBare, place: Place) -> None:
+    guest = bare_qemu(*TWO)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as other:
+        other.connect(str(guest.socket))
+        assert other.recv(100)
+        error = refused(place, guest)
+    assert error["code"] == MonitorBusy.code
+    assert "another client holds the monitor" in error["message"]
+    assert "-qmp unix:" in error["next_command"]
+
+
+def test_a_socket_that_nobody_listens_at(bare_qemu: MakeBare, place: Place) -> None:
+    guest = bare_qemu(*TWO)
+    guest.socket.rename(guest.socket.with_suffix(".away"))
+    error = refused(place, guest)
+    assert "can't be reached there" in error["message"]  # QEMU runs, and is not taken for one that ended
+    guest.kill()
+    assert refused(place, guest)["code"] == GuestUnknown.code
+
+
+def test_doctor(bare_qemu: MakeBare, place: Place) -> None:
+    guest = bare_qemu(*TWO, DiskSpec("vdc", Kind.BLOCK, _SIZE_BYTES), options=(
+        "-drive", "if=none,id=cd", "-device", "ide-cd,drive=cd"))
+    done = call(place, "doctor", named(guest), "--overlay-dir", str(place.overlays))
+    assert done.exit_code == 0, done.stdout
+    assert "can be captured by the bitmap method" in done.stdout
+    assert "vdc: raw /dev/loop" in done.stdout
+    assert "cd: left out, it is a removable medium" in done.stdout
+    assert "libvirt" not in done.stdout.replace("without libvirt", "")

@@ -43,7 +43,15 @@ from stillframe.hypervisor.model import (
     QemuDisk,
     QemuView,
 )
-from stillframe.hypervisor.monitor import Qmp, block_jobs, block_nodes, delete_bitmap, drop_nodes, read_disk
+from stillframe.hypervisor.monitor import (
+    Qmp,
+    block_jobs,
+    block_nodes,
+    delete_bitmap,
+    drop_nodes,
+    job_of,
+    read_disk,
+)
 from stillframe.hypervisor.qmp import QmpLink
 from stillframe.process import owner_of
 
@@ -154,8 +162,10 @@ class BareGuest:
 
     def pivot(self, target: str) -> None:
         """See Guest. Returns when QEMU is on the base and has closed the overlay."""
-        step = partial(qemu_commit.finish, target=target, overlay_file=self._qemu_disk(target).files[0])
-        self._until_over(target, step)
+        overlay = self._qemu_disk(target).files[0]
+        if self._look(lambda qmp: job_of(qmp, OWN_COMMIT.format(target))) is None:
+            raise HypervisorError(f"No commit of stillframe runs on {target}.", 0)
+        self._until_over(target, partial(qemu_commit.finish, target=target, overlay_file=overlay))
 
     def abort_commit(self, target: str) -> None:
         """See Guest."""
