@@ -128,6 +128,8 @@ def _resume(domain: Guest, folder: Path, clock: Clock) -> bool:
         with contextlib.suppress(StillframeError):
             if domain.power() is not Power.PAUSED:
                 return False
+            # Who holds the domain needs the connection, where there can be only one.
+            domain.connection.release()
             journal = Journal(folder, clock)
             # A dying process closes the pipe a moment before its lock. Whoever else holds the
             # domain brings it back, the resume included.
@@ -136,7 +138,9 @@ def _resume(domain: Guest, folder: Path, clock: Clock) -> bool:
                 if not suspended:
                     return False
                 why = "the run died while the guest stood still"
-                if any(let_go_on(run, domain, journal, clock, why) for run in suspended):
+                resumed = any(let_go_on(run, domain, journal, clock, why) for run in suspended)
+                domain.connection.release()
+                if resumed:
                     return True
         clock.pause(1.0)
     return False

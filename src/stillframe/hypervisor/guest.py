@@ -30,6 +30,10 @@ class Link(Protocol):
         """Make the connection anew if it is broken."""
         ...
 
+    def release(self) -> None:
+        """Let others have it if it serves one at a time; it is made again when something is asked."""
+        ...
+
     def wait_change(self, timeout_s: float) -> None:
         """Return when something may have changed, at the latest after *timeout_s*."""
         ...

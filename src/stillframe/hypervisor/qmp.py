@@ -72,8 +72,8 @@ class QmpLink:
             self._open()
 
     def ensure(self) -> None:
-        """Make the connection anew if it is broken. A QEMU that ended is no error: a look will tell."""
-        with self._lock, contextlib.suppress(GuestUnknown):
+        """Make the connection anew if it is broken. Where that fails, the next look tells why."""
+        with self._lock, contextlib.suppress(GuestUnknown, HypervisorError, MonitorBusy):
             self._open()
 
     def wait_change(self, timeout_s: float) -> None:
@@ -85,8 +85,8 @@ class QmpLink:
         found = self.execute("query-version")["qemu"]
         return "", f"{found['major']}.{found['minor']}.{found['micro']}"
 
-    def close(self) -> None:
-        """End the connection; others can have the monitor then."""
+    def release(self) -> None:
+        """End the connection, so that others have the monitor; it is made again when something is asked."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -102,7 +102,7 @@ class QmpLink:
             self._send(json.dumps(request).encode() + b"\n")
             answer = self._answer(self._number, Deadline(self.clock, self._answer_s))
         except (OSError, ValueError) as error:
-            self.close()
+            self.release()
             raise ConnectionLost(f"The connection to QEMU was lost in {command}: {error}", 0) from error
         if "error" in answer:
             raise HypervisorError(f"QEMU said: {answer['error'].get('desc', answer['error'])}", 0)
@@ -152,7 +152,7 @@ class QmpLink:
                 raise ValueError("it does not greet as QMP does")
             self._ask("qmp_capabilities", {})
         except TimeoutError as error:
-            self.close()
+            self.release()
             raise MonitorBusy(
                 f"QEMU took the connection at {self.path} but does not greet: another client holds the "
                 "monitor (perhaps another stillframe), or QEMU hangs.",
@@ -160,7 +160,7 @@ class QmpLink:
                 "-qmp unix:/run/GUEST-stillframe.sock,server=on,wait=off",
             ) from error
         except (OSError, ValueError) as error:
-            self.close()
+            self.release()
             raise GuestUnknown(
                 f"What listens at {self.path} is no QMP monitor, or just ended: {error}",
                 self._advice()) from error
