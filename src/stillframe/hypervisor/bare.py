@@ -148,7 +148,10 @@ class BareGuest:
 
     def put_overlays_on(self, overlays: Mapping[str, str], others: tuple[str, ...]) -> None:  # noqa: ARG002
         """See Guest."""
-        self._act(lambda qmp: self._put_on(qmp, overlays))
+        try:
+            self._act(lambda qmp: self._put_on(qmp, overlays))
+        except OSError as error:
+            raise HypervisorError(f"An overlay can't be given to QEMU: {error}", 0) from error
 
     def start_commit(self, target: str, base_index: int, top_index: int) -> None:
         """See Guest."""
@@ -348,7 +351,7 @@ class BareGuest:
             qmp("transaction", {"actions": actions})
         except ConnectionLost:
             raise
-        except HypervisorError:
+        except (HypervisorError, OSError):
             drop_nodes(qmp, tuple(reversed(made)))
             raise
 

@@ -65,7 +65,7 @@ def guest_devices(devices: Sequence[Device], nodes: tuple[QemuNode, ...]) -> dic
                 f"Two disks of the guest go by the name {target!r}.",
                 "give each an ID of its own on QEMU's command line (-device …,id=NAME)")
         found[target] = device
-    return found
+    return dict(sorted(found.items()))  # QEMU lists those with a drive's ID first
 
 
 def _target(device: Device, nodes: tuple[QemuNode, ...]) -> str:

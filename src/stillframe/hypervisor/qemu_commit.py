@@ -10,6 +10,9 @@ from stillframe.errors import HypervisorError
 from stillframe.hypervisor.model import OWN_COMMIT
 from stillframe.hypervisor.monitor import Qmp, block_nodes, dismiss_concluded, drop_file, format_node, job_of
 
+#: A job in one of these ends by itself, and refuses to be told so.
+_ENDING = ("aborting", "waiting", "pending", "null")
+
 
 def start(qmp: Qmp, target: str, overlay_file: str, base_file: str) -> None:
     """Start committing *overlay_file*, which disk *target* uses, into *base_file*. Raises HypervisorError."""
@@ -44,7 +47,7 @@ def cancel(qmp: Qmp, job: str) -> None:
     found = job_of(qmp, job)
     if found is not None and found["status"] == "concluded":
         qmp("job-dismiss", {"id": job})
-    elif found is not None:
+    elif found is not None and found["status"] not in _ENDING:
         qmp("block-job-cancel", {"device": job, "force": True})
 
 
