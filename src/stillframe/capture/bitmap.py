@@ -55,6 +55,9 @@ from stillframe.process import owner_of
 #: What a scratch file's name ends in.
 SCRATCH_SUFFIX = ".stillframe-scratch.qcow2"
 _HASH_LETTERS = 12
+#: The kernel's limit for the name of a unix socket, and a folder that is always far from it.
+_SOCKET_NAME_BYTES = 107
+_SHORT_FOLDER = "/run"
 
 
 @contextlib.contextmanager
@@ -118,10 +121,10 @@ class _Run(Forward):
         plan, short = self._plan, hashlib.sha256(run_id.encode()).hexdigest()[:_HASH_LETTERS]
         files = tuple(disk.base_qemu_file for disk in plan.disks)
         folder = plan.domain.run_folder()
-        own = "" if folder else str(Path(plan.disks[0].overlay_path).parent / f".stillframe-{short}")
+        own = "" if folder else _socket_folder(Path(plan.disks[0].overlay_path).parent, short)
         found = PullRecord(
             checkpoint=checkpoint_prefix(self._destination) + run_id, older=(),
-            socket=f"{folder or own}/stillframe-{short}.socket", folder=own,
+            socket=_socket_in(folder or own, short), folder=own,
             scratch=tuple(_scratch_path(plan.domain.name, disk, short) for disk in plan.disks),
             qemu_files=files,
         )
@@ -227,7 +230,12 @@ class _Run(Forward):
         self._check_stop()
         pull = msgspec.structs.replace(pull_of(self.record), begun=True)
         self._enter(State.BEGINNING, pull=pull)
-        self._make_folder(pull.folder)
+        try:
+            self._make_folder(pull.folder)
+        except OSError as error:
+            raise SnapshotFailed(
+                f"The folder {pull.folder} for the job's socket could not be made: {error.strerror}",
+                self._plan.wishes.again(self.record.name, "--overlay-dir FOLDER")) from error
         said = self._begin()
         # A bitmap that was seen a moment ago may be gone or in the way: then by less, but never not at all.
         if said and any(choice.counts for choice in self._choices):
@@ -294,6 +302,17 @@ class _Run(Forward):
             raise SnapshotFailed(
                 f"No backup job of stillframe runs on {self.record.name} although one was asked for.",
                 self._domain.advice.jobs)
+
+
+def _socket_in(folder: Path | str, short: str) -> str:
+    return f"{folder}/stillframe-{short}.socket"
+
+
+def _socket_folder(beside: Path, short: str) -> str:
+    """Return the folder to make for the socket: by the scratch files, unless its name gets too long."""
+    near = str(beside / f".stillframe-{short}")
+    fits = len(os.fsencode(_socket_in(near, short))) <= _SOCKET_NAME_BYTES
+    return near if fits else f"{_SHORT_FOLDER}/.stillframe-{short}"
 
 
 def _scratch_path(name: str, disk: DiskRecord, short: str) -> str:

@@ -26,7 +26,7 @@ from stillframe.clock import Clock, Deadline
 from stillframe.errors import ConnectionLost, GuestUnknown, HypervisorError, MonitorBusy, NotPermitted
 from stillframe.hypervisor.advice import BARE, advice_for
 
-_GREETING_S = 5.0
+_GREETING_S = 3.0
 _ANSWER_S = 60.0
 #: A block graph of hundreds of nodes takes a few MiB.
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
