@@ -321,6 +321,24 @@ def test_qemu_is_started_on_its_base_before_anybody_recovered(bare_qemu: MakeBar
     assert len(overlays_left(place)) == 2
 
 
+@pytest.mark.slow
+def test_a_qemu_that_cannot_be_asked_is_not_taken_for_one_that_ended(
+    bare_qemu: MakeBare, place: Place
+) -> None:
+    guest = bare_qemu(*TWO)
+    run = Run(place, guest, state=State.COPYING, phase="done")
+    assert run.wait_reached(), run.output
+    run.kill()
+    away = guest.socket.rename(guest.socket.with_suffix(".away"))
+    done = recover(place, guest)
+    assert done.returncode == NeedsAttention.exit_code, done.stdout
+    assert "can't be reached there" in done.stdout
+    assert len(overlays_left(place)) == 2
+    away.rename(guest.socket)
+    assert recover(place, guest).returncode == 0
+    assert_clean(guest, place)
+
+
 def test_recover_finds_a_bare_guest_without_being_told(bare_qemu: MakeBare, place: Place) -> None:
     guest = bare_qemu(*TWO)
     run = Run(place, guest, state=State.COPYING, phase="done")

@@ -156,7 +156,11 @@ def _why_excluded(device: Device, chain: tuple[Source, ...]) -> tuple[str, bool]
 def _is_slice(image: Mapping[str, Any]) -> bool:
     name = str(image["filename"])
     options = json.loads(name.removeprefix("json:")) if name.startswith("json:") else {}
-    return options.get("driver") == "raw" and ("offset" in options or "size" in options)
+    while isinstance(options, dict):
+        if options.get("driver") == "raw" and ("offset" in options or "size" in options):
+            return True
+        options = options.get("file")
+    return False
 
 
 def _mirror(target: str, jobs: tuple[QemuJob, ...]) -> Mirror | None:
