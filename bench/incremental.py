@@ -208,11 +208,12 @@ def mirror(bench: Bench) -> Found:
     assert_equal_images(bench.guest.model("vda").path, image)
     drop_checkpoints(bench)
     shutil.rmtree(place)
-    return Found(full_s, seconds, disk["read_bytes"], disk["written_bytes"])
+    return Found(full_s, seconds, disk["data_bytes"], disk["written_bytes"])
 
 
 def virtnbdbackup(bench: Bench) -> Found:
     place = bench.fresh("virtnbdbackup")
+    place.chmod(0o777)  # QEMU makes the socket in it
     command = ["virtnbdbackup", "-U", URI, "-d", bench.guest.name, "-z", "-n", "-f", str(place / "nbd"),
                "-o", str(place / "backup")]
     full = timed([*command, "-l", "full"], {}, place)

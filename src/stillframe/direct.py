@@ -22,8 +22,12 @@ _CANNOT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def aligned_buffer(length_bytes: int) -> mmap.mmap:
-    """Return zeroed memory of its own that begins at a page."""
-    return mmap.mmap(-1, length_bytes)
+    """Return zeroed memory of its own that begins at a page, and can be made larger.
+
+    Private, since the kernel does not give shared memory more pages when it is: what lies behind kills with
+    SIGBUS whoever touches it.
+    """
+    return mmap.mmap(-1, length_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def open_direct(fd: int) -> int | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from stillframe.block.reader import Connection
+from stillframe.block.reader import Connection, OneByOne
 from stillframe.errors import CopyFailed
 from stillframe.extent import Extent, Kind, merged
 from stillframe.mirror.files import FileFacts
@@ -263,7 +263,7 @@ def _zero(content: bytearray, offset: int, length: int) -> None:
         content[offset:end] = bytes(end - offset)
 
 
-class MemoryDisk:
+class MemoryDisk(OneByOne):
     """A DiskReader over bytes; zero stretches are told as such or not, as *chance* has it."""
 
     def __init__(self, content: bytes, chance: random.Random | None = None) -> None:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stillframe.block.reader import Connection
+from stillframe.block.reader import Connection, OneByOne
 from stillframe.clock import SystemClock
 from stillframe.errors import StillframeError
 from stillframe.extent import Extent, Kind, merged
@@ -37,7 +37,7 @@ def small_repository(storage: Storage | None = None, parameters: Parameters = SM
         SystemClock(), costs=CHEAP, parameters=parameters)
 
 
-class SourceDisk:
+class SourceDisk(OneByOne):
     """A DiskReader over bytes. *holes* (offset, length) read as zero and must never be read."""
 
     def __init__(self, content: bytes | bytearray, holes: list[tuple[int, int, Kind]] | None = None) -> None:

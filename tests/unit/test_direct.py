@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,3 +70,14 @@ def test_what_goes_wrong_on_the_way_is_raised() -> None:
         with pytest.raises(OSError, match="No space left"):
             writer.finish()
         writer.close()
+
+
+def test_memory_that_grows_can_be_used_to_its_end() -> None:
+    # In a process of its own: memory that is not really there would end it by a signal.
+    code = ("from stillframe.direct import aligned_buffer\n"
+            "buffer = aligned_buffer(4096)\n"
+            "buffer[:4] = b'kept'\n"
+            "buffer.resize(1 << 20)\n"
+            "buffer[-3:] = b'end'\n"
+            "assert buffer[:4] == b'kept' and buffer[-3:] == b'end'\n")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -149,8 +149,9 @@ def _check_units(changes: Changes, touched: set[int], zero: set[int]) -> None:
                 cleared |= chunks
                 begin, end = each.start * 4, each.stop * 4
             else:
-                chunks = set(each.looked_at())
-                cleared |= {chunk for first, until in each.cleared for chunk in range(first, until)}
+                cleared_here = {chunk for first, until in each.cleared for chunk in range(first, until)}
+                chunks = set(each.read()) | cleared_here
+                cleared |= cleared_here
                 begin, end = each.first, each.first + each.count
                 assert begin % unit_chunks == 0
                 assert chunks

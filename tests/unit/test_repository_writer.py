@@ -146,6 +146,20 @@ def test_the_same_content_is_stored_once_whatever_the_shape(shape: tuple[int, in
     book.check()
 
 
+def test_a_pack_of_very_small_nodes_is_closed_before_its_end_is_as_large() -> None:
+    # A sparse disk has leaves of some hundred bytes; each costs as much again in the pack's footer.
+    book = Book(parameters=Parameters(id=new_sid(), created_at="", chunk_bytes=CHUNK, slot_chunks=1,
+                                      leaf_chunks=4, inner_nodes=64, pack_bytes=64 * KIB))
+    disk = SourceDisk(bytes(4 * 3000 * CHUNK))
+    for leaf in range(3000):
+        disk.content[4 * leaf * CHUNK : (4 * leaf + 1) * CHUNK] = noise(CHUNK, leaf % 7)
+    book.backup(disk)
+    book.check()
+    packs = [listed.size_bytes for listed in book.repository.storage.list("main/t/")]
+    assert len(packs) > 5
+    assert max(packs) < 64 * KIB + 2 * CHUNK
+
+
 def test_two_disks_of_a_run_share_what_is_equal() -> None:
     book = Book()
     content = noise(50 * CHUNK)

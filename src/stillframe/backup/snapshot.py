@@ -231,8 +231,9 @@ class SnapshotRun:
         old, since = parent.disk(disk.target), parent.since(disk.target)
         due = "" if old is None or since is None else why_due(
             self._clock, old.read_whole_at, self._plan.wishes.full_read_every_s)
+        # Whoever waits for this thread asks the capture for reasons to stop (a call to libvirt), and says so.
         written = writer.write(WatchedReader(reader, watch), old, since=None if due else since,
-                               stop=capture.stop, report=report)
+                               stop=watch.check, report=report)
         differs_at = written.mismatch_offset_bytes
         if differs_at is not None:
             self._found.append(

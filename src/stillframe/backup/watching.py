@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from stillframe.block.reader import Connection, DiskReader
+from stillframe.block.reader import Connection, DiskReader, Pieces
 from stillframe.capture.watched import Watch
 from stillframe.extent import Extent
 from stillframe.storage.model import Content, Listed, Stat, Storage
@@ -111,4 +111,10 @@ class _WatchedConnection:
         """See Connection."""
         with self._watch.reads_source():
             self._inner.pread_into(buffer, offset_bytes)
+        self._watch.tick()
+
+    def pread_pieces(self, pieces: Pieces) -> None:
+        """See Connection."""
+        with self._watch.reads_source():
+            self._inner.pread_pieces(pieces)
         self._watch.tick()

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from stillframe import process
@@ -47,12 +47,33 @@ _KEEP_BUFFERS = {
 }
 
 
+#: Buffers, and the offsets from which they are filled.
+Pieces = Sequence[tuple[memoryview, int]]
+
+
 class Connection(Protocol):
     """One stream of reads; for one thread at a time."""
 
     def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
         """Fill the whole *buffer* (at most 32 MiB) from *offset_bytes*. Raises CopyFailed."""
         ...
+
+    def pread_pieces(self, pieces: Pieces) -> None:
+        """Fill many buffers, each from its offset, all on their way together. Raises CopyFailed."""
+        ...
+
+
+class OneByOne:
+    """The part of a Connection that has no better way to read many pieces than one after the other."""
+
+    def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
+        """See Connection."""
+        raise NotImplementedError
+
+    def pread_pieces(self, pieces: Pieces) -> None:
+        """See Connection."""
+        for buffer, offset_bytes in pieces:
+            self.pread_into(buffer, offset_bytes)
 
 
 class DiskReader(Protocol):
@@ -264,7 +285,11 @@ class _Handle:
 
     def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
         assert len(buffer) <= _REQUEST_LIMIT_BYTES
-        self._try(f"reading {len(buffer)} bytes at {offset_bytes}", lambda: self._pread(buffer, offset_bytes))
+        self.pread_pieces([(buffer, offset_bytes)])
+
+    def pread_pieces(self, pieces: Pieces) -> None:
+        first, length = pieces[0][1], sum(len(buffer) for buffer, _ in pieces)
+        self._try(f"reading {length} bytes at {first}", lambda: self._pread(pieces))
 
     def block_status(self, offset: int, length: int, *, needed: bool = False) -> list[tuple[int, int]]:
         """Return (length, flags) pairs that begin at *offset*: at least one, of any total length.
@@ -295,13 +320,15 @@ class _Handle:
             self._handle.shutdown()
         self._handle = None  # this binding closes a handle when nothing refers to it any more
 
-    def _pread(self, buffer: memoryview, offset: int) -> None:
+    def _pread(self, pieces: Pieces) -> None:
         # The synchronous call would allocate its own buffer; these fill ours in place, several at a time.
-        step = max(_PIECE_BYTES, len(buffer) // _IN_FLIGHT)
-        waiting = [
-            self._handle.aio_pread(self._nbd.Buffer.from_buffer(buffer[at : at + step]), offset + at)
-            for at in range(0, len(buffer), step)
-        ]
+        waiting = []
+        for buffer, offset in pieces:
+            step = max(_PIECE_BYTES, len(buffer) // _IN_FLIGHT)
+            waiting += [
+                self._handle.aio_pread(self._nbd.Buffer.from_buffer(buffer[at : at + step]), offset + at)
+                for at in range(0, len(buffer), step)
+            ]
         failed = None
         while waiting:
             try:
@@ -328,7 +355,7 @@ class _Handle:
         return _read_failed(self._name, doing, why)
 
 
-class _RawFile:
+class _RawFile(OneByOne):
     """A raw image, read from its file. For several threads; the descriptor is not closed here."""
 
     def __init__(self, fd: int, name: str) -> None:

@@ -42,6 +42,10 @@ class Watch:
     def tick(self) -> None:
         """Say that something moved. Raises Cancelled when the work is no longer wanted."""
         self.moves += 1  # threads may lose each other's count; that it changes is enough
+        self.check()
+
+    def check(self) -> None:
+        """Raise Cancelled when the work is no longer wanted."""
         if self.cancelled.is_set():
             raise Cancelled
 

@@ -114,10 +114,10 @@ def _look(tree: Tree, changes: Changes, scanner: Scanner, chance: random.Random)
     unchanged = [(chunk, entry.id) for chunk, entry in enumerate(leaf.entries, first)
                  if entry is not None and chunk not in changes]
     taken = chance.sample(unchanged, min(_CHUNKS_OF_LEAF, len(unchanged)))
-    buffer = bytearray(tree.parameters.chunk_bytes)
+    batch = tuple(Unit(chunk, 1, ((chunk, chunk + 1),)) for chunk, _ in taken)
+    found = scanner.scan(batch, bytearray(len(taken) * tree.parameters.chunk_bytes)).ids
     different = tuple(
-        chunk for chunk, chunk_id in taken
-        if scanner.scan(Unit(chunk, 1, ((chunk, chunk + 1),)), buffer).ids != [chunk_id])
+        chunk for (chunk, chunk_id), now in zip(taken, found, strict=True) if now != chunk_id)
     return _Look(tuple(chunk for chunk, _ in taken), different)
 
 

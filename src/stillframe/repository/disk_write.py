@@ -23,12 +23,14 @@ from stillframe.repository.known import Pending
 from stillframe.repository.nodes import ChunkRef, Leaf
 from stillframe.repository.pack import SlotRef
 from stillframe.repository.pipeline import NewSlot
-from stillframe.repository.scan import Scanned, Scanner, Unit, data_runs, unit_chunks, units
+from stillframe.repository.scan import Batch, Scanned, Scanner, Unit, batches, data_runs, unit_chunks, units
 from stillframe.repository.stages import UNITS, Stages
 from stillframe.repository.tree import Tree, TreeBuilder
 
 #: So many leaves may wait for an unfilled slot; most of them are the parent's and take no room.
 WAITING_LEAVES = 4096
+#: A batch that fills a slot so far is not copied: changes seldom come in just as many chunks as fit.
+_FULL = 0.75
 
 Entry = ChunkRef | Pending | None
 
@@ -122,11 +124,27 @@ class _Cleared:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What comes back from a reading thread: the unit, and the parent's leaf if the unit begins a leaf."""
+    """What comes back from a reading thread: a batch, and for each of its units the parent's leaf there."""
 
     scanned: Scanned
-    old: Leaf | None
-    old_place: SlotRef | None
+    olds: Sequence[tuple[Leaf | None, SlotRef | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A chunk that the parent does not have: its number, and where it lies in the buffer of its batch."""
+
+    chunk: int
+    id: bytes
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What becomes of one unit: chunks that are the parent's or zero, and those that are asked for."""
+
+    entries: Sequence[tuple[int, ChunkRef | None]]
+    asked: Sequence[_Asked]
 
 
 class DiskWrite:
@@ -182,22 +200,22 @@ class DiskWrite:
             self._stages.slots.finish()
             raise
 
-    def _units(self) -> Iterator[Unit | range]:
+    def _units(self) -> Iterator[Batch | range]:
         unit = unit_chunks(self._parameters)
         if self._upon is not None:
-            return self._upon.changes.units(unit)
+            return batches(self._upon.changes.units(unit), unit)
         runs = data_runs(self._source.extents(), self._size_bytes, self._parameters.chunk_bytes)
-        return units(runs, self._parameters.chunks(self._size_bytes), unit)
+        return batches(units(runs, self._parameters.chunks(self._size_bytes), unit), unit)
 
-    def _job(self, scanner: Scanner, each: Unit | range) -> Callable[[], _Read | _Cleared]:
+    def _job(self, scanner: Scanner, each: Batch | range) -> Callable[[], _Read | _Cleared]:
         if isinstance(each, range):
             return partial(self._cleared, each)
         return partial(self._read, scanner, each, self._stages.buffer())
 
-    def _read(self, scanner: Scanner, unit: Unit, buffer: bytearray) -> _Read:
-        """Read a unit, and the parent's leaf behind its first one: all on a reading thread."""
-        scanned = scanner.scan(unit, buffer)
-        return _Read(scanned, *self._parents(unit.first // self._parameters.leaf_chunks))
+    def _read(self, scanner: Scanner, batch: Batch, buffer: bytearray) -> _Read:
+        """Read a batch, and the parent's leaves behind its units: all on a reading thread."""
+        scanned = scanner.scan(batch, buffer)
+        return _Read(scanned, [self._parents(unit.first // self._parameters.leaf_chunks) for unit in batch])
 
     def _parents(self, index: int) -> tuple[Leaf | None, SlotRef | None]:
         if self._parent is None:
@@ -240,25 +258,25 @@ class DiskWrite:
             self._clear(done)
             end = done.end * self._parameters.leaf_chunks
         else:
-            unit = done.scanned.unit
-            self._open(unit.first // self._parameters.leaf_chunks, done)
-            assert self._leaf is not None
-            self._decide(self._leaf, done.scanned)
+            self.read_bytes += done.scanned.read_bytes
+            self._put(done)
+            unit = done.scanned.units[-1]
             end = unit.first + unit.count
         self._flush()
         self._report(Progress(
             min(end * self._parameters.chunk_bytes, self._size_bytes),
             self._size_bytes, self.read_bytes, self._stages.stored_bytes - self._stored_before))
 
-    def _open(self, index: int, read: _Read) -> None:
+    def _open(self, index: int, old: Leaf | None, old_place: SlotRef | None) -> _OpenLeaf:
         if self._leaf is not None and self._leaf.index == index:
-            return
+            return self._leaf
         self._close_leaf()
         self._count_zeroed(index)
         entries: list[Entry] = [None] * self._parameters.leaf_chunks
-        if self._upon is not None and read.old is not None:
-            entries = list(read.old.entries)
-        self._leaf = _OpenLeaf(index, read.old, read.old_place, entries)
+        if self._upon is not None and old is not None:
+            entries = list(old.entries)
+        self._leaf = _OpenLeaf(index, old, old_place, entries)
+        return self._leaf
 
     def _clear(self, cleared: _Cleared) -> None:
         self._close_leaf()
@@ -267,58 +285,74 @@ class DiskWrite:
             self._changed_bytes += lost_bytes
             self._waiting.append(_DoneLeaf(index, -1))
 
-    def _decide(self, leaf: _OpenLeaf, scanned: Scanned) -> None:
-        """Set the leaf's entries for a unit: the parent's, known ones, or places in new slots."""
-        unit = scanned.unit
-        self.read_bytes += scanned.read_bytes
-        begin = unit.first % self._parameters.leaf_chunks
-        asked: list[tuple[int, bytes]] = []
-        for chunk in unit.looked_at():
-            place, chunk_id = chunk - unit.first + begin, scanned.ids[chunk - unit.first]
-            if chunk_id is None:
-                leaf.entries[place] = None
-                continue
-            old = None if leaf.old is None else leaf.old.entries[place]
-            if old is not None and old.id == chunk_id:
-                if self._known.may_reuse(old.place):
-                    leaf.entries[place] = old
-                    continue
-                if self._known.is_bad(old.place):
-                    self._known.hurt(chunk_id)
-            asked.append((place, chunk_id))
-        if asked:
-            self._store(leaf, scanned, asked, begin)
-        else:
-            self._stages.free(scanned.buffer)
-
-    def _store(
-        self, leaf: _OpenLeaf, scanned: Scanned, asked: Sequence[tuple[int, bytes]], begin: int
-    ) -> None:
-        known = self._known.find([chunk_id for _, chunk_id in asked])
-        whole = len({chunk_id for _, chunk_id in asked}) == self._parameters.slot_chunks and not known
-        if whole and len(asked) == scanned.unit.count == self._parameters.slot_chunks:
-            self._store_whole(leaf, scanned, begin)
-            return
-        chunk_bytes = self._parameters.chunk_bytes
+    def _put(self, read: _Read) -> None:
+        """Set the entries of the leaves of a batch: the parent's, known ones, or places in new slots."""
+        scanned, at = read.scanned, 0
+        decided = list[_Decided]()
+        for unit, (old, _) in zip(scanned.units, read.olds, strict=True):
+            decided.append(self._decide(unit, scanned.ids[at : at + unit.read_chunks], old, at))
+            at += unit.read_chunks
+        asked = [each for unit in decided for each in unit.asked]
+        known = self._known.find([each.id for each in asked]) if asked else {}
+        before = self.new_chunks
+        slot = self._whole_slot(scanned, asked, known)
         with memoryview(scanned.buffer) as view:
-            for place, chunk_id in asked:
-                found = known.get(chunk_id)
-                if found is None:
-                    at = (place - begin) * chunk_bytes
-                    found = known[chunk_id] = self._new_chunk(chunk_id, view[at : at + chunk_bytes])
-                else:
-                    self._known_chunks += 1
-                self._refer(leaf, place, found)
-        self._stages.free(scanned.buffer)
+            for unit, (old, old_place), found in zip(scanned.units, read.olds, decided, strict=True):
+                leaf = self._open(unit.first // self._parameters.leaf_chunks, old, old_place)
+                self._put_unit(leaf, found, known, view)
+        self._known_chunks += len(asked) - (self.new_chunks - before)
+        if slot is None:
+            self._stages.free(scanned.buffer)
+        else:
+            self._stages.slots.put(slot)
 
-    def _store_whole(self, leaf: _OpenLeaf, scanned: Scanned, begin: int) -> None:
-        """All chunks of the unit are new: it becomes a slot as it is, and nothing is copied."""
+    def _decide(self, unit: Unit, ids: Sequence[bytes | None], old: Leaf | None, at: int) -> _Decided:
+        """Find what of a unit the parent has, or is zero; its chunks lie in the buffer from number *at*."""
+        leaf_chunks = self._parameters.leaf_chunks
+        entries = [(chunk, None) for first, end in unit.cleared for chunk in range(first, end)]
+        kept = list[tuple[int, ChunkRef | None]](entries)
+        asked = list[_Asked]()
+        for number, (chunk, chunk_id) in enumerate(zip(unit.read(), ids, strict=True), at):
+            if chunk_id is None:
+                kept.append((chunk, None))
+                continue
+            before = None if old is None else old.entries[chunk % leaf_chunks]
+            if before is not None and before.id == chunk_id:
+                if self._known.may_reuse(before.place):
+                    kept.append((chunk, before))
+                    continue
+                if self._known.is_bad(before.place):
+                    self._known.hurt(chunk_id)
+            asked.append(_Asked(chunk, chunk_id, number))
+        return _Decided(kept, asked)
+
+    def _whole_slot(
+        self, scanned: Scanned, asked: Sequence[_Asked], known: dict[bytes, ChunkRef | Pending]
+    ) -> NewSlot | None:
+        """Make a batch a slot as it is, without copying, if all its chunks are new and nearly fill one."""
+        new, most = {each.id for each in asked}, self._parameters.slot_chunks
+        if known or not len(new) == len(asked) == len(scanned.ids) or not most * _FULL <= len(new) <= most:
+            return None
         self._close_slot()
         slot = self._stages.new_slot(scanned.buffer)
-        for position, chunk_id in enumerate(scanned.ids):
-            assert chunk_id is not None
-            self._refer(leaf, begin + position, self._add(slot, chunk_id))
-        self._stages.slots.put(slot)
+        for each in asked:
+            known[each.id] = self._add(slot, each.id)
+        return slot
+
+    def _put_unit(
+        self, leaf: _OpenLeaf, decided: _Decided, known: dict[bytes, ChunkRef | Pending], view: memoryview,
+    ) -> None:
+        leaf_chunks, chunk_bytes = self._parameters.leaf_chunks, self._parameters.chunk_bytes
+        for chunk, entry in decided.entries:
+            leaf.entries[chunk % leaf_chunks] = entry
+        for each in decided.asked:
+            found = known.get(each.id)
+            if found is None:
+                at = each.at * chunk_bytes
+                found = known[each.id] = self._new_chunk(each.id, view[at : at + chunk_bytes])
+            leaf.entries[each.chunk % leaf_chunks] = found
+            if isinstance(found, Pending):
+                leaf.needs = max(leaf.needs, found.slot.number)
 
     def _new_chunk(self, chunk_id: bytes, content: memoryview) -> Pending:
         if self._slot is None:
@@ -338,11 +372,6 @@ class DiskWrite:
         self.new_chunks += 1
         return pending
 
-    def _refer(self, leaf: _OpenLeaf, place: int, entry: ChunkRef | Pending) -> None:
-        leaf.entries[place] = entry
-        if isinstance(entry, Pending):
-            leaf.needs = max(leaf.needs, entry.slot.number)
-
     def _close_slot(self) -> None:
         if self._slot is not None:
             slot, self._slot = self._slot, None
@@ -355,10 +384,10 @@ class DiskWrite:
         old = leaf.old.entries if leaf.old is not None else (None,) * len(leaf.entries)
         if self._upon is not None:
             self._check_inherited(leaf.entries, old)
-        self._count(leaf, old)
         # Entries of the parent are the same objects: where all are, so is the leaf, and nothing is encoded.
-        same = all(new is before for new, before in zip(leaf.entries, old, strict=True))
-        if same and leaf.old_place is not None and self._known.may_reuse(leaf.old_place):
+        other = [place for place, new in enumerate(leaf.entries) if new is not old[place]]
+        self._count(leaf, old, other)
+        if not other and leaf.old_place is not None and self._known.may_reuse(leaf.old_place):
             self._waiting.append(_DoneLeaf(leaf.index, -1, place=leaf.old_place))
         else:
             self._waiting.append(_DoneLeaf(leaf.index, leaf.needs, leaf.entries))
@@ -372,17 +401,17 @@ class DiskWrite:
             if not self._known.may_reuse(place):
                 raise SlotDamaged(place, "it must not be referred to any more")
 
-    def _count(self, leaf: _OpenLeaf, old: Sequence[ChunkRef | None]) -> None:
+    def _count(self, leaf: _OpenLeaf, old: Sequence[ChunkRef | None], other: Sequence[int]) -> None:
+        """Count the entries that are not the parent's own (*other*), and in a whole read all."""
         first = leaf.index * self._parameters.leaf_chunks
-        for place, (new, before) in enumerate(zip(leaf.entries, old, strict=True), first):
-            if new is None and before is None:
-                continue
-            length = self._length(place)
-            if new is not None:
-                self._data_bytes += length
-            if before is not None and self._upon is not None:
-                self._data_bytes -= length
-            if new is not before and (new is None or before is None or new.id != before.id):
+        if self._upon is None:
+            self._data_bytes += sum(
+                self._length(first + place) for place, new in enumerate(leaf.entries) if new is not None)
+        for place in other:
+            new, before, length = leaf.entries[place], old[place], self._length(first + place)
+            if self._upon is not None:
+                self._data_bytes += length * ((new is not None) - (before is not None))
+            if new is None or before is None or new.id != before.id:
                 self._changed_bytes += length
 
     def _length(self, chunk: int) -> int:
@@ -405,7 +434,9 @@ class DiskWrite:
         while self._waiting and self._waiting[0].needs < self._stages.slots.count:
             leaf = self._waiting.popleft()
             if leaf.entries:
-                self._builder.put_leaf(leaf.index, [_settled(entry) for entry in leaf.entries], differs=True)
+                settled = [entry if entry is None or isinstance(entry, ChunkRef) else _placed(entry)
+                           for entry in leaf.entries]
+                self._builder.put_leaf(leaf.index, settled, differs=True)
             else:
                 self._builder.keep_leaf(leaf.index, leaf.place)
 
@@ -423,9 +454,7 @@ class DiskWrite:
             whole=self._upon is None)
 
 
-def _settled(entry: Entry) -> ChunkRef | None:
+def _placed(pending: Pending) -> ChunkRef:
     """Return the entry with its place, which its slot has by now."""
-    if not isinstance(entry, Pending):
-        return entry
-    assert entry.slot.place is not None
-    return ChunkRef(entry.id, entry.slot.place, entry.position)
+    assert pending.slot.place is not None
+    return ChunkRef(pending.id, pending.slot.place, pending.position)

@@ -137,8 +137,7 @@ class PackKind(enum.Enum):
     TREE = "t"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PackName:
+class PackName(msgspec.Struct, frozen=True, order=True, gc=False):
     """A pack's name: the session that wrote it, and its number there."""
 
     kind: str

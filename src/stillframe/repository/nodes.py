@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from stillframe.repository.crypto import ID_BYTES
 from stillframe.repository.layout import SID_BYTES, PackKind, PackName
@@ -35,8 +36,7 @@ _LEAF, _INNER = 0, 1
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRef:
+class ChunkRef(msgspec.Struct, frozen=True, gc=False):
     """Where one chunk is: *position* in the slot *place*."""
 
     id: bytes
@@ -44,15 +44,13 @@ class ChunkRef:
     position: int
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True, gc=False):
     """Consecutive chunks; None is a zero chunk."""
 
     entries: tuple[ChunkRef | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Inner:
+class Inner(msgspec.Struct, frozen=True, gc=False):
     """Consecutive nodes of the level below; None is all zero."""
 
     level: int

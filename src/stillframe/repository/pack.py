@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import msgspec
 from blake3 import blake3
 
 from stillframe.errors import ObjectTruncated, RepositoryDamaged
@@ -41,9 +41,11 @@ ROW_BYTES = _ROW.size
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRef:
-    """A reference to a slot: its birth, and where in the birth pack its bytes are."""
+class SlotRef(msgspec.Struct, frozen=True, gc=False):
+    """A reference to a slot: its birth, and where in the birth pack its bytes are.
+
+    A run makes these by the million, as it does with the other structs without garbage collection here.
+    """
 
     pack: PackName
     slot: int
@@ -51,8 +53,7 @@ class SlotRef:
     stored_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRow:
+class SlotRow(msgspec.Struct, frozen=True, gc=False):
     """What a pack's footer says of one slot. *birth* is not always the pack that holds it."""
 
     birth: PackName

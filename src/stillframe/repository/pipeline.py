@@ -18,7 +18,15 @@ from stillframe.repository.crypto import TAG_BYTES, DomainKey
 from stillframe.repository.jobs import InOrder
 from stillframe.repository.layout import PackKind, PackName
 from stillframe.repository.opened import Repository
-from stillframe.repository.pack import ROW_BYTES, SlotRef, SlotRow, end_of_pack, head_of_pack, stored_digest
+from stillframe.repository.pack import (
+    END_BYTES,
+    ROW_BYTES,
+    SlotRef,
+    SlotRow,
+    end_of_pack,
+    head_of_pack,
+    stored_digest,
+)
 
 #: Packs on their way to the storage, besides the one that grows: memory for three in all.
 UPLOADS = 2
@@ -44,8 +52,14 @@ class GrowingPack:
         self._key = key
         self.buffer = buffer
         self._rows: list[SlotRow] = []
+        #: Without the end, before that is written.
         self.size_bytes = 0
         self._put(head_of_pack(name))
+
+    @property
+    def finished_bytes(self) -> int:
+        """How large it would be with its end, which is half of a pack of very small nodes."""
+        return self.size_bytes + len(self._rows) * ROW_BYTES + END_BYTES
 
     def add(self, content: bytes, plain_bytes: int) -> SlotRef:
         """Seal *content* as the next slot."""
@@ -142,7 +156,7 @@ class PackSeries:
             self._packs += 1
         place = self._pack.add(content, plain_bytes)
         self.stored_bytes += place.stored_bytes + ROW_BYTES
-        if self._pack.size_bytes >= self._pack_bytes:
+        if self._pack.finished_bytes >= self._pack_bytes:
             self.close()
         return place
 

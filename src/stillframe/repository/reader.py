@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
-from stillframe.block.reader import Connection
+from stillframe.block.reader import Connection, OneByOne
 from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent, Kind, merged
 from stillframe.repository.fetch import Coming, SlotFetcher
@@ -183,7 +183,7 @@ class DiskView:
             at = until
 
 
-class _ViewConnection:
+class _ViewConnection(OneByOne):
     def __init__(self, view: DiskView) -> None:
         self._view = view
 

@@ -1,7 +1,8 @@
 """Reading a disk for a snapshot: which stretches, and the IDs of their chunks. What is zero is left out.
 
-The disk is cut into units of about a mebibyte that never cross a leaf's edge. A unit is read in one
-piece, tested for zeroes and hashed while it is in the processor's cache.
+The disk is cut into units of about a mebibyte that never cross a leaf's edge. As many units as have together
+no more chunks than one are read at a time, all on their way together, and tested for zeroes and hashed while
+they are in the processor's cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from stillframe.block.reader import Connection, DiskReader
+from stillframe.block.reader import Connection, DiskReader, OneByOne
 from stillframe.extent import Extent, Kind
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import Parameters
@@ -34,17 +35,29 @@ class Unit:
     runs: tuple[tuple[int, int], ...]
     cleared: tuple[tuple[int, int], ...] = ()
 
-    def looked_at(self) -> Iterator[int]:
-        """Yield the chunks of both."""
-        for first, end in (*self.runs, *self.cleared):
+    @property
+    def read_chunks(self) -> int:
+        """How many chunks are read."""
+        return sum(end - first for first, end in self.runs)
+
+    def read(self) -> Iterator[int]:
+        """Yield the chunks that are read, in order."""
+        for first, end in self.runs:
             yield from range(first, end)
+
+
+#: Units that are read together, in order.
+Batch = tuple[Unit, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """A unit that was read: its chunks lie back to back in *buffer*; None stands for a zero chunk."""
+    """A batch that was read: the chunks of its runs lie back to back in *buffer*, and their IDs in *ids*.
 
-    unit: Unit
+    None stands for a zero chunk.
+    """
+
+    units: Batch
     buffer: bytearray
     ids: list[bytes | None]
     read_bytes: int
@@ -88,6 +101,24 @@ def units(runs: Iterable[tuple[int, int]], chunks: int, unit: int) -> Iterator[U
         yield _unit(index * unit, chunks, unit, parts)
 
 
+def batches(each: Iterable[Unit | range], most_chunks: int) -> Iterator[Batch | range]:
+    """Yield units in batches of at most *most_chunks* chunks to read, and ranges of leaves as they are."""
+    batch, count = list[Unit](), 0
+    for unit in each:
+        # A unit of which nothing is read counts as well: a batch is no longer than that many units.
+        more = most_chunks if isinstance(unit, range) else max(1, unit.read_chunks)
+        if batch and (count + more > most_chunks or isinstance(unit, range)):
+            yield tuple(batch)
+            batch, count = [], 0
+        if isinstance(unit, range):
+            yield unit
+        else:
+            batch.append(unit)
+            count += more
+    if batch:
+        yield tuple(batch)
+
+
 def _unit(first: int, chunks: int, unit: int, runs: list[tuple[int, int]]) -> Unit:
     return Unit(first, min(unit, chunks - first), tuple(runs))
 
@@ -115,38 +146,41 @@ class Scanner:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def scan(self, unit: Unit, buffer: bytearray) -> Scanned:
-        """Read the unit into *buffer* and return its IDs. Raises CopyFailed."""
-        read = 0
+    def scan(self, batch: Batch, buffer: bytearray) -> Scanned:
+        """Read the batch into *buffer* and return its IDs. Raises CopyFailed."""
+        runs = [run for unit in batch for run in unit.runs]
+        chunks = sum(end - first for first, end in runs)
+        with memoryview(buffer) as view:
+            read = self._read(view, runs) if runs else 0
+            ids: list[bytes | None] = [None] * chunks
+            for place in range(chunks):
+                at = place * self._chunk_bytes
+                # Of all ways to compare this is the fastest, and it copies nothing (FACTS 11).
+                if not buffer.startswith(self._zeroes, at):
+                    ids[place] = self._key.chunk_id(view[at : at + self._chunk_bytes])
+        return Scanned(batch, buffer, ids, read)
+
+    def _read(self, view: memoryview, runs: Iterable[tuple[int, int]]) -> int:
+        pieces = list[tuple[memoryview, int]]()
+        at = read = 0
+        for first, end in runs:
+            offset, until = first * self._chunk_bytes, at + (end - first) * self._chunk_bytes
+            length = min(end * self._chunk_bytes, self._size_bytes) - offset
+            pieces.append((view[at : at + length], offset))
+            padding = until - at - length
+            if padding:
+                view[at + length : until] = self._zeroes[:padding]
+            read += length
+            at = until
         connection = self._free.get()
         try:
-            with memoryview(buffer) as view:
-                for first, end in unit.runs:
-                    read += self._read(connection, view, first - unit.first, first, end)
+            connection.pread_pieces(pieces)
         finally:
             self._free.put(connection)
-        ids: list[bytes | None] = [None] * unit.count
-        with memoryview(buffer) as view:
-            for first, end in unit.runs:
-                for place in range(first - unit.first, end - unit.first):
-                    at = place * self._chunk_bytes
-                    # Of all ways to compare this is the fastest, and it copies nothing (FACTS 11).
-                    if not buffer.startswith(self._zeroes, at):
-                        ids[place] = self._key.chunk_id(view[at : at + self._chunk_bytes])
-        return Scanned(unit, buffer, ids, read)
-
-    def _read(self, connection: Connection, view: memoryview, place: int, first: int, end: int) -> int:
-        offset = first * self._chunk_bytes
-        length = min(end * self._chunk_bytes, self._size_bytes) - offset
-        at = place * self._chunk_bytes
-        connection.pread_into(view[at : at + length], offset)
-        padding = (end - first) * self._chunk_bytes - length
-        if padding:
-            view[at + length : at + length + padding] = self._zeroes[:padding]
-        return length
+        return read
 
 
-class BytesSource:
+class BytesSource(OneByOne):
     """A DiskReader over bytes in memory, for small files."""
 
     def __init__(self, content: bytes) -> None:
