@@ -29,7 +29,7 @@ from stillframe.errors import (
     NeedsAttention,
     ShutdownImpossible,
 )
-from tests.fault.harness import Place, Run, named, overlays_left, recover
+from tests.fault.harness import Place, Run, Victim, named, overlays_left, recover
 from tests.integration.repositories import Repo, make_repo
 from tests.pull_store import PullStore
 
@@ -122,6 +122,23 @@ def stopped(
     return run
 
 
+def strike(run: Run, guest: BareQemu, place: Place, victims: set[Victim]) -> None:
+    """Kill *victims*; what survives, or `recover`, goes on to its end, and nothing of the run is left."""
+    if Victim.TOOL in victims:
+        run.kill()
+    if Victim.QEMU in victims:
+        guest.kill()
+    if Victim.TOOL in victims:
+        done = recover(place, guest)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        run.go_on()
+    assert not Journal(place.state_dir, SystemClock()).open_runs()
+    assert_clean(guest, place)
+    if not guest.running():
+        guest.start()
+
+
 # --- by bitmap ------------------------------------------------------------------------------------
 
 
@@ -196,38 +213,20 @@ PULL_STEPS = ((State.BEGINNING, "intent"), (State.BEGINNING, "done"), (State.REA
               (State.RELEASED, "intent"), (State.ENDING, "intent"))
 
 
-@pytest.mark.parametrize("steps", [
-    pytest.param(((State.READING, "done"), (State.FORGETTING, "intent")), id="two"),
-    pytest.param(PULL_STEPS, id="all", marks=pytest.mark.slow)])
-def test_the_tool_is_killed_by_bitmap(
-    bare_qemu: MakeBare, place: Place, store: PullStore, steps: Steps
+@pytest.mark.parametrize(("victims", "steps"), [
+    pytest.param({Victim.TOOL}, ((State.READING, "done"), (State.FORGETTING, "intent")), id="tool"),
+    pytest.param({Victim.QEMU}, PULL_STEPS[2:3], id="qemu"),
+    pytest.param({Victim.TOOL}, PULL_STEPS, id="tool-all", marks=pytest.mark.slow),
+    pytest.param({Victim.QEMU}, PULL_STEPS, id="qemu-all", marks=pytest.mark.slow),
+    pytest.param({Victim.TOOL, Victim.QEMU}, PULL_STEPS, id="both-all", marks=pytest.mark.slow)])
+def test_killed_by_bitmap(
+    bare_qemu: MakeBare, place: Place, store: PullStore, victims: set[Victim], steps: Steps
 ) -> None:
     """Wherever in the job: nothing is left of it, and the next point is right."""
     guest = bare_qemu(*TWO)
     pull(guest, place, store, 0)
     for round_, (state, phase) in enumerate(steps):
-        run = stopped(guest, place, round_, state, phase, what="bitmap")
-        run.kill()
-        done = recover(place, guest)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_clean(guest, place)
-    pull(guest, place, store, 2)
-
-
-@pytest.mark.parametrize("steps", [
-    pytest.param(PULL_STEPS[2:3], id="one"), pytest.param(PULL_STEPS, id="all", marks=pytest.mark.slow)])
-def test_qemu_is_killed_by_bitmap(
-    bare_qemu: MakeBare, place: Place, store: PullStore, steps: Steps
-) -> None:
-    guest = bare_qemu(*TWO)
-    pull(guest, place, store, 0)
-    for round_, (state, phase) in enumerate(steps):
-        run = stopped(guest, place, round_, state, phase, what="bitmap")
-        guest.kill()
-        run.go_on()
-        assert not Journal(place.state_dir, SystemClock()).open_runs()
-        guest.start()
-        assert_clean(guest, place)
+        strike(stopped(guest, place, round_, state, phase, what="bitmap"), guest, place, victims)
     pull(guest, place, store, 2)
 
 
@@ -250,8 +249,6 @@ def test_the_guest_shuts_down_while_it_is_read(
 
 STEPS = ((State.SNAPSHOT, "intent"), (State.COPYING, "done"), (State.COMMITTING, "done"),
          (State.PIVOTING, "intent"), (State.PIVOTING, "done"), (State.CLEANING, "intent"))
-quick_or_all = pytest.mark.parametrize("steps", [
-    pytest.param(STEPS[1:4], id="three"), pytest.param(STEPS, id="all", marks=pytest.mark.slow)])
 
 
 def mirrored(guest: BareQemu, place: Place) -> dict[str, Path]:
@@ -267,42 +264,24 @@ def assert_mirror(guest: BareQemu, place: Place) -> None:
     assert_clean(guest, place)
 
 
-@quick_or_all
-def test_the_tool_is_killed(bare_qemu: MakeBare, place: Place, steps: Steps) -> None:
-    """At any step, in the pivot with the CPUs stopped: recover brings the guest back, no write is lost."""
+@pytest.mark.parametrize(("victims", "steps"), [
+    pytest.param({Victim.TOOL}, STEPS[1:4], id="tool"),
+    pytest.param({Victim.QEMU}, STEPS[1:4], id="qemu"),
+    pytest.param({Victim.TOOL, Victim.QEMU}, STEPS[1:4:2], id="both"),
+    pytest.param({Victim.TOOL}, STEPS, id="tool-all", marks=pytest.mark.slow),
+    pytest.param({Victim.QEMU}, STEPS, id="qemu-all", marks=pytest.mark.slow),
+    pytest.param({Victim.TOOL, Victim.QEMU}, STEPS, id="both-all", marks=pytest.mark.slow)])
+def test_killed_while_overlaid(
+    bare_qemu: MakeBare, place: Place, victims: set[Victim], steps: Steps
+) -> None:
+    """At any step, in the pivot with the CPUs stopped: the guest is on its own images, no write is lost.
+
+    A QEMU that died finds them complete when it is started again: overlays were written back meanwhile.
+    """
     guest = bare_qemu(*TWO)
     for round_, (state, phase) in enumerate(steps):
-        run = stopped(guest, place, round_, state, phase)
-        run.kill()
-        done = recover(place, guest)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_clean(guest, place)
+        strike(stopped(guest, place, round_, state, phase), guest, place, victims)
     assert_mirror(guest, place)
-
-
-@quick_or_all
-def test_qemu_is_killed(bare_qemu: MakeBare, place: Place, steps: Steps) -> None:
-    """Before it is started again the run has written the overlays back, under QEMU's locks."""
-    guest = bare_qemu(*TWO)
-    for round_, (state, phase) in enumerate(steps):
-        run = stopped(guest, place, round_, state, phase)
-        guest.kill()
-        run.go_on()
-        assert_clean(guest, place)
-        guest.start()
-    assert_mirror(guest, place)
-
-
-def test_both_are_killed(bare_qemu: MakeBare, place: Place) -> None:
-    guest = bare_qemu(*TWO)
-    for round_, (state, phase) in enumerate(STEPS[1:4:2]):
-        run = stopped(guest, place, round_, state, phase)
-        run.kill()
-        guest.kill()
-        done = recover(place, guest)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_clean(guest, place)
-        guest.start()
 
 
 def test_qemu_is_started_on_its_base_before_anybody_recovered(bare_qemu: MakeBare, place: Place) -> None:
