@@ -261,6 +261,18 @@ def test_a_job_that_cannot_begin_leaves_nothing(subject: Subject) -> None:
     subject.end_job(good)
 
 
+def test_a_bitmap_that_has_the_name_already_is_left_alone(subject: Subject) -> None:
+    node = next(each["inserted"]["node-name"] for each in subject.lab.monitor.execute("query-block")
+                if each.get("inserted", {}).get("drv") == "qcow2")
+    subject.lab.monitor.execute("block-dirty-bitmap-add", node=node, name="point-1", persistent=True)
+    with pytest.raises(HypervisorError):
+        subject.guest.begin_backup(subject.job(1))
+    found = subject.lab.monitor.execute("query-named-block-nodes")
+    names = [each["name"] for one in found if one["node-name"] == node for each in one["dirty-bitmaps"]]
+    assert names == ["point-1"]
+    assert not subject.guest.backup_runs(subject.job(1).socket)
+
+
 def test_what_is_left_of_a_job_is_closed(subject: Subject) -> None:
     job = subject.job(1)
     subject.guest.begin_backup(job)

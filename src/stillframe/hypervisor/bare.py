@@ -341,6 +341,8 @@ class BareGuest:
         actions = []
         try:
             for target, path in overlays.items():
+                if "inserted" not in devices.get(target, {}):
+                    raise HypervisorError(f"QEMU has no disk {target}.", 0)
                 inserted = devices[target]["inserted"]
                 self._give_to_qemu(path)
                 for node in _overlay_nodes(path, inserted):
@@ -357,7 +359,11 @@ class BareGuest:
 
     def _make_file(self, path: str) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        self._give_to_qemu(path)
+        try:
+            self._give_to_qemu(path)
+        except OSError:
+            os.unlink(path)
+            raise
 
     def _give_to_qemu(self, path: str) -> None:
         owner = owner_of(self.connection.pid)

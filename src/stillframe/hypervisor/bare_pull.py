@@ -72,28 +72,38 @@ def begin(
     Raises HypervisorError, OSError.
     """
     prefix = _prefix(job.socket)
+    made: list[str] = []
+    taken = False
     parts = [
-        _Part(disk, disks[disk.target].node, sizes[disk.target], f"{prefix}{number}")
+        _Part(disk, _known(disks, disk.target).node, sizes[disk.target], f"{prefix}{number}")
         for number, disk in enumerate(job.disks)
     ]
     try:
         for part in parts:
-            _make_scratch(qmp, part, make_file, clock)
+            make_file(part.disk.scratch)
+            made.append(part.disk.scratch)
+            _make_scratch(qmp, part, clock)
         qmp("nbd-server-start", {"addr": {"type": "unix", "data": {"path": job.socket}}})
         qmp("transaction", {"actions": [action for part in parts for action in part.snapshot(job)]})
+        taken = True
         for part in parts:
             qmp("block-export-add", part.export())
     except (HypervisorError, OSError):
         end(qmp, clock, job.socket)
-        for part in parts:
+        for part in parts if taken else ():  # before that a bitmap of this name is somebody else's
             _remove_bitmap(qmp, part.source, job.checkpoint)
-            if os.path.exists(part.disk.scratch):
-                os.unlink(part.disk.scratch)
+        for path in made:  # and no file that was there before
+            os.unlink(path)
         raise
 
 
-def _make_scratch(qmp: Qmp, part: _Part, make_file: MakeFile, clock: Clock) -> None:
-    make_file(part.disk.scratch)
+def _known(disks: Mapping[str, QemuDisk], target: str) -> QemuDisk:
+    if target not in disks:
+        raise HypervisorError(f"QEMU has no disk {target}.", 0)
+    return disks[target]
+
+
+def _make_scratch(qmp: Qmp, part: _Part, clock: Clock) -> None:
     qmp("blockdev-add", {"driver": "file", "node-name": part.storage, "filename": part.disk.scratch})
     qmp("blockdev-create", {"job-id": part.name, "options": {
         "driver": "qcow2", "file": part.storage, "size": part.size_bytes}})
