@@ -31,6 +31,7 @@ class BareQemu(WrittenDisks):
     def __init__(
         self, folder: Path, name: str, disks: Sequence[DiskSpec] = (DiskSpec(),), *, uuid: str = "",
         attach: Sequence[Attach] = (Attach.NODE_AND_ID, Attach.DRIVE), options: Sequence[str] = (),
+        io_thread: bool = False,
     ) -> None:
         self.name = name
         self.folder = folder / name
@@ -44,6 +45,8 @@ class BareQemu(WrittenDisks):
         self._attach = {spec.target: attach[at % len(attach)] for at, spec in enumerate(disks)}
         self._uuid = uuid
         self._options = list(options)
+        self._driver = "virtio-blk-pci" + (",iothread=io" if io_thread else "")
+        self._options += ["-object", "iothread,id=io"] if io_thread else []
         self._process: subprocess.Popen[bytes] | None = None
         self._devices: dict[str, str] = {}
         self._reads = 0
@@ -61,7 +64,7 @@ class BareQemu(WrittenDisks):
                  "-qmp", f"unix:{self.monitor.path},server=on,wait=off",
                  "-qmp", f"unix:{self.socket},server=on,wait=off", *self._options]
         for target, disk in self.disks.items():
-            words += _attached(target, disk, self._attach[target])
+            words += _attached(target, disk, self._attach[target], self._driver)
         return words
 
     def start(self) -> None:
@@ -130,13 +133,13 @@ class BareQemu(WrittenDisks):
             self._process.wait(PATIENCE_S)
 
 
-def _attached(target: str, disk: Disk, how: Attach) -> list[str]:
-    device = "virtio-blk-pci,drive="
+def _attached(target: str, disk: Disk, how: Attach, driver: str) -> list[str]:
+    device = f"{driver},drive="
     if how is Attach.DRIVE:
         drive = f"file={disk.path},format={disk.image_format},if=none,id={target},discard=unmap"
         return ["-drive", drive, "-device", f"{device}{target}"]
     node = target if how is Attach.NODE else f"{target}-node"
-    driver = "host_device" if str(disk.path).startswith("/dev/") else "file"
-    words = ["-blockdev", f"driver={driver},node-name={node}-file,filename={disk.path},discard=unmap",
+    protocol = "host_device" if str(disk.path).startswith("/dev/") else "file"
+    words = ["-blockdev", f"driver={protocol},node-name={node}-file,filename={disk.path},discard=unmap",
              "-blockdev", f"driver={disk.image_format},node-name={node},file={node}-file,discard=unmap"]
     return [*words, "-device", f"{device}{node}" + (f",id={target}" if how is Attach.NODE_AND_ID else "")]

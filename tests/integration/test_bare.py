@@ -82,7 +82,7 @@ def assert_clean(guest: BareQemu, place: Place) -> None:
 
 def test_an_overlay_backup(bare_qemu: MakeBare, repo: Repo, tmp_path: Path) -> None:
     """Of disks that are given to QEMU in each way there is."""
-    guest = bare_qemu(*TWO, DiskSpec("vdc", Kind.RAW, _SIZE_BYTES), attach=tuple(Attach))
+    guest = bare_qemu(*TWO, DiskSpec("vdc", Kind.RAW, _SIZE_BYTES), attach=tuple(Attach), io_thread=True)
     change(guest, 0)
     expected = moment_of(guest)
     result = repo.backup(guest, "--method", "overlay", "--overlay-dir", str(repo.place.overlays))
@@ -176,7 +176,7 @@ def pull(guest: BareQemu, place: Place, store: PullStore, round_: int) -> None:
 
 def test_bitmap_backups(bare_qemu: MakeBare, repo: Repo, tmp_path: Path) -> None:
     """Through the command: a first one is read whole, the next reads what changed; a restart keeps that."""
-    guest = bare_qemu(*TWO)
+    guest = bare_qemu(*TWO, io_thread=True)
     options = ("--overlay-dir", str(repo.place.overlays))
     chain = []
     for round_ in range(3):
