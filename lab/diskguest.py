@@ -27,11 +27,13 @@ class DiskGuest(Guest, WrittenDisks):
     def __init__(
         self, daemons: LibvirtDaemons, folder: Path, name: str, disks: Sequence[DiskSpec] = (DiskSpec(),),
         *, devices: str = "", transient: bool = False, memory_mib: int = 32,
+        io_thread: bool = False,
     ) -> None:
         Guest.__init__(self, daemons, folder, name, transient=transient)
         WrittenDisks.__init__(self, _LOG_DIR / f"{name}.log")
         self._devices = devices
         self._memory_mib = memory_mib
+        self._io_thread = io_thread
         self._aliases: dict[str, str] = {}
         for spec in disks:
             self.disks[spec.target] = Disk(spec, self.folder, name)
@@ -39,9 +41,12 @@ class DiskGuest(Guest, WrittenDisks):
     def xml(self) -> str:
         """See Guest."""
         disks = "".join(disk.xml() for disk in self.disks.values())
+        if self._io_thread:
+            disks = disks.replace("<driver name='qemu'", "<driver name='qemu' iothread='1'")
         return (
             f"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
             f"<name>{self.name}</name><memory unit='MiB'>{self._memory_mib}</memory><vcpu>1</vcpu>"
+            f"{'<iothreads>1</iothreads>' if self._io_thread else ''}"
             f"<os><type arch='x86_64' machine='q35'>hvm</type></os>"
             f"<cpu mode='custom'><model>qemu64</model></cpu><on_crash>destroy</on_crash>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>"

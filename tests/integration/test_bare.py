@@ -81,11 +81,15 @@ def assert_clean(guest: BareQemu, place: Place) -> None:
 
 
 def test_an_overlay_backup(bare_qemu: MakeBare, repo: Repo, tmp_path: Path) -> None:
-    """Of disks that are given to QEMU in each way there is."""
+    """Of disks that are given to QEMU in each way there is, and of a guest that bitmaps would end."""
     guest = bare_qemu(*TWO, DiskSpec("vdc", Kind.RAW, _SIZE_BYTES), attach=tuple(Attach), io_thread=True)
     change(guest, 0)
     expected = moment_of(guest)
-    result = repo.backup(guest, "--method", "overlay", "--overlay-dir", str(repo.place.overlays))
+    error = repo.backup(
+        guest, "--method", "bitmap", "--overlay-dir", str(repo.place.overlays), code=GuestUnfit.exit_code)
+    assert "I/O threads" in error["error"]["message"]
+    result = repo.backup(guest, "--overlay-dir", str(repo.place.overlays))  # auto knows, too
+    assert [disk["method"] for disk in result["disks"]] == ["overlay"] * 3
     assert [disk["target"] for disk in result["disks"]] == ["vda", "vdb", "vdc"]
     assert_clean(guest, repo.place)
     repo.assert_restores(result["snapshot"], expected, tmp_path)
@@ -176,7 +180,7 @@ def pull(guest: BareQemu, place: Place, store: PullStore, round_: int) -> None:
 
 def test_bitmap_backups(bare_qemu: MakeBare, repo: Repo, tmp_path: Path) -> None:
     """Through the command: a first one is read whole, the next reads what changed; a restart keeps that."""
-    guest = bare_qemu(*TWO, io_thread=True)
+    guest = bare_qemu(*TWO)
     options = ("--overlay-dir", str(repo.place.overlays))
     chain = []
     for round_ in range(3):

@@ -88,8 +88,9 @@ def _refuse(plan: Plan) -> None:
         told = "; ".join(f"{disk.target}: {reasons[disk.target]}" for disk in plan.disks)
         raise GuestUnfit(f"No disk of {name} can be captured by bitmap ({told}).",
                          plan.wishes.again(name, "--method standing-overlay   # or --method overlay"))
-    if not plan.domain.has_backup_jobs():
-        raise GuestUnfit(f"The {plan.domain.advice.runner} of {name} has no backup jobs with bitmaps.",
+    problem = plan.domain.backup_problem()
+    if problem:
+        raise GuestUnfit(f"{name} can't be captured by bitmap: {problem}.",
                          plan.wishes.again(name, "--method standing-overlay   # or --method overlay"))
     if plan.quiesce is Quiesce.SHUTDOWN:
         raise ShutdownImpossible(

@@ -89,7 +89,7 @@ def method_of(plan: Plan) -> Method:
         return Method.STANDING_OVERLAY
     reasons = bitmap_reasons(plan.view)
     counted = any(not reasons.get(disk.target) for disk in plan.disks)
-    if not counted or plan.quiesce is Quiesce.SHUTDOWN or not plan.domain.has_backup_jobs():
+    if not counted or plan.quiesce is Quiesce.SHUTDOWN or plan.domain.backup_problem():
         return Method.OVERLAY
     return Method.BITMAP
 

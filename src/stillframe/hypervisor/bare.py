@@ -50,6 +50,8 @@ from stillframe.hypervisor.monitor import (
     delete_bitmap,
     drop_nodes,
     job_of,
+    nbd_problem,
+    qemu_major,
     read_disk,
 )
 from stillframe.hypervisor.qmp import QmpLink
@@ -229,13 +231,11 @@ class BareGuest:
 
     # --- backup jobs and checkpoints: a checkpoint is its bitmaps, and nothing else --------------------
 
-    def has_backup_jobs(self) -> bool:
+    def backup_problem(self) -> str:
         """See Guest."""
-        try:
-            version = self._look(lambda qmp: qmp("query-version", {}))
-        except (HypervisorError, GuestUnknown):
-            return False
-        return int(version["qemu"]["major"]) >= _MAJOR_WITH_BACKUP
+        if self._look(qemu_major) < _MAJOR_WITH_BACKUP:
+            return f"its QEMU is older than {_MAJOR_WITH_BACKUP}.0"
+        return self._look(nbd_problem)
 
     def has_job(self) -> bool:
         """See Guest."""

@@ -127,17 +127,18 @@ class Domain:
         """Return the virtual size of disk *target*."""
         return int(self._look(lambda domain: domain.blockInfo(target, 0)[0]))
 
-    def has_backup_jobs(self) -> bool:
-        """Return whether libvirt says that it has backup jobs and bitmaps for a domain like this one."""
+    def backup_problem(self) -> str:
+        """Return why there can be no backup job with bitmaps for the guest, "" if there can."""
 
         def ask(domain: libvirt.virDomain) -> bool:
             machine = machine_of(domain.XMLDesc(0))
             return tells_backup(domain.connect().getDomainCapabilities(*machine, 0))
 
         try:
-            return self._look(ask)
+            has_jobs = self._look(ask)
         except HypervisorError:
-            return False  # a libvirt that can't answer has none
+            has_jobs = False  # a libvirt that can't answer has none
+        return self.qmp(monitor.nbd_problem) if has_jobs else "its libvirt has no backup jobs with bitmaps"
 
     def snapshot_holders(self) -> tuple[str, ...]:
         """Return the names of libvirt snapshots that keep a disk on an external overlay."""

@@ -188,8 +188,8 @@ class Guest(Protocol):
 
     # --- backup jobs and checkpoints ----------------------------------------------------------
 
-    def has_backup_jobs(self) -> bool:
-        """Return whether there are backup jobs with bitmaps for a guest like this one."""
+    def backup_problem(self) -> str:
+        """Return why there can be no backup job with bitmaps for the guest, "" if there can."""
         ...
 
     def has_job(self) -> bool:

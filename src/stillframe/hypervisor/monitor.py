@@ -15,6 +15,7 @@ import libvirt_qemu
 from stillframe.errors import HypervisorError
 from stillframe.hypervisor.model import QemuBitmap, QemuDisk, QemuJob, QemuNode, QemuView
 
+_MAJOR_WITH_SAFE_NBD = 9
 #: Runs one QMP command and returns what is under "return".
 Qmp = Callable[[str, Mapping[str, Any]], Any]
 
@@ -98,6 +99,24 @@ def delete_bitmap(qmp: Qmp, files: Container[str], name: str) -> None:
     for node in block_nodes(qmp):
         if node.file in files and any(bitmap.name == name for bitmap in node.bitmaps):
             qmp("block-dirty-bitmap-remove", {"node": node.name, "name": name})
+
+
+def qemu_major(qmp: Qmp) -> int:
+    """Return the first number of the version of the QEMU that runs."""
+    return int(qmp("query-version", {})["qemu"]["major"])
+
+
+def nbd_problem(qmp: Qmp) -> str:
+    """Return why QEMU may not serve the guest's disks by NBD, "" if it may.
+
+    Older ones end a client of an export in the disk's own I/O thread, where a failed assertion ends QEMU, and
+    so the guest. Measured with 7.2, by libvirt's backup jobs as well as by QMP; that 9.0 is the first one
+    without is from its sources.
+    """
+    if qemu_major(qmp) >= _MAJOR_WITH_SAFE_NBD or not qmp("query-iothreads", {}):
+        return ""
+    return (f"the guest has I/O threads, and a QEMU before {_MAJOR_WITH_SAFE_NBD}.0 crashes when a disk with "
+            "one was read by NBD")
 
 
 def close_exports(qmp: Qmp, nodes: tuple[str, ...], *, server: bool) -> None:
