@@ -83,7 +83,7 @@ class Bench:
             data = self.chance.randbytes(PIECE)
             source.write_bytes(data)
             self.guest.monitor.human(
-                f'qemu-io -d {self.guest._device("vda")} "write -q -s {source} {place} {PIECE}"')
+                f'qemu-io -d {self.guest.device("vda")} "write -q -s {source} {place} {PIECE}"')
             self.guest.model("vda").write(place, data)
         self.guest.flush()
         return chosen

@@ -6,31 +6,19 @@ is applied to the disk and then, once QEMU reported it done, to the model.
 
 from __future__ import annotations
 
-import contextlib
-import re
-import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lab.daemons import LibvirtDaemons
 from lab.disks import Disk, DiskSpec
 from lab.guest import Guest
-from lab.images import Model
-from lab.waiting import PATIENCE_S, wait_for
+from lab.written import WrittenDisks
 
 _LOG_DIR = Path("/var/log/libvirt/qemu")
-_DONE = re.compile(r"^(wrote|discard|read) (\d+)/\d+ bytes at offset \d+\n", re.MULTILINE)
-_FAILED = re.compile(r"^.*(failed|not found|invalid|cannot|must be|non-numeric).*\n",
-                     re.MULTILINE | re.IGNORECASE)
-_MISMATCH = "Pattern verification failed"
 
 
-class WriteFailed(AssertionError):
-    """QEMU did not carry out a write that the test made for the guest; the model is as before."""
-
-
-class DiskGuest(Guest):
+class DiskGuest(Guest, WrittenDisks):
     """A domain of 32 MiB whose disks are written to by `write`, `write_zeroes` and `discard`.
 
     `devices` is XML put among the devices as it is (a cdrom, a transient disk).
@@ -39,21 +27,26 @@ class DiskGuest(Guest):
     def __init__(
         self, daemons: LibvirtDaemons, folder: Path, name: str, disks: Sequence[DiskSpec] = (DiskSpec(),),
         *, devices: str = "", transient: bool = False, memory_mib: int = 32,
+        io_thread: bool = False,
     ) -> None:
-        super().__init__(daemons, folder, name, transient=transient)
+        Guest.__init__(self, daemons, folder, name, transient=transient)
+        WrittenDisks.__init__(self, _LOG_DIR / f"{name}.log")
         self._devices = devices
         self._memory_mib = memory_mib
+        self._io_thread = io_thread
         self._aliases: dict[str, str] = {}
-        self._writing = threading.RLock()
         for spec in disks:
             self.disks[spec.target] = Disk(spec, self.folder, name)
 
     def xml(self) -> str:
         """See Guest."""
         disks = "".join(disk.xml() for disk in self.disks.values())
+        if self._io_thread:
+            disks = disks.replace("<driver name='qemu'", "<driver name='qemu' iothread='1'")
         return (
             f"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
             f"<name>{self.name}</name><memory unit='MiB'>{self._memory_mib}</memory><vcpu>1</vcpu>"
+            f"{'<iothreads>1</iothreads>' if self._io_thread else ''}"
             f"<os><type arch='x86_64' machine='q35'>hvm</type></os>"
             f"<cpu mode='custom'><model>qemu64</model></cpu><on_crash>destroy</on_crash>"
             f"<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>"
@@ -67,87 +60,8 @@ class DiskGuest(Guest):
         # Asked for now, because a write must be possible while libvirtd is dead or hangs.
         self._learn_aliases()
 
-    def model(self, target: str = "vda") -> Model:
-        """Return the model of what *target* holds."""
-        return self.disks[target].model
-
-    @contextlib.contextmanager
-    def still(self) -> Iterator[None]:
-        """Hold back every write of other threads for the length of the block."""
-        with self._writing:
-            yield
-
-    def write(self, target: str, offset: int, length: int, pattern: int) -> None:
-        """Write *length* times the byte *pattern* (1 to 255, or 0 as data). Raises WriteFailed."""
-        with self._writing:
-            self._do(target, f"write -P {pattern:#04x} {offset} {length}")
-            self.model(target).write(offset, bytes([pattern]) * length)
-
-    def write_bytes(self, target: str, offset: int, data: bytes) -> None:
-        """Write *data*, whole sectors of 512 bytes. Raises WriteFailed."""
-        with self._writing:
-            source = self.folder / "to-write"
-            source.write_bytes(data)
-            self._do(target, f"write -s {source} {offset} {len(data)}")
-            self.model(target).write(offset, data)
-
-    def write_zeroes(self, target: str, offset: int, length: int, *, unmap: bool = False) -> None:
-        """Write zeroes as a guest's WRITE ZEROES does, *unmap* allows to free them. Raises WriteFailed."""
-        with self._writing:
-            self._do(target, f"write -z {'-u ' if unmap else ''}{offset} {length}")
-            self.model(target).zero(offset, length)
-
-    def discard(self, target: str, offset: int, length: int) -> None:
-        """Discard whole clusters and check that they read as zero then. Raises WriteFailed."""
-        with self._writing:
-            self._do(target, f"discard {offset} {length}")
-            if not self.reads_as(target, offset, length, 0):
-                raise WriteFailed(f"{target}: discarded data does not read as zero (not whole clusters?)")
-            self.model(target).zero(offset, length)
-
-    def reads_as(self, target: str, offset: int, length: int, pattern: int) -> bool:
-        """Return whether the guest would read nothing but *pattern* there."""
-        with self._writing:
-            return _MISMATCH not in self._do(target, f"read -P {pattern:#04x} {offset} {length}")
-
-    def flush(self, target: str | None = None) -> None:
-        """Flush one disk, or all: before that a qcow2 image can't be read from outside."""
-        with self._writing:
-            for name in [target] if target else list(self.disks):
-                self._qemu_io(name, "flush")
-
-    def assert_disk_equals_model(self, target: str = "vda") -> None:
-        """Compare the disk with its model; a running guest is held still and flushed for it."""
-        with self._writing:
-            if self.running():
-                self.flush(target)
-            raw = self.read_disk(target)
-            self.model(target).assert_equal(raw)
-            raw.unlink()
-
-    def _do(self, target: str, command: str) -> str:
-        # qemu-io inside QEMU prints to QEMU's standard output, thus to its log, not to the monitor.
-        log = _LOG_DIR / f"{self.name}.log"
-        begin = log.stat().st_size
-        self._qemu_io(target, command)
-
-        def outcome() -> str:
-            with log.open("rb") as file:
-                file.seek(begin)
-                text = file.read().decode(errors="replace")
-            return text if _DONE.search(text) or _FAILED.search(text.replace(_MISMATCH, "")) else ""
-
-        text = wait_for(f"{target}: {command}", outcome, PATIENCE_S)
-        if not _DONE.search(text):
-            raise WriteFailed(f"{target}: {command}: {text.strip()}")
-        return text
-
-    def _qemu_io(self, target: str, command: str) -> None:
-        said = self.monitor.human(f'qemu-io -d {self._device(target)} "{command}"')
-        if said.strip():
-            raise WriteFailed(f"{target}: {command}: {said.strip()}")
-
-    def _device(self, target: str) -> str:
+    def device(self, target: str) -> str:
+        """See WrittenDisks."""
         if target not in self._aliases:
             self._learn_aliases()
         return self._aliases[target]

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from lab.enter import IMAGES_DIR, inside_lab
 
 if TYPE_CHECKING:
+    from lab.barequemu import BareQemu
     from lab.ceph import Ceph
     from lab.daemons import LibvirtDaemons
     from lab.dbguest import DbGuest
@@ -120,6 +121,27 @@ def disk_guest(daemons: LibvirtDaemons, images_dir: Path) -> Iterator[Callable[.
             guest = DiskGuest(daemons, images_dir, label, disks or (Spec(),), **options)
             cleanup.callback(guest.remove)
             guest.define()
+            if started:
+                guest.start()
+            return guest
+
+        yield make
+
+
+@pytest.fixture
+def bare_qemu(tmp_path: Path) -> Iterator[Callable[..., BareQemu]]:
+    """Make guests that QEMU runs without libvirt: ``bare_qemu(DiskSpec(...), ..., uuid="…")``. They run."""
+    if not inside_lab():
+        pytest.fail("This test needs the lab. Run `make test`.", pytrace=False)
+    from lab.barequemu import BareQemu
+    from lab.disks import DiskSpec as Spec
+
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    with contextlib.ExitStack() as cleanup:
+        def make(*disks: DiskSpec, name: str = "", started: bool = True, **options: Any) -> BareQemu:
+            guest = BareQemu(folder, name or f"bare-{next(_numbers)}", disks or (Spec(),), **options)
+            cleanup.callback(guest.remove)
             if started:
                 guest.start()
             return guest

@@ -23,7 +23,7 @@ from stillframe.capture.plan import Wishes, make_plan
 from stillframe.capture.run import Capture, StillDisk, Tools
 from stillframe.errors import StillframeError
 from stillframe.extent import Extent
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 
 _STEP_BYTES = 1 << 20
 
@@ -63,7 +63,7 @@ class PullStore:
         return msgspec.json.decode((point / "anchor.json").read_bytes(), type=Anchor)
 
     def take(
-        self, domain: Domain, tools: Tools, wishes: Wishes, *,
+        self, domain: Guest, tools: Tools, wishes: Wishes, *,
         during: Callable[[Capture], None] = lambda _capture: None,
         before_durable: Callable[[], None] = lambda: None,
     ) -> Taken:

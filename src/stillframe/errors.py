@@ -9,7 +9,7 @@
     │   ├── OverlayTaken, OverlayFolderNeeded, OverlaySpace
     │   ├── DestinationUnwritable, DestinationForeign, DestinationInsideGuest, DestinationSpace,
     │   │   DestinationBusy
-    │   ├── NoHypervisor, NotPermitted, ConfigInvalid, StateFolderUnusable
+    │   ├── NoHypervisor, MonitorBusy, NotPermitted, ConfigInvalid, StateFolderUnusable
     │   ├── ProgramMissing
     │   └── RepositoryRefused        a repository command did not begin
     │       ├── RepositoryUnknown, RepositoryExists, RepositoryNewer, RepositoryUnsafe
@@ -227,6 +227,14 @@ class NoHypervisor(Refused):
 
     code = "no-hypervisor"
     exit_code = 29
+    retry = True
+
+
+class MonitorBusy(Refused):
+    """Another client holds the QMP monitor of a QEMU without libvirt."""
+
+    code = "monitor-busy"
+    exit_code = 34
     retry = True
 
 

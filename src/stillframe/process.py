@@ -119,6 +119,17 @@ def start_mark(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot_id()}:{fields[19]}"
 
 
+def owner_of(pid: int) -> tuple[int, int] | None:
+    """Return the user and the group that process *pid* acts as, None if it is gone."""
+    # Not the owner of /proc/PID: that is root for a process that changed its user.
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:
+        return None
+    return int(lines["Uid"].split()[1]), int(lines["Gid"].split()[1])
+
+
 def process_space() -> str:
     """Return a text that is the same for processes that can see one another by number.
 

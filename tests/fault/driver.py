@@ -2,7 +2,7 @@
 
     python -m tests.fault.driver WHAT GUEST DEST STATE_DIR OVERLAY_DIR QUIESCE STATE PHASE LIMIT
 
-WHAT is mirror, backup, bitmap, recover, standing, standing-fail or settle.
+GUEST is a name, or qmp:SOCKET. WHAT is mirror, backup, bitmap, recover, standing, standing-fail or settle.
 For a backup, DEST is the repository, which PASSPHRASE opens; for bitmap, a PullStore. `standing` leaves the
 guest on overlays, and makes DEST/current the images of that moment; with `-fail`, the copy is given up. STATE
 and PHASE ("intent" or "done") say where; "-" runs through. `reached` is printed just before stopping. LIMIT
@@ -33,10 +33,14 @@ from stillframe.capture.run import Tools
 from stillframe.capture.standing import captured_by_standing_overlay, settle
 from stillframe.capture.states import Quiesce, State
 from stillframe.capture.stepping import Watcher
-from stillframe.clock import SystemClock
+from stillframe.clock import Clock, SystemClock
 from stillframe.errors import Interrupted, StillframeError
+from stillframe.hypervisor.advice import BARE, is_bare
+from stillframe.hypervisor.bare import find_bare
 from stillframe.hypervisor.connection import Connection
-from stillframe.hypervisor.domain import Domain, find_domain
+from stillframe.hypervisor.domain import find_domain
+from stillframe.hypervisor.guest import Guest
+from stillframe.hypervisor.qmp import QmpLink
 from stillframe.mirror.run import MirrorJob, mirror_guest
 from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.opened import Secret, open_repository
@@ -64,7 +68,14 @@ def stop_at(state: str, phase: str) -> Callable[[State, str], None]:
     return hook
 
 
-def back_up(domain: Domain, repository: Path, wishes: Wishes, tools: Tools) -> None:
+def find(guest: str, clock: Clock) -> Guest:
+    """Return the guest by its name, or by its QMP socket."""
+    if is_bare(guest):
+        return find_bare(QmpLink(guest.removeprefix(BARE), clock))
+    return find_domain(Connection("qemu:///system", clock), guest)
+
+
+def back_up(domain: Guest, repository: Path, wishes: Wishes, tools: Tools) -> None:
     """Back one guest up, and print the ID of the snapshot."""
     secret = Secret(SlotKind.PASSPHRASE, PASSPHRASE)
     job = BackupJob(
@@ -74,7 +85,7 @@ def back_up(domain: Domain, repository: Path, wishes: Wishes, tools: Tools) -> N
     print(f"snapshot {result.snapshot}", flush=True)
 
 
-def stand(domain: Domain, destination: Path, wishes: Wishes, tools: Tools, *, fail: bool) -> None:
+def stand(domain: Guest, destination: Path, wishes: Wishes, tools: Tools, *, fail: bool) -> None:
     """Capture the guest by standing overlays into images that are replaced all at once."""
     current = destination / "current"
     anchor = None
@@ -116,7 +127,7 @@ def main() -> int:
     say = Watcher(say=lambda text: print(f"# {text}", flush=True), commit=lambda _progress: None)
     tools = Tools(journal, clock, say)
     try:
-        domain = find_domain(Connection("qemu:///system", clock), guest)
+        domain = find(guest, clock)
         if what == "recover":
             with domain_lock(journal.folder, domain.uuid, domain.name, "recover", clock):
                 recover_domain(domain, tools, limits)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.barequemu import BareQemu
 from lab.daemons import LibvirtDaemons
 from lab.guest import Guest
 from lab.waiting import PATIENCE_S, wait_for
@@ -37,20 +38,25 @@ class Place:
     state_dir: Path
     overlays: Path
 
-    def mirror(self, guest: Guest) -> Path:
+    def mirror(self, guest: Guest | BareQemu) -> Path:
         """Return the mirror folder of *guest*."""
         return self.destination / guest.name
+
+
+def named(guest: Guest | BareQemu) -> str:
+    """Return what names *guest* to stillframe."""
+    return guest.address if isinstance(guest, BareQemu) else guest.name
 
 
 class Run:
     """A run in a process of its own, stopped at a step if one is given."""
 
     def __init__(
-        self, place: Place, guest: Guest, *, what: str = "mirror", quiesce: str = "none",
+        self, place: Place, guest: Guest | BareQemu, *, what: str = "mirror", quiesce: str = "none",
         state: State | None = None, phase: str = "-", overlay_limit_bytes: int = 0,
     ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault.driver", what, guest.name,
+            [sys.executable, "-m", "tests.fault.driver", what, named(guest),
              str(place.destination), str(place.state_dir), str(place.overlays), quiesce,
              state.value if state else "-", phase, str(overlay_limit_bytes)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,
@@ -105,10 +111,10 @@ def strike(victim: Victim, run: Run, guest: Guest, daemons: LibvirtDaemons) -> N
     run.go_on()
 
 
-def recover(place: Place, guest: Guest, *options: str) -> subprocess.CompletedProcess[str]:
+def recover(place: Place, guest: Guest | BareQemu, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `stillframe recover` on the guest and return what came of it."""
     return subprocess.run(
-        [sys.executable, "-m", "stillframe", "recover", guest.name, "--state-dir", str(place.state_dir),
+        [sys.executable, "-m", "stillframe", "recover", named(guest), "--state-dir", str(place.state_dir),
          "--json", *options],
         capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False, cwd=_ROOT,
         env={**os.environ},

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.diskguest import DiskGuest, WriteFailed
+from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB
+from lab.written import WriteFailed
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock

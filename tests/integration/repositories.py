@@ -14,6 +14,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from lab.barequemu import BareQemu
 from lab.guest import Guest
 from lab.images import assert_equal_images
 from stillframe.cli.main import app
@@ -23,7 +24,7 @@ from stillframe.repository.layout import Parameters
 from stillframe.repository.opened import Secret, init_repository
 from stillframe.storage.local import LocalStorage
 from tests.fault.driver import PASSPHRASE
-from tests.fault.harness import Place
+from tests.fault.harness import Place, named
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A slot that opens fast: what it costs to guess the passphrase is not what these tests are about.
@@ -70,10 +71,10 @@ class Repo:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def backup(self, guest: Guest, *options: str, code: int = 0) -> dict[str, Any]:
+    def backup(self, guest: Guest | BareQemu, *options: str, code: int = 0) -> dict[str, Any]:
         """Back a guest up and return what is said of it."""
-        found: dict[str, Any] = self.json(
-            "backup", guest.name, "--quiesce", "none", "--min-free", "32M", *options, code=code)["guests"][0]
+        words = ["backup", named(guest), "--quiesce", "none", "--min-free", "32M", *options]
+        found: dict[str, Any] = self.json(*words, code=code)["guests"][0]
         return found
 
     def assert_restores(self, snapshot: str, expected: dict[str, Path], to: Path) -> None:

@@ -15,10 +15,11 @@ import pytest
 from lab import enter
 from lab.daemons import LibvirtDaemons
 from lab.dbguest import DbGuest, check_image, check_images, make_file_system, needs_recovery, read_counter
-from lab.diskguest import DiskGuest, WriteFailed
+from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, ImagesDiffer, assert_equal_images, make_initial
 from lab.waiting import PATIENCE_S, wait_for
+from lab.written import WriteFailed
 from tests.kinds import disks, each
 
 _LAB = [sys.executable, "-m", "lab.enter", "--"]

@@ -14,16 +14,23 @@ from stillframe.block.image import file_place
 from stillframe.capture.bitmap_choice import bitmap_reasons, checkpoint_prefix, choose_disks, image_marks
 from stillframe.capture.journal import DiskRecord
 from stillframe.hypervisor.backup_xml import (
-    PulledDisk,
     checkpoint_xml,
     job_socket,
     pull_xml,
     read_about,
-    read_checkpoint,
+    read_checkpoint_xml,
     redefinition,
 )
 from stillframe.hypervisor.domain_xml import read_domain_xml
-from stillframe.hypervisor.model import DomainView, Power, QemuBitmap, QemuDisk, QemuNode, QemuView
+from stillframe.hypervisor.model import (
+    DomainView,
+    Power,
+    PulledDisk,
+    QemuBitmap,
+    QemuDisk,
+    QemuNode,
+    QemuView,
+)
 
 RUN = "20260101T000000000000-abcdefab"
 NAME = checkpoint_prefix("there") + RUN
@@ -141,13 +148,13 @@ def test_the_xml_of_a_job_names_a_mode_and_a_scratch_file_for_every_disk() -> No
 def test_a_checkpoint_is_read_back_and_defined_again_for_some_disks() -> None:
     text = checkpoint_xml("n", ["vda", "vdb"], ["vdc"], {"vda": "mark"})
     text = text.replace("<disks>", "<parent><name>p</name></parent><disks>")
-    found = read_checkpoint(text)
+    found = read_checkpoint_xml(text)
     assert found is not None
     assert (found.name, found.targets) == ("n", ("vda", "vdb"))
-    assert read_about(found.description) == {"vda": "mark"}
+    assert found.about == {"vda": "mark"}
     assert read_about("a person's own words") == {}
     again = redefinition(text, ["vda"], [])
-    assert read_checkpoint(again) is not None
+    assert read_checkpoint_xml(again) is not None
     assert "<parent>" not in again
     assert [disk.get("checkpoint") for disk in ET.fromstring(again).iter("disk")] == ["bitmap", "no", "no"]
     assert "<parent>" in redefinition(text, ["vda"], ["p"])

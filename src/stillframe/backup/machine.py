@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stillframe import __version__
 from stillframe.clock import Clock, utc_text
-from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.guest import Link
 from stillframe.repository.manifest import Versions
 from stillframe.units import MIB
 
@@ -67,14 +67,16 @@ def take_machine(live_xml: str, uuid: str, clock: Clock, tpm_folder: Path = TPM_
     return Machine(tuple(files), tuple(warnings))
 
 
-def versions_of(connection: Connection, live_xml: str) -> Versions:
+def versions_of(connection: Link, live_xml: str) -> Versions:
     """Return what runs the guest."""
-    kind = ET.fromstring(live_xml).find("./os/type")
+    kind = ET.fromstring(live_xml).find("./os/type") if live_xml else None
     libvirt, qemu = connection.versions()
     return Versions(libvirt, qemu, "" if kind is None else kind.get("machine", ""), __version__)
 
 
 def _paths(live_xml: str, tpm_folder: Path) -> Iterator[tuple[str, Path]]:
+    if not live_xml:
+        return  # without libvirt nothing tells where such files are
     domain = ET.fromstring(live_xml)
     nvram = domain.find("./os/nvram")
     if nvram is not None:

@@ -24,7 +24,7 @@ from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Stop, Tools
 from stillframe.capture.states import Consistency
 from stillframe.errors import GuestUnfit
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import ExcludedDisk
 from stillframe.repository.layout import SID_BYTES, SnapshotName
 from stillframe.repository.opened import Repository
@@ -77,7 +77,7 @@ class BackupJob:
     under; *hints_folder* is this host's own memory of what is stored.
     """
 
-    domain: Domain
+    domain: Guest
     open_repository: Callable[[], Repository]
     folder: Path | None
     host: str

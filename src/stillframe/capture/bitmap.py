@@ -48,14 +48,16 @@ from stillframe.errors import (
     SnapshotFailed,
     StillframeError,
 )
-from stillframe.hypervisor.backup_xml import PulledDisk, checkpoint_xml, job_socket, pull_xml, redefinition
 from stillframe.hypervisor.codes import TIMED_OUT
-from stillframe.hypervisor.domain import qemu_pid
-from stillframe.hypervisor.model import Power
+from stillframe.hypervisor.model import Power, PulledDisk, PullJob
+from stillframe.process import owner_of
 
 #: What a scratch file's name ends in.
 SCRATCH_SUFFIX = ".stillframe-scratch.qcow2"
 _HASH_LETTERS = 12
+#: The kernel's limit for the name of a unix socket, and a folder that is always far from it.
+_SOCKET_NAME_BYTES = 107
+_SHORT_FOLDER = "/run"
 
 
 @contextlib.contextmanager
@@ -86,8 +88,9 @@ def _refuse(plan: Plan) -> None:
         told = "; ".join(f"{disk.target}: {reasons[disk.target]}" for disk in plan.disks)
         raise GuestUnfit(f"No disk of {name} can be captured by bitmap ({told}).",
                          plan.wishes.again(name, "--method standing-overlay   # or --method overlay"))
-    if not plan.domain.has_backup_jobs():
-        raise GuestUnfit(f"The libvirt of {name} has no backup jobs with bitmaps.",
+    problem = plan.domain.backup_problem()
+    if problem:
+        raise GuestUnfit(f"{name} can't be captured by bitmap: {problem}.",
                          plan.wishes.again(name, "--method standing-overlay   # or --method overlay"))
     if plan.quiesce is Quiesce.SHUTDOWN:
         raise ShutdownImpossible(
@@ -107,6 +110,7 @@ class _Run(Forward):
         self._destination = destination
         self._earlier = earlier
         self._choices = choices
+        self._runner = plan.domain.advice.runner
         scratch = [_scratch_path(plan.domain.name, disk, "new") for disk in plan.disks]
         marks = plan_watermarks(scratch, plan.limits, "scratch files")  # refused before a run is begun
         super().__init__(plan, tools.journal, tools.clock, tools.watcher.say, destination, stop)
@@ -118,10 +122,10 @@ class _Run(Forward):
         plan, short = self._plan, hashlib.sha256(run_id.encode()).hexdigest()[:_HASH_LETTERS]
         files = tuple(disk.base_qemu_file for disk in plan.disks)
         folder = plan.domain.run_folder()
-        own = "" if folder else str(Path(plan.disks[0].overlay_path).parent / f".stillframe-{short}")
+        own = "" if folder else _socket_folder(Path(plan.disks[0].overlay_path).parent, short)
         found = PullRecord(
             checkpoint=checkpoint_prefix(self._destination) + run_id, older=(),
-            socket=f"{folder or own}/stillframe-{short}.socket", folder=own,
+            socket=_socket_in(folder or own, short), folder=own,
             scratch=tuple(_scratch_path(plan.domain.name, disk, short) for disk in plan.disks),
             qemu_files=files,
         )
@@ -170,11 +174,11 @@ class _Run(Forward):
             disk.target: disk.size_bytes
             for disk, choice in zip(self.record.disks, self._choices, strict=True) if choice.keeps
         }
-        name = pull_of(self.record).checkpoint
         if not sizes:
             return None
-        return Anchor(capture=self.record.id, sizes=sizes, checkpoint=name,
-                      checkpoint_xml=self._domain.checkpoint_xml(name))
+        job = self._job()
+        return Anchor(capture=self.record.id, sizes=sizes, checkpoint=job.checkpoint,
+                      checkpoint_xml=self._domain.checkpoint_text(job))
 
     def stop(self) -> StillframeError | None:
         """Return why the copy must end, None if it may go on."""
@@ -192,14 +196,14 @@ class _Run(Forward):
                 "run again with --overlay-dir on a larger file system")
         if power in (Power.OFF, Power.GONE):
             return CopyFailed(f"{self.record.name} was shut down during the copy, and its backup job ended.",
-                              f"virsh start {self.record.name}, then run again")
+                              f"{self._domain.advice.start}, then run again")
         return None
 
     def check_still(self) -> None:
         """Raise CopyFailed if the job is not there any more: what was read since may be anything."""
-        if job_socket(self._domain.backup_job()) != pull_of(self.record).socket:
+        if not self._domain.backup_runs(pull_of(self.record).socket):
             raise CopyFailed(f"The backup job of {self.record.name} ended during the copy.",
-                             f"virsh domstate {self.record.name}; then run again")
+                             f"{self._domain.advice.state}; then run again")
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -209,12 +213,11 @@ class _Run(Forward):
         counted = [choice.target for choice in self._choices if choice.counts]
         if earlier is None or not counted:
             return
-        known = self._domain.checkpoints()
-        if earlier.checkpoint in known:
+        if earlier.checkpoint in self._domain.checkpoints():
             return
         self._enter(State.REDEFINING, earlier.checkpoint)
         try:
-            self._domain.redefine_checkpoint(redefinition(earlier.checkpoint_xml, counted, known))
+            self._domain.redefine_checkpoint(earlier.checkpoint_xml, counted)
         except ConnectionLost:
             self._domain.connection.ensure()
         except HypervisorError as error:
@@ -228,31 +231,36 @@ class _Run(Forward):
         self._check_stop()
         pull = msgspec.structs.replace(pull_of(self.record), begun=True)
         self._enter(State.BEGINNING, pull=pull)
-        self._make_folder(pull.folder)
+        try:
+            self._make_folder(pull.folder)
+        except OSError as error:
+            raise SnapshotFailed(
+                f"The folder {pull.folder} for the job's socket could not be made: {error.strerror}",
+                self._plan.wishes.again(self.record.name, "--overlay-dir FOLDER")) from error
         said = self._begin()
         # A bitmap that was seen a moment ago may be gone or in the way: then by less, but never not at all.
         if said and any(choice.counts for choice in self._choices):
-            self._choices = without_checkpoint(self._choices, f"libvirt refused to count: {said}")
+            self._choices = without_checkpoint(self._choices, f"{self._runner} refused to count: {said}")
             self._rename()
             said = self._begin()
         if said and any(choice.keeps for choice in self._choices):
             self._choices = tuple(
                 DiskChoice(choice.target, keeps=False, counts=False,
-                           note=choice.note or f"libvirt refused a checkpoint: {said}")
+                           note=choice.note or f"{self._runner} refused a checkpoint: {said}")
                 for choice in self._choices)
             said = self._begin()
         if said:
             raise SnapshotFailed(
-                f"libvirt did not begin a backup job on {self.record.name}: {said}",
-                f"stillframe doctor {self.record.name}; tail /var/log/libvirt/qemu/{self.record.name}.log")
+                f"{self._runner} did not begin a backup job on {self.record.name}: {said}",
+                f"stillframe doctor {self._domain.advice.guest}; {self._domain.advice.log}")
         self._done(captured_at=utc_text(self._clock.now()))
 
     def _begin(self) -> str:
-        """Begin the job by the choices; return what libvirt said against it, "" if it began (or may have)."""
+        """Begin the job by the choices; return what was said against it, "" if it began (or may have)."""
         try:
-            self._domain.begin_backup(self._job_xml(), self._checkpoint_xml())
+            self._domain.begin_backup(self._job())
         except ConnectionLost:
-            # libvirt may have carried it out all the same: only a look tells.
+            # It may have been carried out all the same: only a look tells.
             self._domain.connection.ensure()
         except HypervisorError as error:
             self._refuse_other_job(error)
@@ -264,7 +272,7 @@ class _Run(Forward):
         if error.libvirt_code == TIMED_OUT or self._domain.has_job():
             raise GuestBusy(
                 f"Another job (a backup, a migration or a save) runs on {self.record.name}.",
-                f"virsh domjobinfo {self.record.name}   # wait for its end, then run again") from error
+                f"{self._domain.advice.jobs}   # wait for its end, then run again") from error
 
     def _rename(self) -> None:
         """Give the checkpoint a name that no bitmap has."""
@@ -272,37 +280,40 @@ class _Run(Forward):
         renamed = msgspec.structs.replace(pull, checkpoint=f"{pull.checkpoint}-2")
         self.record = self._journal.note(self.record, "once more, with nothing counted", pull=renamed)
 
-    def _job_xml(self) -> str:
+    def _job(self) -> PullJob:
         pull = pull_of(self.record)
         since = self._earlier.checkpoint if self._earlier else ""
-        return pull_xml(pull.socket, [
-            PulledDisk(choice.target, scratch, since if choice.counts else "")
-            for choice, scratch in zip(self._choices, pull.scratch, strict=True)
-        ], self._plan.others)
-
-    def _checkpoint_xml(self) -> str:
-        kept = [choice.target for choice in self._choices if choice.keeps]
-        if not kept:
-            return ""
-        others = [choice.target for choice in self._choices if not choice.keeps]
-        return checkpoint_xml(pull_of(self.record).checkpoint, kept, (*others, *self._plan.others),
-                              image_marks(self.record.disks))
+        disks = tuple(
+            PulledDisk(choice.target, scratch, since if choice.counts else "", keeps=choice.keeps)
+            for choice, scratch in zip(self._choices, pull.scratch, strict=True))
+        return PullJob(pull.socket, disks, self._plan.others, pull.checkpoint, image_marks(self.record.disks))
 
     def _make_folder(self, folder: str) -> None:
         if not folder:
             return
         os.mkdir(folder, 0o700)
-        pid = qemu_pid(self._domain.name)
-        if pid is not None and os.geteuid() == 0:
-            owner = os.stat(f"/proc/{pid}")
-            os.chown(folder, owner.st_uid, owner.st_gid)
+        pid = self._domain.qemu_pid()
+        owner = None if pid is None else owner_of(pid)
+        if owner is not None and os.geteuid() == 0:
+            os.chown(folder, *owner)
 
     def _verify_moment(self) -> None:
         """Look whether the job runs. Raises SnapshotFailed."""
-        if job_socket(self._domain.backup_job()) != pull_of(self.record).socket:
+        if not self._domain.backup_runs(pull_of(self.record).socket):
             raise SnapshotFailed(
-                f"No backup job of stillframe runs on {self.record.name} although libvirt was asked for one.",
-                f"virsh domjobinfo {self.record.name}; journalctl -u libvirtd")
+                f"No backup job of stillframe runs on {self.record.name} although one was asked for.",
+                self._domain.advice.jobs)
+
+
+def _socket_in(folder: Path | str, short: str) -> str:
+    return f"{folder}/stillframe-{short}.socket"
+
+
+def _socket_folder(beside: Path, short: str) -> str:
+    """Return the folder to make for the socket: by the scratch files, unless its name gets too long."""
+    near = str(beside / f".stillframe-{short}")
+    fits = len(os.fsencode(_socket_in(near, short))) <= _SOCKET_NAME_BYTES
+    return near if fits else f"{_SHORT_FOLDER}/.stillframe-{short}"
 
 
 def _scratch_path(name: str, disk: DiskRecord, short: str) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from stillframe.block.anchor import Anchor
 from stillframe.block.image import ImageKind, ImagePlace
 from stillframe.capture.journal import DiskRecord
-from stillframe.hypervisor.backup_xml import CheckpointXml, read_about, read_checkpoint
-from stillframe.hypervisor.model import DomainView
+from stillframe.hypervisor.checkpoint import read_checkpoint
+from stillframe.hypervisor.model import Checkpoint, DomainView
 
 _HASH_LETTERS = 10
 _VERSION_2 = "0.10"
@@ -100,10 +100,10 @@ def _why_whole(disk: DiskRecord, view: DomainView, destination: str, earlier: An
     return "" if bitmap.usable else f"its bitmap {name} does not record"
 
 
-def _replaced(disk: DiskRecord, made: CheckpointXml) -> bool:
+def _replaced(disk: DiskRecord, made: Checkpoint) -> bool:
     # All disks of a guest have bitmaps of the same name: two images that changed places would pass for one
     # another by name and size.
-    known = read_about(made.description).get(disk.target)
+    known = made.about.get(disk.target)
     return known != image_marks((disk,))[disk.target] or made.places.get(disk.target) != disk.base_key
 
 

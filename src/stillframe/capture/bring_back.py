@@ -18,7 +18,6 @@ from msgspec.structs import replace as replace_record
 
 from stillframe.block.image import overlay_place
 from stillframe.block.tools import commit_offline, compare, stand_on
-from stillframe.capture import in_qemu
 from stillframe.capture.decide import Action, Decision, Sight, Why, decide
 from stillframe.capture.explain import attention
 from stillframe.capture.guard import Guard, start_guard
@@ -39,8 +38,9 @@ from stillframe.errors import (
     ProgramTimedOut,
     StillframeError,
 )
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor import qemu_commit
 from stillframe.hypervisor.domain_xml import with_source
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import DomainView, Power
 
 _SETTLE_S = 8.0
@@ -57,7 +57,7 @@ class BringBack(Stepping):
     poll_s = 0.25
 
     def __init__(
-        self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
+        self, journal: Journal, domain: Guest, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
         super().__init__(journal, domain, clock, limits, watcher)
         self._compared: dict[str, bool] = {}
@@ -249,7 +249,7 @@ class BringBack(Stepping):
             if len(chain) < 2 or chain[0].place != known.overlay_path or chain[1].key != known.base_key:
                 raise NeedsAttention(
                     f"The chain of {target} is not stillframe's overlay on the recorded base any more.",
-                    f"virsh dumpxml {record.name}",
+                    self._domain.advice.definition,
                 )
             self._domain.start_commit(target, chain[1].index, chain[0].index)
         return self._journal.done(record)
@@ -298,20 +298,22 @@ class BringBack(Stepping):
         self._wait_drained(record, decision.targets, ready_to_pivot)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
         record = self._journal.enter(
-            record, State.PIVOTING, " ".join(decision.targets), disks=disks, qemu_mark=qemu_mark(record.name))
+            record, State.PIVOTING, " ".join(decision.targets), disks=disks,
+            qemu_mark=qemu_mark(self._domain))
         for target in decision.targets:
             self._domain.pivot(target)
         return self._journal.done(record)
 
     def _confirm_base(self, record: RunRecord, decision: Decision) -> RunRecord:
-        fsync_definition(self._domain.name)
+        fsync_definition(self._domain)
         disks = _with_phase(record, decision.targets, DiskPhase.ON_BASE)
         return self._journal.note(record, f"on base: {' '.join(decision.targets)}", disks=disks)
 
     def _resume(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._count(
             decision.action, f"{record.name} is paused again and again by I/O errors on its own images.",
-            f"df -h {_folders(record)}; free some space, then: virsh resume {record.name}; {again(record)}",
+            f"df -h {_folders(record)}; free some space, then: {self._domain.advice.resume}; "
+            f"{again(record)}",
         )
         return self._resume_now(record)
 
@@ -322,18 +324,21 @@ class BringBack(Stepping):
         record = self._journal.enter(record, State.COMMITTING, "in QEMU", disks=disks)
         for target in decision.targets:
             known = record.disk(target)
-            self._domain.qmp(partial(in_qemu.start, disk=known))
+            self._domain.qmp(partial(
+                qemu_commit.start, target=target, overlay_file=known.overlay_path,
+                base_file=known.base_qemu_file))
         return self._journal.done(record)
 
     def _finish_in_qemu(self, record: RunRecord, decision: Decision) -> RunRecord:
         self._wait_drained(record, decision.targets, drained)
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
         record = self._journal.enter(
-            record, State.PIVOTING, "in QEMU", disks=disks, qemu_mark=qemu_mark(record.name))
+            record, State.PIVOTING, "in QEMU", disks=disks, qemu_mark=qemu_mark(self._domain))
         for target in decision.targets:
-            known = record.disk(target)
+            step = partial(
+                qemu_commit.finish, target=target, overlay_file=record.disk(target).overlay_path)
             deadline = Deadline(self._clock, _CONVERGE_S)
-            while not self._domain.qmp(partial(in_qemu.finish, disk=known)):
+            while not self._domain.qmp(step):
                 if deadline.passed():
                     raise HypervisorError(f"QEMU's commit of {target} does not end.", 0)
                 self._clock.pause(self.poll_s / 10)
@@ -343,13 +348,13 @@ class BringBack(Stepping):
         for target in decision.targets:
             name = stray_job(self._domain.view(), record.disk(target))
             if name:
-                self._domain.qmp(partial(in_qemu.cancel, job=name))
+                self._domain.qmp(partial(qemu_commit.cancel, job=name))
         return self._journal.note(record, f"lost commits cancelled: {' '.join(decision.targets)}")
 
     def _drop_nodes(self, record: RunRecord, decision: Decision) -> RunRecord:
         for target in decision.targets:
-            known = record.disk(target)
-            self._domain.qmp(partial(in_qemu.drop_unused, disk=known))
+            self._domain.qmp(partial(
+                qemu_commit.close_unused, target=target, overlay_file=record.disk(target).overlay_path))
         return record
 
     def _compare(self, record: RunRecord, decision: Decision) -> RunRecord:
@@ -379,7 +384,7 @@ class BringBack(Stepping):
         # Both images read the same now; what is started from here on may write to either.
         disks = _with_phase(record, decision.targets, DiskPhase.PIVOTING)
         record = self._journal.enter(
-            record, State.PIVOTING, "in the definition", disks=disks, qemu_mark=qemu_mark(record.name))
+            record, State.PIVOTING, "in the definition", disks=disks, qemu_mark=qemu_mark(self._domain))
         text = view.inactive.text
         for target in decision.targets:
             text = with_source(text, target, record.disk(target).source())
@@ -388,7 +393,7 @@ class BringBack(Stepping):
 
     def _unlink(self, record: RunRecord, decision: Decision) -> RunRecord:
         record = self._journal.enter(record, State.CLEANING, " ".join(decision.targets))
-        fsync_definition(self._domain.name)
+        fsync_definition(self._domain)
         for target in decision.targets:
             path = Path(record.disk(target).overlay_path)
             path.unlink()

@@ -25,7 +25,7 @@ from stillframe.capture.run import Capture, StillDisk, Stop, Tools
 from stillframe.capture.standing import captured_by_standing_overlay
 from stillframe.capture.states import Quiesce
 from stillframe.errors import GuestUnfit
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import Power
 
 #: A method: (plan, tools, destination, stop, earlier) to a capture that is valid within the block.
@@ -33,7 +33,7 @@ Capturing = Callable[
     [Plan, Tools, str, Stop, Anchor | None], contextlib.AbstractContextManager[Capture]]
 
 
-def planned(domain: Domain, wishes: Wishes, tools: Tools) -> Plan:
+def planned(domain: Guest, wishes: Wishes, tools: Tools) -> Plan:
     """Return the plan for capturing *domain*, by a look at whether it runs and the method that is wished.
 
     Changes nothing. Raises a Refused error that names what is in the way, NeedsAttention.
@@ -89,7 +89,7 @@ def method_of(plan: Plan) -> Method:
         return Method.STANDING_OVERLAY
     reasons = bitmap_reasons(plan.view)
     counted = any(not reasons.get(disk.target) for disk in plan.disks)
-    if not counted or plan.quiesce is Quiesce.SHUTDOWN or not plan.domain.has_backup_jobs():
+    if not counted or plan.quiesce is Quiesce.SHUTDOWN or plan.domain.backup_problem():
         return Method.OVERLAY
     return Method.BITMAP
 

@@ -30,9 +30,9 @@ from stillframe.errors import (
     ProgramTimedOut,
     StillframeError,
 )
-from stillframe.hypervisor.backup_xml import job_socket
-from stillframe.hypervisor.domain import Domain
-from stillframe.hypervisor.monitor import close_exports, delete_bitmap
+from stillframe.hypervisor.advice import advice_for
+from stillframe.hypervisor.guest import Guest
+from stillframe.hypervisor.monitor import delete_bitmap
 
 _END_S = 30.0
 _SETTLE_S = 8.0
@@ -43,8 +43,8 @@ _NEXT = {
                     "systemctl start libvirtd; stillframe recover {name}",
     PullWhy.WEDGED: "systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
                     "systemctl start libvirtd; stillframe recover {name}   # the guest runs on meanwhile",
-    PullWhy.IO_ERROR: "df -h; free some space, then: virsh resume {name}; stillframe recover {name}",
-    PullWhy.FROZEN: "virsh domfsthaw {name}; stillframe recover {name}",
+    PullWhy.IO_ERROR: "df -h; free some space, then: {advice.resume}; stillframe recover {name}",
+    PullWhy.FROZEN: "{advice.thaw}; stillframe recover {name}",
 }
 
 
@@ -54,7 +54,7 @@ class EndPull(Stepping):
     stuck = GuestState.UNKNOWN
 
     def __init__(
-        self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
+        self, journal: Journal, domain: Guest, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
         super().__init__(journal, domain, clock, limits, watcher)
         self._waiting: Deadline | None = None
@@ -139,10 +139,10 @@ class EndPull(Stepping):
         socket = pull_of(record).socket
         record = self._journal.enter(record, State.ENDING)
         # abortJob ends whatever job runs: asked once more whether it is ours, right before.
-        if job_socket(self._domain.backup_job()) == socket:
+        if self._domain.backup_runs(socket):
             self._domain.abort_job()
         deadline = Deadline(self._clock, _END_S)
-        while job_socket(self._domain.backup_job()) == socket:
+        while self._domain.backup_runs(socket):
             if deadline.passed():
                 raise HypervisorError(f"The backup job of {record.name} does not end.", 0)
             self._domain.connection.wait_change(self.poll_s)
@@ -152,7 +152,7 @@ class EndPull(Stepping):
         pull = pull_of(record)
         record = self._journal.enter(record, State.ENDING, "in QEMU")
         nodes = scratch_nodes(pull, self._domain.view().qemu)
-        self._domain.qmp(lambda qmp: close_exports(qmp, nodes, server=os.path.exists(pull.socket)))
+        self._domain.close_backup(pull.socket, nodes)
         return self._journal.done(record)
 
     def _resume(self, record: RunRecord, _decision: PullDecision) -> RunRecord:
@@ -208,4 +208,5 @@ def _attention(record: RunRecord, decision: PullDecision) -> NeedsAttention:
         GuestState.UNKNOWN if unknown else GuestState.SAFE)
     return NeedsAttention(
         f"{record.name} needs a person: {decision.reason}.",
-        _NEXT.get(decision.why, "stillframe recover {name}").replace("{name}", record.name), guest)
+        _NEXT.get(decision.why, "stillframe recover {name}").format(
+            name=record.name, advice=advice_for(record.uri, record.name)), guest)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from stillframe.capture.decide import Decision, Why
 from stillframe.capture.journal import DiskRecord, RunRecord
 from stillframe.errors import GuestState, NeedsAttention
+from stillframe.hypervisor.advice import advice_for
 
 _REPAIR = (
     "systemctl stop 'libvirtd*.socket' libvirtd; stillframe recover --repair-status {name}; "
     "systemctl start libvirtd; stillframe recover {name}"
 )
 
-#: For each cause, the next command; {name} is the guest, {targets} its disks.
+#: For each cause, the next command; {name} is the guest, {advice}, {job} and {commit} come from advice.py.
 _NEXT = {
     Why.HIDDEN: f"{_REPAIR}   # or shut the guest down from inside, then: stillframe recover {{name}}",
     Why.LIVE_VIEW: f"{_REPAIR}   # the guest runs on meanwhile",
@@ -19,13 +20,13 @@ _NEXT = {
         "shut the guest down from inside and start it again, then: stillframe recover {name}"
         "   # nothing is lost; it runs well meanwhile"),
     Why.MANAGED_SAVE: "virsh start {name} && stillframe recover {name}   # brings the saved guest up first",
-    Why.FROZEN: "virsh domfsthaw {name}; stillframe recover {name}",
-    Why.FOREIGN_JOB: "virsh blockjob {name} {targets} --info   # when it is over: stillframe recover {name}",
+    Why.FROZEN: "{advice.thaw}; stillframe recover {name}",
+    Why.FOREIGN_JOB: "{job}   # when it is over: stillframe recover {name}",
     Why.FOREIGN_OVERLAY: (
-        "virsh blockcommit {name} {targets} --active --pivot --shallow; stillframe recover {name}"),
-    Why.IO_ERROR: "df -h; free some space, then: virsh resume {name}; stillframe recover {name}",
+        "{commit}; stillframe recover {name}"),
+    Why.IO_ERROR: "df -h; free some space, then: {advice.resume}; stillframe recover {name}",
     Why.UNCERTAIN: (
-        "virsh dumpxml {name}; virsh dumpxml --inactive {name}   # put the image right with virsh edit"),
+        "{advice.definition}   # put the image right: {advice.edit}"),
     Why.FILE_GONE: "find the file and put it back where it was, then: stillframe recover {name}",
     Why.STANDS: "stillframe settle {name}",
     Why.NAMED_ELSEWHERE: (
@@ -51,15 +52,18 @@ def _guest(decision: Decision) -> GuestState:
 
 
 def _next(record: RunRecord, decision: Decision) -> str:
+    advice = advice_for(record.uri, record.name)
     if decision.why in (Why.DIVERGED, Why.UNPLUGGED):
         disks = [record.disk(target) for target in decision.targets]
         return "\n".join([
             "shut the guest down, keep copies of base and overlay, then choose for each disk:",
             *(line for disk in disks for line in _choices(record, disk)),
-            f"  then: virsh edit {record.name} (name the image chosen), stillframe recover {record.name}",
+            f"  then: {advice.edit} (name the image chosen), stillframe recover {record.name}",
         ])
     text = _NEXT.get(decision.why, "stillframe recover {name}")
-    return text.replace("{name}", record.name).replace("{targets}", " ".join(decision.targets))
+    disk = " ".join(decision.targets)
+    return text.format(name=record.name, advice=advice, job=advice.disk_job_of(disk),
+                       commit=advice.commit_of(disk))
 
 
 def _choices(record: RunRecord, disk: DiskRecord) -> list[str]:

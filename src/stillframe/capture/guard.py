@@ -2,7 +2,8 @@
 
     python -m stillframe.capture.guard thaw|resume URI UUID NAME STATE_FOLDER RUN_ID DEADLINE_S
 
-It is started before the freeze (or the suspend) and says `ready` once it is connected. Its
+It is started before the freeze (or the suspend) and says `ready` once it is connected to libvirt. (A QEMU
+without libvirt serves one client at a time: there it connects when the run has let go.) Its
 standard input is a pipe from the run: the line `done` there means that the run has done it
 itself. End of file without it means that the run died. Then, or when DEADLINE_S seconds have
 passed, it thaws until the guest agent says thawed; or it resumes the guest where that loses
@@ -25,8 +26,8 @@ from stillframe.capture.lock import domain_lock
 from stillframe.capture.thaw import thaw_until_verified
 from stillframe.clock import Clock, Deadline, SystemClock
 from stillframe.errors import FreezeFailed, StillframeError
-from stillframe.hypervisor.connection import Connection
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
+from stillframe.hypervisor.guests import guest_at
 from stillframe.hypervisor.model import Power
 
 #: How long the guard goes on trying to thaw a guest whose agent does not answer.
@@ -58,7 +59,7 @@ class Guard:
 
 
 def start_guard(
-    duty: str, domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock
+    duty: str, domain: Guest, journal: Journal, run_id: str, deadline_s: float, clock: Clock
 ) -> Guard | None:
     """Start a guard with *duty* ("thaw" or "resume"); None if it could not be started."""
     try:
@@ -77,7 +78,7 @@ def start_guard(
 
 @contextlib.contextmanager
 def guarded(
-    domain: Domain, journal: Journal, run_id: str, deadline_s: float, clock: Clock
+    domain: Guest, journal: Journal, run_id: str, deadline_s: float, clock: Clock
 ) -> Iterator[Guard]:
     """Have a freeze guarded within the block. When it ends without dismiss(), the guard thaws.
 
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the guard; return 0 if the run did its duty itself, 3 if the guard did, 4 if nobody could."""
     duty, uri, uuid, name, folder, run_id, deadline_s = arguments
     clock = SystemClock()
-    domain = Domain(Connection(uri, clock), uuid, name)
+    domain = guest_at(uri, uuid, name, clock)
     print("ready", flush=True)  # noqa: T201 -- the run waits for this line on the pipe
     why = _wait_for_run(float(deadline_s))
     if not why:
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     return 3 if done else 4
 
 
-def _resume(domain: Domain, folder: Path, clock: Clock) -> bool:
+def _resume(domain: Guest, folder: Path, clock: Clock) -> bool:
     """Resume the guest as soon as that is safe and nobody else works on it; give up after an hour."""
     deadline = Deadline(clock, PERSISTENCE_S)
     while not deadline.passed():
@@ -127,6 +128,8 @@ def _resume(domain: Domain, folder: Path, clock: Clock) -> bool:
         with contextlib.suppress(StillframeError):
             if domain.power() is not Power.PAUSED:
                 return False
+            # Who holds the domain needs the connection, where there can be only one.
+            domain.connection.release()
             journal = Journal(folder, clock)
             # A dying process closes the pipe a moment before its lock. Whoever else holds the
             # domain brings it back, the resume included.
@@ -135,13 +138,15 @@ def _resume(domain: Domain, folder: Path, clock: Clock) -> bool:
                 if not suspended:
                     return False
                 why = "the run died while the guest stood still"
-                if any(let_go_on(run, domain, journal, clock, why) for run in suspended):
+                resumed = any(let_go_on(run, domain, journal, clock, why) for run in suspended)
+                domain.connection.release()
+                if resumed:
                     return True
         clock.pause(1.0)
     return False
 
 
-def _thaw(domain: Domain, clock: Clock) -> bool:
+def _thaw(domain: Guest, clock: Clock) -> bool:
     deadline = Deadline(clock, PERSISTENCE_S)
     while not deadline.passed():
         # libvirtd may be down as well: an hour is longer than any restart.

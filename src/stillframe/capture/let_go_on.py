@@ -6,7 +6,6 @@ Used by the run where it ends in an error, and by the guard where the run was ki
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from stillframe.capture.sight import look
 from stillframe.capture.states import DiskPhase
 from stillframe.clock import Clock
 from stillframe.errors import StillframeError
-from stillframe.hypervisor.domain import Domain
-
-_DEFINITIONS = Path("/etc/libvirt/qemu")
+from stillframe.hypervisor.guest import Guest
 
 
 def unequal_again(record: RunRecord, sight: Sight) -> tuple[DiskRecord, ...]:
@@ -48,11 +45,10 @@ def _confirmed(disks: tuple[DiskRecord, ...], sight: Sight) -> tuple[DiskRecord,
     )
 
 
-def fsync_definition(name: str) -> None:
-    """Make libvirt's definition of the domain durable: libvirt renames it without an fsync of the folder."""
-    if _DEFINITIONS.is_dir():
-        for path in (*_DEFINITIONS.glob(f"{glob.escape(name)}.xml"), _DEFINITIONS):
-            fsync(path)
+def fsync_definition(domain: Guest) -> None:
+    """Make the domain's definition durable."""
+    for path in domain.definition_files():
+        fsync(path)
 
 
 def fsync(path: Path) -> None:
@@ -64,7 +60,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def let_go_on(record: RunRecord, domain: Domain, journal: Journal, clock: Clock, why: str) -> bool:
+def let_go_on(record: RunRecord, domain: Guest, journal: Journal, clock: Clock, why: str) -> bool:
     """Resume the guest if stillframe suspended it and that loses nothing; return whether it did.
 
     Works even if the journal can't be written any more: then only where no pivot was begun.
@@ -76,7 +72,7 @@ def let_go_on(record: RunRecord, domain: Domain, journal: Journal, clock: Clock,
             return False
         disks = _confirmed(unequal_again(record, sight), sight)
         if disks != record.disks:
-            fsync_definition(domain.name)
+            fsync_definition(domain)
             record = journal.note(record, "going on: overlay and base are equal no more", disks=disks)
         domain.resume()
     except (StillframeError, OSError):

@@ -7,21 +7,18 @@ import os
 from stillframe.block.image import local_place
 from stillframe.block.tools import chain_info
 from stillframe.errors import ProgramFailed, ProgramTimedOut
-from stillframe.hypervisor.connection import Connection
-from stillframe.hypervisor.domain import all_domains
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import Disk
 
 
-def other_users(connection: Connection, uuid: str, places: set[str]) -> dict[str, str]:
-    """Return for each of *places* that a domain other than *uuid* uses, that domain's name.
+def other_users(guest: Guest, places: set[str]) -> dict[str, str]:
+    """Return for each of *places* that a neighbour of *guest* uses, that neighbour's name.
 
     A running domain's XML names its whole chain; a shut-off domain's XML often names only
     the top, so that the chains of its qcow2 images are read.
     """
     found: dict[str, str] = {}
-    for domain in all_domains(connection):
-        if domain.uuid == uuid:
-            continue
+    for domain in guest.neighbours():
         described = domain.descriptions()
         disks = [disk for xml in described for disk in (*xml.disks.values(), *xml.bystanders.values())]
         named = {source.place for disk in disks for source in disk.chain}

@@ -7,7 +7,6 @@ from itertools import pairwise
 from stillframe.block.tools import ImageInfo, chain_info
 from stillframe.capture.journal import DiskRecord
 from stillframe.capture.plan import (
-    OVERLAY_SUFFIX,
     Plan,
     Wishes,
     choose_disks,
@@ -20,11 +19,11 @@ from stillframe.capture.plan import (
 )
 from stillframe.capture.states import Quiesce
 from stillframe.errors import GuestBusy, GuestUnfit, OverlayTaken, ProgramFailed, ProgramTimedOut
-from stillframe.hypervisor.domain import Domain
-from stillframe.hypervisor.model import Disk, DomainView, Power
+from stillframe.hypervisor.guest import Guest
+from stillframe.hypervisor.model import OVERLAY_SUFFIX, Disk, DomainView, Power
 
 
-def make_offline_plan(domain: Domain, view: DomainView, wishes: Wishes) -> Plan:
+def make_offline_plan(domain: Guest, view: DomainView, wishes: Wishes) -> Plan:
     """Return the plan for reading *domain*, which *view* shows to be shut off.
 
     Changes nothing. Raises a Refused error that names what is in the way.
@@ -36,7 +35,7 @@ def make_offline_plan(domain: Domain, view: DomainView, wishes: Wishes) -> Plan:
         )
     if view.domain_job:
         raise GuestBusy(f"Another job runs on {view.name}.", f"virsh domjobinfo {view.name}")
-    chosen, excluded = choose_disks(view.inactive, wishes, view.name)
+    chosen, excluded = choose_disks(domain, view.inactive, wishes)
     disks = tuple(_plan_disk(view, disk, wishes) for disk in chosen)
     refuse_shared(domain, view.inactive, chosen)
     return Plan(domain, view, view.inactive, disks, (), excluded, Quiesce.NONE, (), (), wishes)

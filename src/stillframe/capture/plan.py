@@ -39,14 +39,20 @@ from stillframe.errors import (
     ProgramTimedOut,
     ShutdownImpossible,
 )
-from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.domain_xml import with_source
-from stillframe.hypervisor.model import Disk, DomainView, DomainXml, ExcludedDisk, Power, Source
+from stillframe.hypervisor.guest import Guest
+from stillframe.hypervisor.model import (
+    OVERLAY_SUFFIX,
+    Disk,
+    DomainView,
+    DomainXml,
+    ExcludedDisk,
+    Power,
+    Source,
+)
 from stillframe.hypervisor.monitor import plain_file
 from stillframe.units import DAY_S, duration_text
 
-#: What an overlay's file name ends in.
-OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
 #: No changes are believed for ever: after so long a disk is read whole, unless the user says otherwise.
 FULL_READ_EVERY_S = 30 * DAY_S
 _FORMATS = ("raw", "qcow2")
@@ -83,7 +89,7 @@ class Plan:
     then, with the guest's image below it.
     """
 
-    domain: Domain
+    domain: Guest
     view: DomainView
     live: DomainXml
     disks: tuple[DiskRecord, ...]
@@ -115,21 +121,21 @@ class Plan:
         return text
 
 
-def make_plan(domain: Domain, wishes: Wishes, standing: RunRecord | None = None) -> Plan:
+def make_plan(domain: Guest, wishes: Wishes, standing: RunRecord | None = None) -> Plan:
     """Return the plan for capturing *domain* with the overlay method, or with standing overlays.
 
     *standing* is what the journal knows of standing overlays of the domain. Changes nothing. Raises a
     Refused error that names what is in the way, NeedsAttention if a standing overlay is not in use any more.
     """
     view = domain.view()
-    live = _running(view, wishes)
-    _refuse_jobs(view, live)
+    live = _running(domain, view, wishes)
+    _refuse_jobs(domain, view, live)
     _refuse_snapshots(domain)
     _refuse_left_overlays(view, live, standing)
-    chosen, excluded = choose_disks(live, wishes, view.name)
+    chosen, excluded = choose_disks(domain, live, wishes)
     disks = tuple(_plan_disk(domain, view, disk, wishes, standing) for disk in chosen)
     for disk, planned in zip(chosen, disks, strict=True):
-        _refuse_other_chain(view, disk, planned)
+        _refuse_other_chain(domain, view, disk, planned)
     refuse_shared(domain, live, chosen, _grounds(standing))
     quiesce, warnings = _choose_quiesce(domain, view, live, wishes)
     watermarks = plan_watermarks([disk.overlay_path for disk in disks], wishes.limits)
@@ -143,13 +149,14 @@ def make_plan(domain: Domain, wishes: Wishes, standing: RunRecord | None = None)
     )
 
 
-def _running(view: DomainView, wishes: Wishes) -> DomainXml:
+def _running(domain: Guest, view: DomainView, wishes: Wishes) -> DomainXml:
+    advice = domain.advice
     if view.power is Power.GONE:
-        raise GuestUnknown(f"There is no guest called {view.name} any more.", "virsh list --all")
+        raise GuestUnknown(f"There is no guest called {view.name} any more.", advice.guests)
     if view.power is Power.OFF:
         raise GuestShutOff(
             f"{view.name} is shut off; this method captures a guest that runs.",
-            wishes.again(view.name, "--method offline") + f"   # or virsh start {view.name}",
+            wishes.again(view.name, "--method offline") + f"   # or {advice.start}",
         )
     if view.power is Power.HIDDEN:
         raise NeedsAttention(
@@ -158,33 +165,33 @@ def _running(view: DomainView, wishes: Wishes) -> DomainXml:
         )
     if view.power is not Power.RUNNING or view.live is None or view.qemu is None:
         raise GuestPaused(
-            f"{view.name} is {view.power.value}.", f"virsh resume {view.name}, then run again"
+            f"{view.name} is {view.power.value}.", f"{advice.resume}   # then run again"
         )
     return view.live
 
 
-def _refuse_jobs(view: DomainView, live: DomainXml) -> None:
+def _refuse_jobs(domain: Guest, view: DomainView, live: DomainXml) -> None:
+    advice = domain.advice
     for disk in live.disks.values():
         kind = disk.mirror.job or "unknown" if disk.mirror else ""
         if kind or disk.target in (view.jobs or {}):
             raise GuestBusy(
                 f"Another program runs a block job ({kind or 'starting'}) on {disk.target} of {view.name}.",
-                f"virsh blockjob {view.name} {disk.target} --info   # wait for its end, then run again",
+                advice.disk_job_of(disk.target) + "   # wait for its end, then run again",
             )
     if view.domain_job:
         raise GuestBusy(
             f"Another job (a backup, a migration or a save) runs on {view.name}.",
-            f"virsh domjobinfo {view.name}   # wait for its end, then run again",
+            f"{advice.jobs}   # wait for its end, then run again",
         )
     if view.qemu and view.qemu.jobs:
         names = ", ".join(job.name for job in view.qemu.jobs)
         raise GuestBusy(
-            f"QEMU runs jobs on {view.name} that libvirt does not show: {names}.",
-            f"virsh qemu-monitor-command {view.name} --pretty '{{\"execute\":\"query-block-jobs\"}}'",
+            f"QEMU runs jobs on {view.name} that nothing else tells of: {names}.", advice.qemu_jobs
         )
 
 
-def _refuse_snapshots(domain: Domain) -> None:
+def _refuse_snapshots(domain: Guest) -> None:
     holders = domain.snapshot_holders()
     if holders:
         raise ForeignSnapshot(
@@ -195,10 +202,10 @@ def _refuse_snapshots(domain: Domain) -> None:
 
 
 def choose_disks(
-    live: DomainXml, wishes: Wishes, name: str
+    domain: Guest, live: DomainXml, wishes: Wishes
 ) -> tuple[list[Disk], tuple[ExcludedDisk, ...]]:
     """Return the disks of *live* to capture, and those left out. Raises GuestUnfit, GuestHasNoDisks."""
-    exclude = wishes.exclude
+    name, exclude = live.name, wishes.exclude
     unsupported = {each.target: each.reason for each in live.excluded if each.unsupported}
     for target, reason in unsupported.items():
         if target not in exclude:
@@ -209,14 +216,13 @@ def choose_disks(
     unknown = [target for target in exclude if target not in (*live.disks, *unsupported)]
     if unknown:
         raise GuestUnfit(
-            f"{name} has no disk {', '.join(unknown)} that could be excluded.", f"virsh domblklist {name}"
+            f"{name} has no disk {', '.join(unknown)} that could be excluded.", domain.advice.disks
         )
     chosen = [disk for target, disk in live.disks.items() if target not in exclude]
     asked = tuple(ExcludedDisk(target, "you excluded it") for target in exclude if target in live.disks)
     if not chosen:
         reasons = "".join(f"\n  {each.target}: {each.reason}" for each in (*live.excluded, *asked))
-        raise GuestHasNoDisks(f"{name} has no disk that can be captured.{reasons}",
-                              f"virsh domblklist {name} --details")
+        raise GuestHasNoDisks(f"{name} has no disk that can be captured.{reasons}", domain.advice.disks)
     return chosen, (*live.excluded, *asked)
 
 
@@ -240,7 +246,7 @@ def _grounds(standing: RunRecord | None) -> dict[str, str]:
 
 
 def _plan_disk(
-    domain: Domain, view: DomainView, disk: Disk, wishes: Wishes, standing: RunRecord | None
+    domain: Guest, view: DomainView, disk: Disk, wishes: Wishes, standing: RunRecord | None
 ) -> DiskRecord:
     top = disk.top
     refuse_format(disk, view.name, wishes)
@@ -249,15 +255,15 @@ def _plan_disk(
         raise OverlayTaken(
             f"{disk.target} of {view.name} stands on {top.place}, an overlay of stillframe "
             "that this journal does not know.",
-            f"stillframe status --state-dir with the state folder of the run that made it; "
-            f"or virsh blockcommit {view.name} {disk.target} --active --pivot --shallow",
+            "stillframe status --state-dir with the state folder of the run that made it; "
+            "or " + domain.advice.commit_of(disk.target),
         )
     _refuse_other_definition(view, disk)
     known = None if view.qemu is None else view.qemu.disks.get(disk.target)
     if known is None or not known.files:
         raise GuestUnfit(
             f"QEMU does not tell which image {disk.target} of {view.name} uses.",
-            f"virsh qemu-monitor-command {view.name} --pretty '{{\"execute\":\"query-block\"}}'",
+            domain.advice.qemu_disks,
         )
     return DiskRecord(
         target=disk.target,
@@ -295,14 +301,14 @@ def _refuse_other_definition(view: DomainView, disk: Disk) -> None:
         )
 
 
-def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> None:
-    """Refuse a chain that the images' headers tell otherwise than libvirt runs it.
+def _refuse_other_chain(domain: Guest, view: DomainView, disk: Disk, planned: DiskRecord) -> None:
+    """Refuse a chain that the images' headers tell otherwise than it runs.
 
     The base is read by its headers (qemu-nbd), the guest by libvirt's <backingStore>: where they
     differ, the copy would be of another disk than the guest's. A backing file without a format
     would be probed, which lets a guest choose what a raw image is taken for.
     """
-    advice = f"{how_to_look(disk.top)}; virsh dumpxml {view.name}"
+    advice = f"{how_to_look(disk.top)}; {domain.advice.definition}"
     if "<slices" in disk.top.xml:
         raise GuestUnfit(f"{disk.target} of {view.name} is a slice of its image.", advice)
     try:
@@ -324,7 +330,7 @@ def _refuse_other_chain(view: DomainView, disk: Disk, planned: DiskRecord) -> No
             raise GuestUnfit(
                 f"{info.name} of {view.name} names the format {told_format or 'nothing'} for its "
                 f"backing file, which runs as {source.format}.",
-                f"virsh shutdown {view.name}; qemu-img rebase -u -b {source.place} -F {source.format} IMAGE",
+                f"{domain.advice.shut_down}; qemu-img rebase -u -b {source.place} -F {source.format} IMAGE",
             )
 
 
@@ -407,7 +413,7 @@ def _overlay_path(name: str, disk: Disk, wishes: Wishes, ours: set[str]) -> str:
 
 
 def refuse_shared(
-    domain: Domain, live: DomainXml, chosen: list[Disk], grounds: Mapping[str, str] = MappingProxyType({})
+    domain: Guest, live: DomainXml, chosen: list[Disk], grounds: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Raise ImageShared if an image of a chosen disk is also part of another disk or domain.
 
@@ -415,7 +421,7 @@ def refuse_shared(
     """
     tops = {disk.top.place: disk.target for disk in chosen}
     places = {**grounds, **tops}
-    users = other_users(domain.connection, domain.uuid, set(places))
+    users = other_users(domain, set(places))
     for disk in (*live.disks.values(), *live.bystanders.values()):
         below = disk.chain[1:] if disk.top.place in tops else disk.chain
         for source in below:
@@ -429,7 +435,7 @@ def refuse_shared(
 
 
 def _choose_quiesce(
-    domain: Domain, view: DomainView, live: DomainXml, wishes: Wishes
+    domain: Guest, view: DomainView, live: DomainXml, wishes: Wishes
 ) -> tuple[Quiesce, tuple[str, ...]]:
     wanted = wishes.quiesce
     if wanted is Quiesce.SHUTDOWN and not view.persistent:
@@ -441,11 +447,10 @@ def _choose_quiesce(
         return wanted, ()
     if live.has_agent_channel and domain.agent_answers(max(1, round(wishes.limits.agent_s))):
         return Quiesce.AGENT, ()
-    why = "does not answer" if live.has_agent_channel else "is not configured"
+    why = "does not answer" if live.has_agent_channel else domain.advice.no_agent
     if wanted is Quiesce.AGENT:
         raise AgentSilent(
-            f"The guest agent of {view.name} {why}.",
-            "systemctl status qemu-guest-agent   # inside the guest; or use --quiesce auto",
+            f"The guest agent of {view.name} {why}.", domain.advice.try_agent
         )
     return Quiesce.NONE, (f"the guest agent {why}: the copy is only crash-consistent",)
 

@@ -8,13 +8,12 @@ from stillframe.block.tools import image_info
 from stillframe.capture.decide_pull import BackupSeen, PullSight
 from stillframe.capture.journal import PullRecord, RunRecord
 from stillframe.errors import HypervisorError, ProgramFailed, ProgramTimedOut
-from stillframe.hypervisor.backup_xml import job_socket
 from stillframe.hypervisor.codes import INTERNAL, TIMED_OUT
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import Power, QemuView
 
 
-def look_at_pull(record: RunRecord, domain: Domain, *, thaw_hopeless: bool = False) -> PullSight:
+def look_at_pull(record: RunRecord, domain: Guest, *, thaw_hopeless: bool = False) -> PullSight:
     """Return what is to be seen of the run right now. Raises HypervisorError, NoHypervisor."""
     pull = pull_of(record)
     power = domain.power()
@@ -66,10 +65,9 @@ def bitmaps_in_qemu(pull: PullRecord, qemu: QemuView | None) -> frozenset[str]:
     return frozenset(name for bitmaps in found for name in bitmaps)
 
 
-def _seen_job(domain: Domain, pull: PullRecord) -> BackupSeen:
-    socket = job_socket(domain.backup_job())
-    if socket:
-        return BackupSeen.OURS if socket == pull.socket else BackupSeen.OTHER
+def _seen_job(domain: Guest, pull: PullRecord) -> BackupSeen:
+    if domain.backup_runs(pull.socket):
+        return BackupSeen.OURS
     try:
         return BackupSeen.OTHER if domain.has_job() else BackupSeen.NONE
     except HypervisorError as error:

@@ -15,8 +15,7 @@ from stillframe.capture.run import Tools
 from stillframe.capture.standing_decide import decide_lowering
 from stillframe.capture.standing_lower import LowerRun
 from stillframe.capture.states import KEPT
-from stillframe.hypervisor.connection import Connection
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class NextStep:
     reason: str
 
 
-def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recovered]:
+def recover_domain(domain: Guest, tools: Tools, limits: Limits) -> list[Recovered]:
     """Bring *domain* back from every run that was left open. Needs the domain's lock.
 
     Overlays that it stands on by intention are left alone; a run that was to leave such ones behind is
@@ -55,12 +54,12 @@ def recover_domain(domain: Domain, tools: Tools, limits: Limits) -> list[Recover
     return recovered
 
 
-def _back(run: RunRecord, domain: Domain, tools: Tools, limits: Limits) -> BringBack | EndPull | LowerRun:
+def _back(run: RunRecord, domain: Guest, tools: Tools, limits: Limits) -> BringBack | EndPull | LowerRun:
     kind = EndPull if run.method is Method.BITMAP else LowerRun if run.state in KEPT else BringBack
     return kind(tools.journal, domain, tools.clock, limits, tools.watcher)
 
 
-def next_steps(domain: Domain, tools: Tools, limits: Limits) -> list[tuple[RunRecord, NextStep]]:
+def next_steps(domain: Guest, tools: Tools, limits: Limits) -> list[tuple[RunRecord, NextStep]]:
     """Return for every open run of *domain* what recover would do first, without doing it."""
     return [(run, _next_step(run, _back(run, domain, tools, limits)))
             for run in tools.journal.open_runs(domain.uuid)]
@@ -77,6 +76,3 @@ def _next_step(run: RunRecord, back: BringBack | EndPull | LowerRun) -> NextStep
     return NextStep(decision.action.value, decision.targets, decision.reason)
 
 
-def domain_of(connection: Connection, run: RunRecord) -> Domain:
-    """Return the domain of a run, even if libvirt no longer knows it."""
-    return Domain(connection, run.uuid, run.name)

@@ -199,7 +199,7 @@ class OverlayRun(Forward):
                 raise ShutdownTimedOut(
                     f"{self.record.name} did not shut down within {limits.shutdown_s:.0f} s. It runs on; "
                     "should it still go down later, nothing will start it again.",
-                    f"virsh domstate {self.record.name}   # and virsh start if it went down; "
+                    f"{self._domain.advice.state}   # and start it if it went down; "
                     "a longer time: --shutdown-timeout",
                 )
             self._domain.connection.wait_change(_POLL_S)
@@ -218,12 +218,13 @@ class OverlayRun(Forward):
         try:
             self._domain.put_overlays_on(overlays, self._plan.others)
         except ConnectionLost:
-            # libvirt may have carried it out all the same: only a look tells.
+            # It may have been carried out all the same: only a look tells.
             self._domain.connection.ensure()
         except HypervisorError as error:
             raise SnapshotFailed(
-                f"libvirt did not put the overlay on {self.record.name}: {error.message}",
-                f"stillframe doctor {self.record.name}; tail /var/log/libvirt/qemu/{self.record.name}.log",
+                f"{self._domain.advice.runner} did not put the overlay on {self.record.name}: "
+                f"{error.message}",
+                f"stillframe doctor {self._domain.advice.guest}; {self._domain.advice.log}",
             ) from error
         self._done(captured_at=utc_text(self._clock.now()))
 
@@ -237,8 +238,8 @@ class OverlayRun(Forward):
             on_overlay = seen is not None and seen.top.place == disk.overlay_path
             if not on_overlay or (in_qemu is not None and in_qemu.files[0] != disk.overlay_path):
                 raise SnapshotFailed(
-                    f"{disk.target} of {self.record.name} is not on its overlay although libvirt was asked.",
-                    f"virsh dumpxml {self.record.name}; journalctl -u libvirtd",
+                    f"{disk.target} of {self.record.name} is not on its overlay although "
+                    f"{self._domain.advice.runner} was asked.", self._domain.advice.definition,
                 )
         overlaid = tuple(disk.with_phase(DiskPhase.OVERLAID) for disk in self.record.disks)
         self.record = self._journal.note(self.record, "seen on the overlays", disks=overlaid)

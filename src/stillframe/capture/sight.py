@@ -14,17 +14,21 @@ from stillframe.capture.neighbours import other_users
 from stillframe.capture.states import DiskPhase, State
 from stillframe.clock import Clock
 from stillframe.errors import ProgramFailed, ProgramTimedOut
-from stillframe.hypervisor.domain import Domain, qemu_pid
-from stillframe.hypervisor.model import DomainView, DomainXml, QemuDisk, QemuJob, QemuView
+from stillframe.hypervisor.guest import Guest
+from stillframe.hypervisor.model import (
+    ACTIVE_COMMIT,
+    OWN_COMMIT,
+    DomainView,
+    DomainXml,
+    QemuDisk,
+    QemuJob,
+    QemuView,
+)
 from stillframe.process import boot_id, start_mark
-
-#: The name of a commit that stillframe starts behind libvirt's back, by target.
-OWN_JOB = "stillframe-commit-{}"
-_LIBVIRT_COMMIT = "active-commit"
 
 
 def look(
-    record: RunRecord, domain: Domain, clock: Clock, compared: Mapping[str, bool],
+    record: RunRecord, domain: Guest, clock: Clock, compared: Mapping[str, bool],
     *, thaw_hopeless: bool = False,
 ) -> Sight:
     """Return what is to be seen of the run's domain, disks and files right now.
@@ -42,7 +46,7 @@ def look(
     )
     return Sight(
         view.power, disks, managed_save=view.managed_save, shutdown_pending=pending,
-        same_qemu=record.qemu_mark in ("", qemu_mark(record.name)),
+        same_qemu=record.qemu_mark in ("", qemu_mark(domain)),
         thaw_hopeless=thaw_hopeless,
     )
 
@@ -78,9 +82,9 @@ def stray_job(view: DomainView, known: DiskRecord) -> str:
     return "" if job is None else job.name
 
 
-def qemu_mark(name: str) -> str:
+def qemu_mark(domain: Guest) -> str:
     """Return a text that tells the domain's QEMU process from any other; "" if none runs."""
-    pid = qemu_pid(name)
+    pid = domain.qemu_pid()
     return "" if pid is None else start_mark(pid)
 
 
@@ -143,12 +147,12 @@ def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
         return JobSeen.NONE
     job = qemu_job(view.qemu, known.target, known)
     if disk.mirror is not None:
-        if disk.mirror.job != _LIBVIRT_COMMIT or disk.top.place != known.overlay_path:
+        if disk.mirror.job != ACTIVE_COMMIT or disk.top.place != known.overlay_path:
             return JobSeen.FOREIGN
         if job is None and known.target not in (view.jobs or {}):
             return JobSeen.NONE  # the commit is over, and libvirt has not noticed, or never will
         return JobSeen.READY if disk.mirror.ready else JobSeen.COMMITTING
-    if job is not None and job.name != OWN_JOB.format(known.target):
+    if job is not None and job.name != OWN_COMMIT.format(known.target):
         return JobSeen.STRAY
     if job is not None:
         return JobSeen.READY if job.status in ("ready", "concluded") else JobSeen.COMMITTING
@@ -158,7 +162,7 @@ def _seen_job(known: DiskRecord, view: DomainView) -> JobSeen:
 def qemu_job(qemu: QemuView, target: str, known: DiskRecord) -> QemuJob | None:
     """Return QEMU's commit of the disk's overlay, None if it runs none."""
     # libvirt names its jobs after the disk and the overlay's node: commit-vda-libvirt-3-format.
-    names = {OWN_JOB.format(target)}
+    names = {OWN_COMMIT.format(target)}
     names |= {f"commit-{target}-{node.name}" for node in qemu.nodes if node.file == known.overlay_path}
     for job in qemu.jobs:
         if job.name in names:
@@ -255,10 +259,10 @@ def _in_use(disk: DiskSight) -> bool:
 
 
 def _with_other_users(
-    record: RunRecord, domain: Domain, disks: tuple[DiskSight, ...]
+    record: RunRecord, domain: Guest, disks: tuple[DiskSight, ...]
 ) -> tuple[DiskSight, ...]:
     paths = {record.disk(disk.target).overlay_path for disk in disks if not settled(disk)}
-    users = other_users(domain.connection, record.uuid, paths) if paths else {}
+    users = other_users(domain, paths) if paths else {}
     return tuple(
         replace(disk, named_by=users.get(record.disk(disk.target).overlay_path, "")) for disk in disks
     )

@@ -38,6 +38,7 @@ from stillframe.capture.standing_lower import LowerRun, standing_disks
 from stillframe.capture.states import State
 from stillframe.errors import CopyFailed, GuestState, GuestUnfit, NeedsAttention
 from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.units import size_text
 
 
@@ -123,7 +124,7 @@ def refuse_moved(plan: Plan, tools: Tools) -> None:
         )
 
 
-def how_it_stands(record: RunRecord, domain: Domain, tools: Tools) -> Decision | None:
+def how_it_stands(record: RunRecord, domain: Guest, tools: Tools) -> Decision | None:
     """Return why the guest does not stand as the standing run *record* left it, None if it does."""
     return stands(record, look(record, domain, tools.clock, {}))
 
@@ -209,7 +210,7 @@ class _StandingRun(OverlayRun):
 # --- Ending the standing state ------------------------------------------------------------------
 
 
-def settle(domain: Domain, tools: Tools, limits: Limits, why: str = "settled") -> Recovered | None:
+def settle(domain: Guest, tools: Tools, limits: Limits, why: str = "settled") -> Recovered | None:
     """Bring the guest back onto its own images from its standing overlays; None if it has none.
 
     Needs the domain's lock, and that recover_domain has ended what was left open. The next run of
@@ -232,13 +233,13 @@ def settle(domain: Domain, tools: Tools, limits: Limits, why: str = "settled") -
         raise
 
 
-def settle_problem(record: RunRecord, domain: Domain, tools: Tools) -> Decision | None:
+def settle_problem(record: RunRecord, domain: Guest, tools: Tools) -> Decision | None:
     """Return what stands in the way of settling the standing run *record*, None if nothing does."""
     decision = first_settle_step(record, domain, tools)
     return decision if decision.action is Action.ASK else None
 
 
-def first_settle_step(record: RunRecord, domain: Domain, tools: Tools) -> Decision:
+def first_settle_step(record: RunRecord, domain: Guest, tools: Tools) -> Decision:
     """Return what settle would do first, without doing it."""
     return decide(
         msgspec.structs.replace(record, state=State.RELEASED), look(record, domain, tools.clock, {}))
@@ -276,7 +277,7 @@ def _limit_bytes(disk: DiskRecord, limits: Limits) -> int:
     return round(disk.size_bytes * limits.standing_share) if limit is None else limit
 
 
-def settle_past_limit(domain: Domain, tools: Tools, limits: Limits) -> Recovered | None:
+def settle_past_limit(domain: Guest, tools: Tools, limits: Limits) -> Recovered | None:
     """Settle the guest if a standing overlay of it has grown past its limit; None if none has.
 
     Needs the domain's lock. Raises NeedsAttention.

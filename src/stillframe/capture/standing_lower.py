@@ -12,13 +12,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from stillframe.block.image import overlay_place
 from stillframe.block.tools import commit_offline, compare, stand_on
-from stillframe.capture import in_qemu
 from stillframe.capture.decide import Action as BackAction
 from stillframe.capture.decide import Decision, Why
 from stillframe.capture.explain import attention
@@ -39,8 +39,9 @@ from stillframe.errors import (
     ProgramTimedOut,
     StillframeError,
 )
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor import qemu_commit
 from stillframe.hypervisor.domain_xml import with_source
+from stillframe.hypervisor.guest import Guest
 
 _SETTLE_S = 8.0
 _OFFLINE_S = 6 * 3600.0
@@ -51,7 +52,7 @@ class LowerRun(Stepping):
     """Takes one run from LOWERING or SHEDDING to STANDING."""
 
     def __init__(
-        self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
+        self, journal: Journal, domain: Guest, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
         super().__init__(journal, domain, clock, limits, watcher)
         self._complete: dict[str, bool] = {}
@@ -172,8 +173,7 @@ class LowerRun(Stepping):
         for target in decision.targets:
             job = lower_job(view, record.disk(target))
             if job is not None:
-                name = job.name
-                self._domain.qmp(lambda qmp, name=name: in_qemu.cancel(qmp, name))  # type: ignore[misc]
+                self._domain.qmp(partial(qemu_commit.cancel, job=job.name))
         return self._journal.note(record, f"lost commits cancelled: {' '.join(decision.targets)}")
 
     def _compare_down(self, record: RunRecord, decision: Lowering) -> RunRecord:
@@ -221,15 +221,14 @@ class LowerRun(Stepping):
             if known.base.kind.is_local:
                 fsync(Path(known.base.path))
             fsync(Path(known.overlay_path))
-        fsync_definition(self._domain.name)
+        fsync_definition(self._domain)
         disks = _changed(record, decision.targets, lowered=True)
         return self._journal.note(record, f"in the base: {' '.join(decision.targets)}", disks=disks)
 
     def _close_nodes(self, record: RunRecord, decision: Lowering) -> RunRecord:
         for target in decision.targets:
-            known = msgspec.structs.replace(
-                record.disk(target), overlay_path=record.disk(target).lower_path)
-            self._domain.qmp(lambda qmp, known=known: in_qemu.drop_unused(qmp, known))  # type: ignore[misc]
+            self._domain.qmp(partial(
+                qemu_commit.close_unused, target=target, overlay_file=record.disk(target).lower_path))
         return record
 
     def _shed(self, record: RunRecord, decision: Lowering) -> RunRecord:

@@ -22,12 +22,12 @@ from stillframe.capture.sight import (
     seen_in,
 )
 from stillframe.capture.standing_decide import LowerSight, LowerView, Named
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import DomainView, DomainXml, QemuJob
 from stillframe.process import boot_id
 
 
-def look_lower(record: RunRecord, domain: Domain, complete: Mapping[str, bool]) -> LowerView:
+def look_lower(record: RunRecord, domain: Guest, complete: Mapping[str, bool]) -> LowerView:
     """Return what is to be seen of the run's domain, chains and files right now.
 
     *complete*: by target, what comparisons and offline commits have shown. Raises HypervisorError,
@@ -40,7 +40,7 @@ def look_lower(record: RunRecord, domain: Domain, complete: Mapping[str, bool]) 
         record.disk(disk.top.target).lower_path for disk in disks
         if disk.lower is FileSeen.OURS and record.disk(disk.top.target).lowered
     }
-    users = other_users(domain.connection, record.uuid, paths) if paths else {}
+    users = other_users(domain, paths) if paths else {}
     disks = tuple(
         _with_user(disk, users.get(record.disk(disk.top.target).lower_path, "")) for disk in disks)
     return LowerView(view.power, disks, managed_save=view.managed_save, same_boot=same_boot)

@@ -14,7 +14,7 @@ from stillframe.capture.states import State
 from stillframe.capture.thaw import thaw_until_verified
 from stillframe.clock import Clock
 from stillframe.errors import ConnectionLost, NeedsAttention, StillframeError
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 
 REPEATS_LIMIT = 3
 _FAILURES_LIMIT = 8
@@ -45,7 +45,7 @@ class Stepping:
     poll_s = 0.1
 
     def __init__(
-        self, journal: Journal, domain: Domain, clock: Clock, limits: Limits, watcher: Watcher
+        self, journal: Journal, domain: Guest, clock: Clock, limits: Limits, watcher: Watcher
     ) -> None:
         self._journal = journal
         self._domain = domain

@@ -10,13 +10,13 @@ import contextlib
 
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import GuestUnknown, HypervisorError, StillframeError
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import Power
 
 _PAUSE_S = 0.2
 
 
-def thaw_until_verified(domain: Domain, clock: Clock, timeout_s: float, answer_s: float) -> bool:
+def thaw_until_verified(domain: Guest, clock: Clock, timeout_s: float, answer_s: float) -> bool:
     """Thaw and ask until the agent says that nothing is frozen; return whether it did in time.
 
     A guest that is no longer running has nothing frozen. *answer_s* bounds one answer.
@@ -32,7 +32,7 @@ def thaw_until_verified(domain: Domain, clock: Clock, timeout_s: float, answer_s
         clock.pause(_PAUSE_S)
 
 
-def _thawed_now(domain: Domain, answer_s: int) -> bool:
+def _thawed_now(domain: Guest, answer_s: int) -> bool:
     try:
         domain.thaw(answer_s)
         return not domain.is_frozen(answer_s)

@@ -9,12 +9,12 @@ from pathlib import Path
 from stillframe.backup.run import BackupJob, BackupResult, backup_guest
 from stillframe.backup.snapshot import DiskResult
 from stillframe.cli.address import local_folder
+from stillframe.cli.find import find_guest
 from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import short_id
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
-from stillframe.hypervisor.domain import find_domain
 from stillframe.units import duration_text, size_text
 
 #: What a message tells people to type again, with another option.
@@ -37,12 +37,13 @@ def backup(session: Session, names: Sequence[str], options: GuestSettings) -> in
 
 
 def _one(session: Session, name: str, folder: Path, options: GuestSettings) -> BackupResult:
-    domain = find_domain(session.connection, name)
+    domain = find_guest(session, name)
     session.screen.say(f"backing {domain.name} up to {session.address}")
+    wishes = for_guest(session.settings, domain.name, options)
     return backup_guest(
         BackupJob(
             domain, lambda: session.repository, folder, session.host, session.hints_folder,
-            replace(for_guest(session.settings, domain.name, options), command=_COMMAND), session.stop,
+            replace(wishes, command=_COMMAND.replace("{guest}", domain.advice.guest)), session.stop,
             lambda target, done, total: session.screen.bar(f"{domain.name} {target}: copy", done, total),
         ),
         session.tools,

@@ -14,11 +14,14 @@ from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan
 from stillframe.capture.standing import how_it_stands
 from stillframe.cli.address import local_folder
+from stillframe.cli.find import find_guest
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, Refused, RunInProgress, StillframeError
-from stillframe.hypervisor.domain import Domain, all_domains, find_domain
+from stillframe.hypervisor.advice import is_bare
+from stillframe.hypervisor.domain import all_domains
+from stillframe.hypervisor.guest import Guest
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.opened import read_parameters
 from stillframe.units import size_text
@@ -28,9 +31,11 @@ _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
 
 def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> int:
     """Say of each named guest (or of all) whether it can be captured; return the exit code."""
-    host = _host(session)
+    domains: Sequence[Guest] = [find_guest(session, name) for name in names]
+    bare = bool(domains) and all(is_bare(each.connection.uri) for each in domains)
+    host = _host(session, without_libvirt=bare)
     folder, unusable = _repository(session, host)
-    domains = [find_domain(session.connection, name) for name in names] or all_domains(session.connection)
+    domains = domains or all_domains(session.connection)
     bodies: list[dict[str, object]] = []
     errors: list[StillframeError] = []
     for domain in domains:
@@ -47,13 +52,13 @@ def doctor(session: Session, names: Sequence[str], options: GuestSettings) -> in
     return errors[0].exit_code if len(bodies) == 1 and unusable is None else EXIT_PARTIAL
 
 
-def _host(session: Session) -> dict[str, object]:
+def _host(session: Session, *, without_libvirt: bool) -> dict[str, object]:
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
-    library, qemu = session.connection.versions()
+    library, qemu = ("", "") if without_libvirt else session.connection.versions()
+    versions = f"libvirt {library}, QEMU {qemu}, " if library else ""
     free = free_bytes(str(session.journal.folder))
     session.screen.result(
-        f"host: libvirt {library}, QEMU {qemu}, "
-        f"journal in {session.journal.folder} ({size_text(free)} free)"
+        f"host: {versions}journal in {session.journal.folder} ({size_text(free)} free)"
     )
     for program in missing:
         session.screen.result(f"host: {program} is missing: apt-get install qemu-utils util-linux")
@@ -81,7 +86,7 @@ def _repository(
 
 
 def _examine(
-    session: Session, domain: Domain, options: GuestSettings, repository: Path | None,
+    session: Session, domain: Guest, options: GuestSettings, repository: Path | None,
 ) -> dict[str, object]:
     holder = lock_holder(session.journal.folder, domain.uuid)
     if holder:

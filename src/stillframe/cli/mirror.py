@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from stillframe.cli.find import find_guest
 from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
-from stillframe.hypervisor.domain import find_domain
 from stillframe.mirror.run import MirrorJob, MirrorResult, mirror_guest
 from stillframe.mirror.update import CopyResult
 from stillframe.units import duration_text, size_text
@@ -32,11 +33,13 @@ def mirror(
 def _one(
     session: Session, name: str, destination: Path, options: GuestSettings, verify: bool
 ) -> MirrorResult:
-    domain = find_domain(session.connection, name)
+    domain = find_guest(session, name)
     session.screen.say(f"mirroring {domain.name} to {destination / domain.name}")
+    wishes = for_guest(session.settings, domain.name, options)
     return mirror_guest(
         MirrorJob(
-            domain, destination, for_guest(session.settings, domain.name, options), verify,
+            domain, destination,
+            replace(wishes, command=wishes.command.replace("{guest}", domain.advice.guest)), verify,
             session.stop, session.screen.on_copy(domain.name),
         ),
         session.tools,

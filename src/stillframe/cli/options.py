@@ -40,7 +40,8 @@ OverlayDir = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="disk (target) to leave out; may be repeated")
 ]
-Guests = Annotated[list[str] | None, typer.Argument(metavar="[GUEST]...", help="guests by name or UUID")]
+Guests = Annotated[
+    list[str] | None, typer.Argument(metavar="[GUEST]...", help="guests by name, UUID or qmp:SOCKET")]
 
 
 def host_options(

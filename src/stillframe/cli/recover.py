@@ -8,13 +8,14 @@ from pathlib import Path
 
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.recover import domain_of, next_steps, recover_domain
+from stillframe.capture.recover import next_steps, recover_domain
 from stillframe.capture.status_file import repair_status_file
+from stillframe.cli.find import find_guest, guest_of
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestState, GuestUnknown, NeedsAttention, StillframeError
-from stillframe.hypervisor.domain import Domain, find_domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.mirror.recover import recover_folder
 
 #: Longer than the guard holds a domain whose run was killed in the pivot.
@@ -72,7 +73,7 @@ def _repair(session: Session, names: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _guest(session: Session, outcome: Outcome, domain: Domain, *, dry_run: bool) -> None:
+def _guest(session: Session, outcome: Outcome, domain: Guest, *, dry_run: bool) -> None:
     limits = for_guest(session.settings, domain.name, GuestSettings()).limits
     try:
         # Taken for a dry run too: what a run that is alive will do next is its own decision.
@@ -126,30 +127,30 @@ def outcome_body(outcome: Outcome) -> dict[str, object]:
     return body if outcome.error is None else {**body, "error": error_body(outcome.error)}
 
 
-def _domains(session: Session, names: Sequence[str]) -> dict[Domain, set[str]]:
+def _domains(session: Session, names: Sequence[str]) -> dict[Guest, set[str]]:
     """Return the domains to recover, each with the mirror folders its recent runs wrote to."""
     recent = session.journal.last_runs(100)
     runs = session.journal.open_runs()
-    found: dict[str, Domain] = {}
+    found: dict[str, Guest] = {}
     for name in names:
         try:
-            domain = find_domain(session.connection, name)
+            domain = find_guest(session, name)
         except GuestUnknown:
             # Undefined meanwhile, but a run of it may still be open.
             known = [run for run in runs if name in (run.name, run.uuid)]
             if not known:
                 raise
-            domain = domain_of(session.connection, known[0])
+            domain = guest_of(session, known[0])
         found[domain.uuid] = domain
     if not names:
-        found = {run.uuid: domain_of(session.connection, run) for run in (*recent, *runs)}
+        found = {run.uuid: guest_of(session, run) for run in (*recent, *runs)}
     return {
         domain: {run.mirror_folder for run in (*recent, *runs) if run.uuid == uuid and run.mirror_folder}
         for uuid, domain in found.items()
     }
 
 
-def _plan(session: Session, domain: Domain, limits: Limits) -> list[str]:
+def _plan(session: Session, domain: Guest, limits: Limits) -> list[str]:
     return [
         f"run {run.id} ({run.state.value}): would {step.words}"
         f"{' on ' + ', '.join(step.targets) if step.targets else ''}, because {step.reason}"

@@ -144,8 +144,11 @@ def _check_room(disks: Sequence[DiskEntry], wish: Wish) -> None:
 def _machine(places: Places, manifest: Manifest, wish: Wish) -> tuple[list[Path], list[str]]:
     """Write what belongs to the machine besides its disks; return the paths, and what was lost."""
     replace, hurt = wish.force or wish.delta, []
-    written = [wish.to / _DEFINITION]
-    _write_file(written[0], (manifest.inactive_xml or manifest.live_xml).encode(), replace=replace)
+    written: list[Path] = []
+    definition = manifest.inactive_xml or manifest.live_xml
+    if definition:  # a guest without libvirt has none
+        written.append(wish.to / _DEFINITION)
+        _write_file(written[0], definition.encode(), replace=replace)
     for entry in manifest.files:
         content = bytearray(entry.size_bytes)
         try:

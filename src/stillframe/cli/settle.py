@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.recover import domain_of, recover_domain
+from stillframe.capture.recover import recover_domain
 from stillframe.capture.standing import (
     first_settle_step,
     past_limit,
@@ -14,12 +14,14 @@ from stillframe.capture.standing import (
     settle_past_limit,
     watch_growth,
 )
+from stillframe.cli.find import find_guest, guest_of
 from stillframe.cli.recover import Outcome, exit_code, outcome_body, show_outcome
 from stillframe.cli.session import Session
 from stillframe.clock import Deadline
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, StillframeError
-from stillframe.hypervisor.domain import Domain, find_domain
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 
 _LOCK_S = 10.0
 #: Between two looks of a watch that no event asks for.
@@ -35,8 +37,8 @@ def settle_guests(
 
     With *past* only those whose overlays have grown past their limit, which *options* may say.
     """
-    domains = [find_domain(session.connection, name) for name in names] or [
-        domain_of(session.connection, record) for record in session.journal.standing_runs()]
+    domains = [find_guest(session, name) for name in names] or [
+        guest_of(session, record) for record in session.journal.standing_runs()]
     outcomes = [Outcome(domain.name) for domain in domains]
     with session.signals_as_stop("it ends by itself once the guests are back"):
         for outcome, domain in zip(outcomes, domains, strict=True):
@@ -73,7 +75,7 @@ def watch(session: Session, options: GuestSettings) -> int:
 
 
 def _watch_one(session: Session, outcome: Outcome, record: RunRecord, options: GuestSettings) -> None:
-    domain = domain_of(session.connection, record)
+    domain = Domain(session.connection, record.uuid, record.name)
     limits = for_guest(session.settings, record.name, options).limits
     words = past_limit(record, limits)
     if words:
@@ -91,7 +93,7 @@ def _wait(session: Session) -> None:
 
 
 def _settle(
-    session: Session, outcome: Outcome, domain: Domain, options: GuestSettings, *, dry_run: bool, past: bool
+    session: Session, outcome: Outcome, domain: Guest, options: GuestSettings, *, dry_run: bool, past: bool
 ) -> None:
     limits = for_guest(session.settings, domain.name, options).limits
     with domain_lock(session.journal.folder, domain.uuid, domain.name, "settle", session.clock, _LOCK_S):
@@ -108,7 +110,7 @@ def _settle(
             outcome.did += [f"settled run {settled.run.id}:", *(f"  {word}" for word in settled.words)]
 
 
-def _first_step(session: Session, record: RunRecord, domain: Domain) -> str:
+def _first_step(session: Session, record: RunRecord, domain: Guest) -> str:
     step = first_settle_step(record, domain, session.tools)
     where = f" on {', '.join(step.targets)}" if step.targets else ""
     return f"run {record.id} (standing): would {step.action.value}{where}, because {step.reason}"

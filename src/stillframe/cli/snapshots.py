@@ -93,7 +93,7 @@ def _lines(name: SnapshotName, manifest: Manifest) -> Sequence[str]:
         f"quiesced by {manifest.quiesce}{frozen}"),
         f"stored from {manifest.began_at} to {manifest.ended_at}, added {size_text(manifest.stored_bytes)}",
         f"parent {short_id(manifest.parent)}" if manifest.parent else "no parent: read as if all were new",
-        (f"stillframe {versions.stillframe}, libvirt {versions.libvirt}, QEMU {versions.qemu}, "
+        (f"stillframe {versions.stillframe}, {_libvirt_words(versions.libvirt)}, QEMU {versions.qemu}, "
         f"machine {versions.machine}"),
     ]
     lines += [
@@ -110,3 +110,7 @@ def _lines(name: SnapshotName, manifest: Manifest) -> Sequence[str]:
     ]
     lines += [f"warning: {warning}" for warning in manifest.warnings]
     return [*lines, f"tags: {', '.join(manifest.tags)}"] if manifest.tags else lines
+
+
+def _libvirt_words(version: str) -> str:
+    return f"libvirt {version}" if version else "no libvirt"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
-from stillframe.capture.plan import OVERLAY_SUFFIX
 from stillframe.capture.standing import past_limit
 from stillframe.capture.watched import Watched
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
+from stillframe.hypervisor.advice import is_bare
 from stillframe.hypervisor.domain import all_domains
+from stillframe.hypervisor.model import OVERLAY_SUFFIX
 from stillframe.mirror.record import FolderState
 from stillframe.mirror.recover import inspect_folder
 from stillframe.repository.catalog import list_snapshots
@@ -38,8 +39,9 @@ def status(session: Session) -> int:
     try:
         overlaid = _overlaid(session)
     except StillframeError as error:
-        unreachable, unreachable_code = error.message, error.exit_code
-        session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
+        if not _without_libvirt(session):
+            unreachable, unreachable_code = error.message, error.exit_code
+            session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
     standing = _standing(session)
     mirrors = _mirrors(session)
     snapshots, repository_error = _snapshots(session)
@@ -123,6 +125,12 @@ def _standing(session: Session) -> list[dict[str, str]]:
          "past_limit": past_limit(run, for_guest(session.settings, run.name, GuestSettings()).limits)}
         for run in session.journal.standing_runs()
     ]
+
+
+def _without_libvirt(session: Session) -> bool:
+    """Return whether this is a host for which libvirt was never needed: all its runs were of bare QEMUs."""
+    runs = session.journal.last_runs(_SHOWN_RUNS)
+    return bool(runs) and all(is_bare(run.uri) for run in runs)
 
 
 def _overlaid(session: Session) -> list[dict[str, str]]:

@@ -5,30 +5,11 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
 
 from stillframe.hypervisor.domain_xml import read_domain_xml
+from stillframe.hypervisor.model import Checkpoint, PulledDisk
 
 _WORDS = "stillframe "
-
-
-@dataclass(frozen=True, slots=True)
-class PulledDisk:
-    """A disk in a backup job: where its scratch file goes, and which checkpoint it counts from, if any."""
-
-    target: str
-    scratch: str
-    since: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointXml:
-    """What a checkpoint's XML says: its disks with a bitmap, each image then, and its *description*."""
-
-    name: str
-    targets: tuple[str, ...]
-    places: Mapping[str, str]
-    description: str
 
 
 def pull_xml(socket: str, disks: Iterable[PulledDisk], others: Iterable[str]) -> str:
@@ -64,7 +45,7 @@ def checkpoint_xml(
     return ET.tostring(root, encoding="unicode")
 
 
-def read_checkpoint(text: str) -> CheckpointXml | None:
+def read_checkpoint_xml(text: str) -> Checkpoint | None:
     """Return what *text* says, None if it is no checkpoint's XML."""
     try:
         root = ET.fromstring(text)
@@ -76,9 +57,9 @@ def read_checkpoint(text: str) -> CheckpointXml | None:
         return None
     targets = tuple(
         disk.get("name", "") for disk in root.iterfind("./disks/disk") if disk.get("checkpoint") == "bitmap")
-    return CheckpointXml(
+    return Checkpoint(
         root.findtext("name", ""), targets, {target: disk.top.key for target, disk in disks.items()},
-        root.findtext("description", ""),
+        read_about(root.findtext("description", "")),
     )
 
 

@@ -85,6 +85,9 @@ class Connection:
         """Make the connection anew if it is broken; raises NoHypervisor after the reconnect time."""
         self.look(lambda connect: connect.getLibVersion())
 
+    def release(self) -> None:
+        """Do nothing: libvirt serves many."""
+
     def try_again(self) -> None:
         """Make the connection anew if libvirt answers now; waits for nothing and raises nothing."""
         with contextlib.suppress(NoHypervisor, NotPermitted), self._lock:

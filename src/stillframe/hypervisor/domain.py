@@ -7,7 +7,9 @@ gone. Looks are repeated after a reconnect; steps are made once (see Connection)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import glob
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +17,18 @@ import libvirt
 
 from stillframe.errors import ConnectionLost, GuestUnknown, HypervisorError
 from stillframe.hypervisor import monitor
-from stillframe.hypervisor.backup_xml import machine_of, tells_backup
+from stillframe.hypervisor.advice import Advice, advice_for
+from stillframe.hypervisor.backup_xml import (
+    checkpoint_xml,
+    job_socket,
+    machine_of,
+    pull_xml,
+    redefinition,
+    tells_backup,
+)
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain_xml import read_domain_xml, snapshot_xml
-from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Ending, Power
+from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Ending, Power, PullJob
 
 T = TypeVar("T")
 
@@ -31,6 +41,7 @@ _SNAPSHOT_FLAGS = (
 )
 _COMMIT_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
 _PID_FOLDER = Path("/run/libvirt/qemu")
+_DEFINITIONS = Path("/etc/libvirt/qemu")
 _ENDINGS = {
     libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: Ending.SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_SAVED: Ending.SAVED,
     libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN: Ending.UNKNOWN, libvirt.VIR_DOMAIN_SHUTOFF_DAEMON: Ending.UNKNOWN,
@@ -46,6 +57,11 @@ class Domain:
         self.connection = connection
         self.uuid = uuid
         self.name = name
+
+    @property
+    def advice(self) -> Advice:
+        """What people type to look at it or to help it."""
+        return advice_for(self.connection.uri, self.name)
 
     def view(self) -> DomainView:
         """Return everything one look gives; power GONE when the domain is not defined.
@@ -93,21 +109,36 @@ class Domain:
         except GuestUnknown:
             return []
 
+    def neighbours(self) -> Sequence[Domain]:
+        """Return the other domains that libvirt knows."""
+        return [each for each in all_domains(self.connection) if each.uuid != self.uuid]
+
+    def qemu_pid(self) -> int | None:
+        """Return the process ID of its QEMU, None if none is to be seen."""
+        return qemu_pid(self.name)
+
+    def definition_files(self) -> tuple[Path, ...]:
+        """Return the definition's file and its folder: libvirt renames without an fsync of the folder."""
+        if not _DEFINITIONS.is_dir():
+            return ()
+        return (*_DEFINITIONS.glob(f"{glob.escape(self.name)}.xml"), _DEFINITIONS)
+
     def capacity_bytes(self, target: str) -> int:
         """Return the virtual size of disk *target*."""
         return int(self._look(lambda domain: domain.blockInfo(target, 0)[0]))
 
-    def has_backup_jobs(self) -> bool:
-        """Return whether libvirt says that it has backup jobs and bitmaps for a domain like this one."""
+    def backup_problem(self) -> str:
+        """Return why there can be no backup job with bitmaps for the guest, "" if there can."""
 
         def ask(domain: libvirt.virDomain) -> bool:
             machine = machine_of(domain.XMLDesc(0))
             return tells_backup(domain.connect().getDomainCapabilities(*machine, 0))
 
         try:
-            return self._look(ask)
+            has_jobs = self._look(ask)
         except HypervisorError:
-            return False  # a libvirt that can't answer has none
+            has_jobs = False  # a libvirt that can't answer has none
+        return self.qmp(monitor.nbd_problem) if has_jobs else "its libvirt has no backup jobs with bitmaps"
 
     def tell_when_written_to(self, target: str, offset_bytes: int) -> None:
         """Have libvirt send one event when the image of disk *target* is written to at this offset or beyond.
@@ -184,25 +215,24 @@ class Domain:
         """Return whether libvirt shows a job (a backup, a migration, a save) on the domain."""
         return self._look(lambda domain: bool(domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE))
 
-    def backup_job(self) -> str:
-        """Return the XML of the backup job that runs, "" if none does."""
+    def backup_runs(self, socket: str) -> bool:
+        """Return whether the backup job that serves on *socket* runs."""
+        return job_socket(self._look(_backup_xml)) == socket
 
-        def ask(domain: libvirt.virDomain) -> str:
-            try:
-                return str(domain.backupGetXMLDesc(0))
-            except libvirt.libvirtError as error:
-                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                    return ""
-                raise
-
-        return self._look(ask)
-
-    def begin_backup(self, backup: str, checkpoint: str) -> None:
-        """Begin a backup job and make a checkpoint (unless "") at one and the same moment, both given as XML.
+    def begin_backup(self, job: PullJob) -> None:
+        """Begin a backup job and make its checkpoint at one and the same moment.
 
         Raises HypervisorError; ConnectionLost if it may or may not have begun.
         """
-        self._act(lambda domain: domain.backupBegin(backup, checkpoint or None, 0))
+        backup = pull_xml(job.socket, job.disks, job.others)
+        unkept = tuple(disk.target for disk in job.disks if not disk.keeps)
+        checkpoint = checkpoint_xml(
+            job.checkpoint, job.kept, (*unkept, *job.others), job.about) if job.kept else None
+        self._act(lambda domain: domain.backupBegin(backup, checkpoint, 0))
+
+    def close_backup(self, socket: str, nodes: tuple[str, ...]) -> None:
+        """Close in QEMU what is left of a backup job that libvirt has lost."""
+        self.qmp(lambda qmp: monitor.close_exports(qmp, nodes, server=os.path.exists(socket)))
 
     def abort_job(self) -> None:
         """Ask for the end of whatever job runs on the domain; it is over somewhat later."""
@@ -212,15 +242,16 @@ class Domain:
         """Return the names of all checkpoints that libvirt knows of the domain."""
         return self._look(lambda domain: frozenset(each.getName() for each in domain.listAllCheckpoints()))
 
-    def checkpoint_xml(self, name: str) -> str:
-        """Return libvirt's XML of the checkpoint, which can define it again."""
-        return self._look(lambda domain: str(domain.checkpointLookupByName(name).getXMLDesc(0)))
+    def checkpoint_text(self, job: PullJob) -> str:
+        """Return libvirt's XML of the checkpoint that *job* made, which can define it again."""
+        return self._look(lambda domain: str(domain.checkpointLookupByName(job.checkpoint).getXMLDesc(0)))
 
-    def redefine_checkpoint(self, text: str) -> None:
+    def redefine_checkpoint(self, text: str, counted: Sequence[str]) -> None:
         """Tell libvirt of a checkpoint whose bitmaps are in the images; libvirt checks that they are."""
         flags = (libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
                  | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE)
-        self._act(lambda domain: domain.checkpointCreateXML(text, flags))
+        again = redefinition(text, counted, self.checkpoints())
+        self._act(lambda domain: domain.checkpointCreateXML(again, flags))
 
     def delete_checkpoint(self, name: str, *, bitmaps: bool) -> None:
         """Delete the checkpoint, with its *bitmaps* or without."""
@@ -394,6 +425,15 @@ def _power(domain: libvirt.virDomain, name: str) -> Power:
 def _block_job(domain: libvirt.virDomain, target: str) -> BlockJob | None:
     info: dict[str, Any] = domain.blockJobInfo(target)
     return BlockJob(info["type"], info["cur"], info["end"]) if info else None
+
+
+def _backup_xml(domain: libvirt.virDomain) -> str:
+    try:
+        return str(domain.backupGetXMLDesc(0))
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+            return ""
+        raise
 
 
 def _external_snapshots(domain: libvirt.virDomain) -> tuple[str, ...]:

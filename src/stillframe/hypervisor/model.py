@@ -6,6 +6,13 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+#: What an overlay's file name ends in.
+OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
+#: The name of a commit that stillframe itself starts in QEMU, by target.
+OWN_COMMIT = "stillframe-commit-{}"
+#: What libvirt calls such a job in a disk's <mirror>.
+ACTIVE_COMMIT = "active-commit"
+
 
 class Power(enum.Enum):
     """Whether a domain runs, as far as libvirt and the process table tell."""
@@ -121,6 +128,49 @@ class DomainXml:
     excluded: tuple[ExcludedDisk, ...]
     bystanders: Mapping[str, Disk]
     has_agent_channel: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PulledDisk:
+    """A disk in a backup job: where its scratch file goes, and which checkpoint it counts from, if any.
+
+    *keeps*: the job's checkpoint has a bitmap on it.
+    """
+
+    target: str
+    scratch: str
+    since: str = ""
+    keeps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PullJob:
+    """A backup job in pull mode, served on a unix socket, and the checkpoint that is made with it.
+
+    *others* are the disks that are left out. *checkpoint* is the name that its bitmaps share; it is made if
+    any disk keeps one. *about* goes into it, a text for each target.
+    """
+
+    socket: str
+    disks: tuple[PulledDisk, ...]
+    others: tuple[str, ...]
+    checkpoint: str
+    about: Mapping[str, str]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The targets that the checkpoint has a bitmap on."""
+        return tuple(disk.target for disk in self.disks if disk.keeps)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is known of a checkpoint: the disks with its bitmap, their images then, and what it is *about*."""
+
+    name: str
+    targets: tuple[str, ...]
+    places: Mapping[str, str]
+    about: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

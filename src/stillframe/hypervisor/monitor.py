@@ -1,8 +1,7 @@
-"""QEMU's own word, asked for through libvirt's monitor passthrough.
+"""QEMU's own word, asked for through libvirt's monitor passthrough, or QEMU's own socket (qmp.py).
 
 libvirt's XML can be wrong for ever after a crash at the wrong instant; QEMU's block
-graph can't. The answers are read here; block-commit and its kin are used only where
-libvirt itself no longer knows of the overlay.
+graph can't. The answers are read here.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import libvirt_qemu
 from stillframe.errors import HypervisorError
 from stillframe.hypervisor.model import QemuBitmap, QemuDisk, QemuJob, QemuNode, QemuView
 
+_MAJOR_WITH_SAFE_NBD = 9
 #: Runs one QMP command and returns what is under "return".
 Qmp = Callable[[str, Mapping[str, Any]], Any]
 
@@ -40,26 +40,16 @@ def read_view(qmp: Qmp, aliases: Mapping[str, str]) -> QemuView:
     for target, alias in aliases.items():
         for device in devices:
             if alias in str(device.get("qdev", "")).split("/") and "inserted" in device:
-                disks[target] = _read_disk(device["inserted"])
-    nodes = _nodes(qmp)
-    jobs = tuple(
+                disks[target] = read_disk(device["inserted"])
+    return QemuView(disks, block_nodes(qmp), block_jobs(qmp))
+
+
+def block_jobs(qmp: Qmp) -> tuple[QemuJob, ...]:
+    """Return QEMU's block jobs, those that are over but not dismissed among them."""
+    return tuple(
         QemuJob(job["device"], job["type"], job.get("status", ""), job["offset"], job["len"])
         for job in qmp("query-block-jobs", {})
     )
-    return QemuView(disks, nodes, jobs)
-
-
-def commit_unknown_overlay(qmp: Qmp, job: str, overlay_file: str, base_file: str) -> None:
-    """Start committing *overlay_file* into *base_file* behind libvirt's back.
-
-    For a QEMU that writes to an overlay which libvirt has forgotten. Raises HypervisorError.
-    """
-    nodes = _nodes(qmp)
-    top = format_node(nodes, overlay_file)
-    base = format_node(nodes, base_file)
-    qmp("block-commit", {
-        "job-id": job, "device": top, "top-node": top, "base-node": base, "auto-dismiss": False,
-    })
 
 
 def format_node(nodes: tuple[QemuNode, ...], file: str) -> str:
@@ -80,11 +70,53 @@ def drop_nodes(qmp: Qmp, names: tuple[str, ...]) -> None:
         qmp("blockdev-del", {"node-name": name})
 
 
+def drop_file(qmp: Qmp, file: str) -> None:
+    """Close all nodes over *file*, format before storage. Raises HypervisorError where one is in use."""
+    before: tuple[str, ...] = ()
+    # Looked at anew after each: a node that QEMU made itself goes with the one that it was made for.
+    while (names := nodes_of(qmp, file)) and names != before:
+        drop_nodes(qmp, names[:1])
+        before = names
+
+
+def job_of(qmp: Qmp, name: str) -> Mapping[str, Any] | None:
+    """Return what query-jobs says of the job called *name*, None if there is none."""
+    found: list[Mapping[str, Any]] = [job for job in qmp("query-jobs", {}) if job["id"] == name]
+    return found[0] if found else None
+
+
+def dismiss_concluded(qmp: Qmp, name: str) -> str:
+    """Dismiss the job called *name* if it is over; return the error that it ended with, "" if none."""
+    job = job_of(qmp, name)
+    if job is None or job["status"] != "concluded":
+        return ""
+    qmp("job-dismiss", {"id": name})
+    return str(job.get("error", ""))
+
+
 def delete_bitmap(qmp: Qmp, files: Container[str], name: str) -> None:
     """Delete the bitmap called *name* from all images over *files*. Raises HypervisorError."""
-    for node in _nodes(qmp):
+    for node in block_nodes(qmp):
         if node.file in files and any(bitmap.name == name for bitmap in node.bitmaps):
             qmp("block-dirty-bitmap-remove", {"node": node.name, "name": name})
+
+
+def qemu_major(qmp: Qmp) -> int:
+    """Return the first number of the version of the QEMU that runs."""
+    return int(qmp("query-version", {})["qemu"]["major"])
+
+
+def nbd_problem(qmp: Qmp) -> str:
+    """Return why QEMU may not serve the guest's disks by NBD, "" if it may.
+
+    Older ones end a client of an export in the disk's own I/O thread, where a failed assertion ends QEMU, and
+    so the guest. Measured with 7.2, by libvirt's backup jobs as well as by QMP; that 9.0 is the first one
+    without is from its sources.
+    """
+    if qemu_major(qmp) >= _MAJOR_WITH_SAFE_NBD or not qmp("query-iothreads", {}):
+        return ""
+    return (f"the guest has I/O threads, and a QEMU before {_MAJOR_WITH_SAFE_NBD}.0 crashes when a disk with "
+            "one was read by NBD")
 
 
 def close_exports(qmp: Qmp, nodes: tuple[str, ...], *, server: bool) -> None:
@@ -109,7 +141,7 @@ def close_exports(qmp: Qmp, nodes: tuple[str, ...], *, server: bool) -> None:
 
 def nodes_of(qmp: Qmp, file: str) -> tuple[str, ...]:
     """Return the names of all nodes over *file*, format before storage."""
-    found = [node for node in _nodes(qmp) if node.file == file]
+    found = [node for node in block_nodes(qmp) if node.file == file]
     return tuple(node.name for node in sorted(found, key=lambda node: node.driver not in ("qcow2", "raw")))
 
 
@@ -125,7 +157,8 @@ def plain_file(name: str) -> str:
     return str(options.get("filename", name))
 
 
-def _nodes(qmp: Qmp) -> tuple[QemuNode, ...]:
+def block_nodes(qmp: Qmp) -> tuple[QemuNode, ...]:
+    """Return all nodes of QEMU's block graph."""
     return tuple(
         QemuNode(node["node-name"], node["drv"], plain_file(node["file"]), _bitmaps(node))
         for node in qmp("query-named-block-nodes", {"flat": True})
@@ -142,7 +175,8 @@ def _bitmaps(node: Mapping[str, Any]) -> tuple[QemuBitmap, ...]:
     )
 
 
-def _read_disk(inserted: Mapping[str, Any]) -> QemuDisk:
+def read_disk(inserted: Mapping[str, Any]) -> QemuDisk:
+    """Return what query-block says of an inserted image."""
     files = []
     image: Mapping[str, Any] | None = inserted.get("image")
     about = (image or {}).get("format-specific", {}).get("data", {})

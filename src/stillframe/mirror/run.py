@@ -20,7 +20,7 @@ from stillframe.errors import (
     DestinationUnwritable,
     StillframeError,
 )
-from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import ExcludedDisk
 from stillframe.mirror.folder import MirrorFolder
 from stillframe.mirror.record import CaptureFacts
@@ -53,7 +53,7 @@ class MirrorResult:
 class MirrorJob:
     """What is to be mirrored, where to, and how. *report* is told how far each copy is."""
 
-    domain: Domain
+    domain: Guest
     destination: Path
     wishes: Wishes
     verify_destination: bool
