@@ -10,7 +10,7 @@ import libvirt
 import pytest
 
 from lab.diskguest import DiskGuest
-from lab.disks import DiskSpec, Kind
+from lab.disks import Disk, DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.block.anchor import Anchor
@@ -29,6 +29,7 @@ from tests.pull_store import PullStore, Taken, never
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
 _KIB = 1024
+_BOTH = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
 
 
 @dataclass
@@ -389,6 +390,53 @@ def test_a_disk_that_was_added(desk: MakeDesk) -> None:
     taken = one.take()
     assert taken.notes["vda"] == ""
     assert "added" in taken.notes["vdb"]
+
+
+def plug(guest: DiskGuest, disk: Disk) -> None:
+    """Give the running guest a disk."""
+    guest.domain().attachDeviceFlags(disk.xml(), _BOTH)
+    guest.disks[disk.spec.target] = disk
+    guest._learn_aliases()
+
+
+def unplug(guest: DiskGuest, target: str) -> None:
+    """Take a SCSI disk from the running guest, which is not asked."""
+    guest.domain().detachDeviceFlags(guest.disks.pop(target).xml(), _BOTH)
+    wait_for("it is gone", lambda: f"dev='{target}'" not in guest.domain().XMLDesc(), PATIENCE_S)
+
+
+def test_a_disk_that_was_plugged_in_replaced_and_taken_out(desk: MakeDesk, images_dir: Path) -> None:
+    one = desk(devices="<controller type='scsi' model='virtio-scsi'/>")
+    one.take()
+    for label, note in (("first", "added"), ("second", "another image")):
+        spec = DiskSpec("sda", size_bytes=_SIZE_BYTES, bus="scsi")
+        (one.guest.folder / label).mkdir()
+        plug(one.guest, Disk(spec, one.guest.folder / label, f"{one.guest.name}-{label}"))
+        one.write_some(1)
+        taken = one.take()
+        assert taken.notes["vda"] == ""
+        assert note in taken.notes["sda"]
+        one.write_some(2)
+        assert one.take().notes == {"vda": "", "sda": ""}
+        unplug(one.guest, "sda")
+    one.write_some(3)
+    assert one.take().notes == {"vda": ""}, "what went with the disk is not missed"
+
+
+def test_an_image_with_others_below_it(desk: MakeDesk) -> None:
+    """Zeroes and discards over what lower images hold are changes, too."""
+    one = desk(DiskSpec("vda", Kind.CHAIN, _SIZE_BYTES))
+    one.take()
+    for number in range(1, 4):
+        one.write_some(number)
+        one.guest.write_zeroes("vda", (2 * number) * MIB + 512, 256 * _KIB)
+        one.guest.write_zeroes("vda", (6 + number) * MIB, 128 * _KIB, unmap=True)
+        one.guest.discard("vda", (11 + number) * MIB, 192 * _KIB)
+        taken = one.take()
+        assert taken.notes == {"vda": ""}
+        assert 0 < taken.counted["vda"] < _SIZE_BYTES // 2
+    one.guest.destroy()
+    one.guest.assert_disk_equals_model()
 
 
 def test_no_disk_that_keeps_a_bitmap(desk: MakeDesk) -> None:

@@ -160,14 +160,21 @@ def test_a_start_fails_while_it_is_read(disk_guest: MakeGuest, tools: Tools) -> 
     assert guest.running()
 
 
-def test_a_start_that_no_lock_prevents_is_noticed(disk_guest: MakeGuest, tools: Tools) -> None:
-    guest = disk_guest(DiskSpec("vda", Kind.NBD, _SIZE_BYTES))
+@pytest.mark.parametrize("kind", [Kind.NBD, Kind.BLOCK], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_start_that_no_lock_prevents_is_noticed(
+    disk_guest: MakeGuest, tools: Tools, kind: Kind, goes_on: bool
+) -> None:
+    guest = disk_guest(DiskSpec("vda", kind, _SIZE_BYTES))
     shut_down(guest)
 
     def start_in_mid_read() -> None:
         with captured(plan_of(guest, tools), tools, "nowhere", never, None) as capture:
-            guest.domain().create()
-            guest.domain().destroy()
+            guest.start()
+            guest.write("vda", 5 * MIB, MIB, 0x51)
+            guest.flush()
+            if not goes_on:
+                guest.domain().destroy()
             wait_for("noticed", lambda: capture.stop() is not None, PATIENCE_S)
             capture.check_still()
 
@@ -175,6 +182,8 @@ def test_a_start_that_no_lock_prevents_is_noticed(disk_guest: MakeGuest, tools: 
         start_in_mid_read()
     assert tools.journal.open_runs() == []
     assert "started" in tools.journal.last_runs(1)[0].given_up
+    assert guest.running() is goes_on, "the copy is given up, not the guest"
+    guest.assert_disk_equals_model()
 
 
 def test_an_image_that_somebody_else_writes_to_is_not_read(disk_guest: MakeGuest, place: Place) -> None:

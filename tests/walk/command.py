@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -47,7 +48,9 @@ class Command:
         at_step: Callable[[Command, int, str, str], None], mutation: str = "-",
     ) -> None:
         self._at_step = at_step
-        self._out, self._err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self._files = files = contextlib.ExitStack()
+        self._out = files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 -- closed by `end`
+        self._err = files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
         self._link, theirs = socket.socketpair()
         self._link.settimeout(_TIMEOUT_S)
         with theirs:
@@ -79,7 +82,7 @@ class Command:
             code = self._process.wait(_TIMEOUT_S)
         finally:
             self.kill()
-        with self._out, self._err:
+        with self._files:
             self._out.seek(0)
             self._err.seek(0)
             return Ended(code, self._out.read(), self._err.read(), tuple(steps))

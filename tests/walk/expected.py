@@ -1,4 +1,4 @@
-"""Which outcomes a run may have, by what is known of the guest: which refusal, and which disk must be counted."""
+"""Which outcomes a run may have, by what is known of the guest: a refusal, and what must be counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolved(world: World, method: Method, exclude: str) -> Method:
 
 def keepers(world: World, exclude: str) -> set[str]:
     """Return the disks that can keep a bitmap."""
-    return {target for target in world.guest.disks if target != exclude and world.top_format(target) == "qcow2"}
+    return {each for each in world.guest.disks if each != exclude and world.top_format(each) == "qcow2"}
 
 
 def refusal(world: World, wished: Method, exclude: str) -> type[StillframeError] | None:
@@ -56,7 +56,7 @@ def refusal(world: World, wished: Method, exclude: str) -> type[StillframeError]
 
 @dataclass
 class Counted:
-    """Which disks the next run for each destination must read by their changes, if it is by the same method.
+    """Which disks the next run for each destination must read by their changes, if by the same method.
 
     Nothing is said of the others: they may be read whole.
     """
@@ -64,7 +64,7 @@ class Counted:
     _kept: dict[str, dict[str, Method]] = field(default_factory=dict)
 
     def must(self, where: str, target: str, method: Method) -> bool:
-        """Return whether the disk has to be counted. An offline run counts by the bitmaps of a running one."""
+        """Return whether the disk has to be counted. Offline it is by the bitmaps of a run before."""
         kept = self._kept.get(where, {}).get(target)
         return kept is not None and kept is (Method.BITMAP if method is Method.OFFLINE else method)
 
@@ -77,15 +77,17 @@ class Counted:
             if not where or name == where:
                 self._kept[name] = {
                     target: by for target, by in kept.items()
-                    if (method is not None and by is not method) or (chosen is not None and target not in chosen)
+                    if method not in (None, by) or (chosen is not None and target not in chosen)
                 }
 
-    def ran(self, where: str, method: Method, disks: Iterable[Mapping[str, Any]], keep: set[str]) -> None:
+    def ran(
+        self, where: str, method: Method, disks: Iterable[Mapping[str, Any]], keep: set[str]
+    ) -> None:
         """Take down that a run for *where* was durable, which told *disks*; *keep* can keep a bitmap."""
         targets = {disk["target"] for disk in disks if not (method is Method.OFFLINE and disk["note"])}
         before = self._kept.get(where, {})
         if method is Method.STANDING_OVERLAY:
-            self._kept = {where: dict.fromkeys(targets, method)}  # the others' overlay, or images, are no more
+            self._kept = {where: dict.fromkeys(targets, method)}  # others count from what is no more
         elif method is Method.BITMAP:
             self._kept[where] = dict.fromkeys(targets & keep, method)
         elif method is Method.OFFLINE:

@@ -1,4 +1,4 @@
-"""The steps of a walk, and how the next one is drawn. A step is data, so that a history can be read and repeated."""
+"""The steps of a walk, and how the next one is drawn. A step is data, so that it can be read and repeated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lab.disks import Kind
 from lab.images import KIB, MIB
 from stillframe.capture.method import Method
 from tests.walk.expected import refusal
-from tests.walk.world import PLUGGED, World, Write
+from tests.walk.world import FIRST_DISKS, PLUGGED, World, Write
 
 _SECTOR_BYTES = 512
 _CLUSTER_BYTES = 64 * KIB
@@ -42,7 +42,7 @@ def next_step(world: World, chance: random.Random) -> Step:
 
 
 def some_writes(world: World, chance: random.Random, *, discards: bool) -> tuple[Write, ...]:
-    """Draw what the guest writes: small and large, aligned or not; zeroes and discards, often over old data."""
+    """Draw what the guest writes: small and large, aligned or not; zeroes, discards; often over old data."""
     kinds = ["write", "write", "write", "zero", "unmap", *(["discard"] if discards else [])]
     return tuple(_some_write(world, chance, chance.choice(kinds)) for _ in range(chance.randint(1, 6)))
 
@@ -51,7 +51,7 @@ def _some_write(world: World, chance: random.Random, what: str) -> Write:
     target = chance.choice(sorted(world.guest.disks))
     grain = _CLUSTER_BYTES if what == "discard" else _SECTOR_BYTES
     room = world.guest.model(target).size_bytes // grain
-    length = min(chance.choice([1, 8, 64, 128, 200, 1000]), room) if what != "discard" else chance.randint(1, 6)
+    length = chance.randint(1, 6) if what == "discard" else chance.choice([1, 8, 64, 128, 200, 1000])
     # The first MiBs hold data from the start, and the end is where a resize has happened.
     begin = chance.choice([chance.randrange(room), chance.randrange(room // 8), room - length])
     begin = min(begin, room - length)
@@ -158,26 +158,42 @@ def _bare(name: str) -> Callable[[World, random.Random], Step]:
     return lambda _world, _chance: Step(name)
 
 
-def _may_change_disks(world: World) -> bool:
-    # libvirt refuses to change disks under a snapshot that it knows of less often than it loses track of it.
-    return not world.foreign
+def _always(_world: World) -> bool:
+    return True
+
+
+def _runs(world: World) -> bool:
+    return world.running
+
+
+def _is_off(world: World) -> bool:
+    return not world.running
+
+
+def _can_be_plugged(world: World) -> bool:
+    # Whether libvirt takes a disk under somebody's snapshot is not what this is about.
+    return not world.foreign and len(world.guest.disks) < len(FIRST_DISKS) + len(PLUGGED)
+
+
+def _can_be_unplugged(world: World) -> bool:
+    return not world.foreign and bool(_plugged(world))
 
 
 #: How often, when, and what.
 _TABLE: tuple[tuple[float, Callable[[World], bool], Callable[[World, random.Random], Step]], ...] = (
-    (7, lambda world: world.running, _write),
-    (9, lambda world: True, _back_up),
-    (3, lambda world: True, _back_up_struck),
-    (1, lambda world: True, _settle),
+    (7, _runs, _write),
+    (9, _always, _back_up),
+    (3, _always, _back_up_struck),
+    (1, _always, _settle),
     (1, lambda world: bool(world.overlays()) and not world.foreign, _settle_struck),
-    (0.5, lambda world: True, _bare("recover")),
-    (1.5, lambda world: True, _restart_libvirtd),
-    (2, lambda world: world.running, _end),
-    (8, lambda world: not world.running, _bare("start")),
-    (1.5, lambda world: world.running, _resize),
-    (1.5, lambda world: _may_change_disks(world) and len(world.guest.disks) < 5, _plug),
-    (1, lambda world: _may_change_disks(world) and bool(_plugged(world)), _unplug),
-    (1, lambda world: _may_change_disks(world) and bool(_plugged(world)), _replace),
+    (0.5, _always, _bare("recover")),
+    (1.5, _always, _restart_libvirtd),
+    (2, _runs, _end),
+    (8, _is_off, _bare("start")),
+    (1.5, _runs, _resize),
+    (1.5, _can_be_plugged, _plug),
+    (1, _can_be_unplugged, _unplug),
+    (1, _can_be_unplugged, _replace),
     (1, lambda world: not world.running and not world.overlays() and bool(_swappable(world)), _swap_image),
     (1.5, lambda world: world.running and not world.foreign, _put_theirs_on),
     (5, lambda world: world.running and bool(world.foreign), _commit_theirs),

@@ -56,7 +56,7 @@ class Walk:
         return "\n".join([f"walk of seed {self._seed}:", *self.history])
 
     def finish(self) -> None:
-        """Bring the guest back onto its own images, and compare every snapshot that there is, and the disks."""
+        """Bring the guest back onto its own images, and compare the disks and every snapshot there is."""
         world = self.world
         if world.foreign:
             if not world.running:
@@ -340,7 +340,7 @@ class Walk:
         return [each for each in listed if each not in self.world.moments.get(where, {})]
 
     def _assert_mirror(self) -> None:
-        """The mirror is the last one that was durable, or the one of a run that was struck: never a mixture."""
+        """The mirror is the last one that was durable, or that of a run that was struck: never a mixture."""
         world = self.world
         folder = world.place.mirror(world.guest)
         if len(world.mirrored) == 1 and not (folder / "mirror.json").exists():

@@ -1,4 +1,4 @@
-"""What a walk walks on: a guest without an operating system, two repositories and a mirror, and what they are to be.
+"""What a walk walks on: a guest, two repositories and a mirror; and what each of them has to be.
 
 The models say what each disk holds; the rest of the state is what the walk itself has done. Only of standing
 overlays the journal is asked, and what it says is compared with what libvirt and the folders show.
