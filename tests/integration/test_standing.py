@@ -312,6 +312,40 @@ def test_a_disk_resized_between_runs_is_read_whole(disk_guest: MakeGuest, kept: 
     guest.assert_disk_equals_model("vda")
 
 
+@pytest.mark.parametrize("kind", [Kind.QCOW2, Kind.RAW], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("runs_between", [0, 1])
+def test_a_disk_that_was_cut_while_it_stands_is_not_made_larger_by_settling(
+    disk_guest: MakeGuest, kept: Kept, kind: Kind, runs_between: int
+) -> None:
+    """A commit leaves a larger base as large as it is, with what the guest had cut off at its end."""
+    guest = disk_guest(DiskSpec("vda", kind, _SIZE_BYTES))
+    guest.write("vda", _SIZE_BYTES - 2 * MIB, 2 * MIB, 0xA1)
+    guest.flush()
+    kept.take(guest)
+    resize(guest, _SIZE_BYTES - MIB)
+    for _ in range(runs_between):
+        kept.take(guest)
+        assert kept.notes == {"vda": "its size has changed"}
+    with pytest.raises(GuestUnfit, match="made smaller") as error:
+        settle(kept.domain(guest), kept.tools, Limits())
+    assert_standing(guest, kept)
+    assert f"virsh blockresize {guest.name} vda {_SIZE_BYTES}B" in error.value.next_command
+    guest.assert_disk_equals_model("vda")
+    resize(guest, _SIZE_BYTES)  # as the error says
+    guest.assert_disk_equals_model("vda")
+    settle(kept.domain(guest), kept.tools, Limits())
+    assert_settled(guest, kept)
+    guest.assert_disk_equals_model("vda")
+    resize(guest, _SIZE_BYTES - MIB)
+    guest.destroy()
+    guest.assert_disk_equals_model("vda")
+
+
+def resize(guest: DiskGuest, size_bytes: int) -> None:
+    guest.domain().blockResize("vda", size_bytes, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    guest.model("vda").resize(size_bytes)
+
+
 def test_a_base_that_somebody_wrote_to_is_never_committed_to(guest: DiskGuest, kept: Kept) -> None:
     kept.take(guest)
     write(guest, MIB, 0xA1)

@@ -185,7 +185,7 @@ _TABLE: tuple[tuple[float, Callable[[World], bool], Callable[[World, random.Rand
     (9, _always, _back_up),
     (3, _always, _back_up_struck),
     (1, _always, _settle),
-    (1, lambda world: bool(world.overlays()) and not world.foreign, _settle_struck),
+    (1, lambda world: bool(world.overlays()) and not world.foreign and not world.cut(), _settle_struck),
     (0.5, _always, _bare("recover")),
     (1.5, _always, _restart_libvirtd),
     (2, _runs, _end),

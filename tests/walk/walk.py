@@ -14,7 +14,15 @@ from typing import Any
 from lab.disks import Kind
 from lab.images import ImagesDiffer, assert_equal_images
 from stillframe.capture.method import Method
-from stillframe.errors import EXIT_FELL_BACK, EXIT_OK, Interrupted, NeedsAttention, RunFailed
+from stillframe.errors import (
+    EXIT_FELL_BACK,
+    EXIT_OK,
+    GuestUnfit,
+    Interrupted,
+    NeedsAttention,
+    RunFailed,
+    StillframeError,
+)
 from tests.walk.command import Command, Ended
 from tests.walk.expected import Counted, keepers, refusal, resolved
 from tests.walk.steps import Step, next_step, some_writes
@@ -62,6 +70,11 @@ class Walk:
             if not world.running:
                 self.take(Step("start"))
             self.take(Step("commit_theirs", {"writes": ()}))
+        for target, size_bytes in world.cut().items():
+            if not world.running:
+                self.take(Step("start"))
+            self.take(Step("delete_checkpoints"))
+            self.take(Step("resize", {"target": target, "size_bytes": size_bytes}))
         self.take(Step("settle", {"seed": 0}))
         world.assert_disks()
         if world.running:
@@ -91,8 +104,14 @@ class Walk:
         self.world.restart_libvirtd(how)
 
     def do_resize(self, target: str, size_bytes: int) -> None:
-        self.world.resize(target, size_bytes)
+        said = self.world.resize(target, size_bytes)
+        if said:
+            self.history.append(f"      {said}")
         self._counted.forget(targets=[target])
+
+    def do_delete_checkpoints(self) -> None:
+        self.world.delete_checkpoints()
+        self._counted.forget(method=Method.BITMAP)
 
     def do_plug(self, target: str, kind: str, size_bytes: int) -> None:
         self.world.plug(target, Kind[kind], size_bytes)
@@ -104,9 +123,14 @@ class Walk:
             self.world.unplug(target)
             self._counted.forget(targets=[target])
             return
+        cut = self.world.cut()
         disk = self.world.detach(target)
-        self._assert_asks()
+        self._assert_asks(GuestUnfit if cut else NeedsAttention)
         self.world.attach(target, overlay, "qcow2", disk)
+        if self.world.journal().open_runs():  # settle has brought the others back
+            self._recover()
+            self._counted.forget()
+            assert not self.world.overlays()
 
     def do_replace(self, target: str, kind: str) -> None:
         """Another disk is in the place of one. Where that one stood on an overlay, it comes back."""
@@ -168,10 +192,11 @@ class Walk:
 
     def do_settle(self, seed: int) -> None:
         overlays, foreign = self.world.overlays(), set(self.world.foreign)
+        asks, cut = bool(foreign & set(overlays)), self.world.cut()
         ended = self._run(["settle", self.world.guest.name], seed)
         self._note(ended)
-        if overlays and foreign & set(overlays):
-            assert ended.code == NeedsAttention.exit_code, self._said(ended)
+        if asks or cut:
+            assert ended.code == (NeedsAttention if asks else GuestUnfit).exit_code, self._said(ended)
             return
         assert ended.code == EXIT_OK, self._said(ended)
         assert not self.world.overlays()
@@ -289,13 +314,14 @@ class Walk:
             ended = self._run(["recover", self.world.guest.name], 0)
         assert ended.code == EXIT_OK, self._said(ended)
 
-    def _assert_asks(self) -> None:
-        """No run but one that asks, or is refused, and settle doesn't either."""
+    def _assert_asks(self, settling: type[StillframeError]) -> None:
+        """No run begins, and settle asks, or is refused by *settling*."""
+        running = NeedsAttention if self.world.running else GuestUnfit
         words = self._capture_words("one", Method.AUTO, "")
-        for each in (words, ["settle", self.world.guest.name]):
+        for each, error in ((words, running), (["settle", self.world.guest.name], settling)):
             ended = self._run(each, 0)
-            asks = NeedsAttention.exit_code if self.world.running or each[0] == "settle" else 14
-            assert ended.code == asks, self._said(ended)
+            self._note(ended)
+            assert ended.code == error.exit_code, self._said(ended)
 
     # --- comparing ------------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ from lab.diskguest import DiskGuest
 from lab.disks import Disk, DiskSpec, Kind
 from lab.images import KIB, MIB
 from lab.waiting import PATIENCE_S, wait_for
+from stillframe.block.image import file_place
+from stillframe.block.tools import image_info
 from stillframe.capture.journal import Journal, RunRecord
 from stillframe.clock import SystemClock
 from tests.fault.harness import Place
@@ -86,6 +88,12 @@ class World:
         own = self.guest.disks[target].image_format
         return "qcow2" if target in self.foreign or target in self.overlays() else own
 
+    def cut(self) -> dict[str, int]:
+        """Return the disks that are smaller than their images below standing overlays, and those' sizes."""
+        sizes = {target: image_info(file_place(str(disk.path), disk.image_format)).virtual_size_bytes
+                 for target, disk in self.guest.disks.items() if target in self.overlays()}
+        return {each: size for each, size in sizes.items() if size > self.guest.model(each).size_bytes}
+
     def moment(self) -> Moment:
         """Keep what the disks hold now."""
         self._made += 1
@@ -136,10 +144,24 @@ class World:
             self.guest.daemons.stop()
         self.guest.daemons.start()
 
-    def resize(self, target: str, size_bytes: int) -> None:
-        """Make a disk larger or smaller while the guest runs."""
-        self.domain.blockResize(target, size_bytes, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    def resize(self, target: str, size_bytes: int) -> str:
+        """Make a disk larger or smaller while the guest runs; return what QEMU said against it, "" if it did.
+
+        It resizes no disk with a bitmap that its own death left inconsistent (docs/CAPTURE.md).
+        """
+        try:
+            self.domain.blockResize(target, size_bytes, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        except libvirt.libvirtError as error:
+            if "is inconsistent" not in str(error):
+                raise
+            return str(error)
         self.guest.model(target).resize(size_bytes)
+        return ""
+
+    def delete_checkpoints(self) -> None:
+        """Do as a user may: away with the checkpoints, and with the bitmaps that are in the way."""
+        for checkpoint in self.domain.listAllCheckpoints():
+            checkpoint.delete(0)
 
     # --- disks that come and go -----------------------------------------------------------------
 
