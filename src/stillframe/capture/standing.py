@@ -251,7 +251,7 @@ def _refuse_cut(record: RunRecord, disk: DiskRecord) -> None:
     if now < then:
         raise GuestUnfit(
             f"{disk.target} of {record.name} was made smaller while it stood on its overlay: it has {now}"
-            f" bytes, its image {disk.base.text()} has {then}. Back on that, it would have its old size again.",
+            f" bytes, its image {disk.base.text()} has {then}. Back on that, it has its old size again.",
             f"virsh blockresize {record.name} {disk.target} {then}B   # while it runs; then settle, and if "
             f"you like virsh blockresize {record.name} {disk.target} {now}B",
         )
