@@ -75,12 +75,12 @@ def back_up(method: str) -> Step:
 @pytest.mark.parametrize("method", ["bitmap", "standing-overlay"])
 def test_a_change_that_a_reader_forgets_is_noticed(world: World, method: str) -> None:
     """The negative control: with the same steps, a walk fails where one changed stretch is said not to be."""
-    changes = [Step("write", {"writes": (("write", "vda", at * MIB, 512, 0x60 + at),)}) for at in (3, 5, 7)]
+    changes = [Step("write", {"writes": (("write", "vda", at * MIB, 512, 0x60 + at),)}) for at in (3, 5)]
     honest = Walk(world, 0)
     with told(honest):
-        for step in (back_up(method), changes[0], back_up(method), changes[1], back_up(method)):
+        for step in (back_up(method), changes[0], back_up(method)):
             honest.take(step)
     wrong = Walk(world, 0, "forget-a-change")
-    wrong.take(changes[2])
+    wrong.take(changes[1])
     with pytest.raises(ImagesDiffer):
         wrong.take(back_up(method))

@@ -127,7 +127,7 @@ class Walk:
         disk = self.world.detach(target)
         self._assert_asks(GuestUnfit if cut else NeedsAttention)
         self.world.attach(target, overlay, "qcow2", disk)
-        if self.world.journal().open_runs():  # settle has brought the others back
+        if self.world.journal.open_runs():  # settle has brought the others back
             self._recover()
             self._counted.forget()
             assert not self.world.overlays()

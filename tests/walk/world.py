@@ -12,7 +12,7 @@ import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import libvirt
@@ -65,13 +65,18 @@ class World:
         """The guest's domain."""
         return self.guest.domain()
 
+    @cached_property
     def journal(self) -> Journal:
-        """Return the journal of all the walk's runs."""
+        """The journal of all the walk's runs."""
         return Journal(self.place.state_dir, SystemClock())
+
+    @cached_property
+    def _uuid(self) -> str:
+        return str(self.domain.UUIDString())
 
     def standing(self) -> RunRecord | None:
         """Return the run on whose overlays the guest stands."""
-        return self.journal().standing(self.domain.UUIDString())
+        return self.journal.standing(self._uuid)
 
     def overlays(self) -> dict[str, str]:
         """Return the standing overlay of each disk that has one."""
@@ -262,7 +267,7 @@ class World:
 
     def assert_nothing_left(self) -> None:
         """No run is open, nothing of one is left anywhere, and the guest is on the images it has to be on."""
-        assert not self.journal().open_runs()
+        assert not self.journal.open_runs()
         overlays = self.overlays()
         assert sorted(map(str, self.place.overlays.iterdir())) == sorted(overlays.values())
         left = [path for pattern in ("*stillframe-*.socket", "*.stillframe-*.qcow2")
