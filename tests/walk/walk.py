@@ -332,10 +332,11 @@ class Walk:
         for disk in disks:
             target = disk["target"]
             assert disk["audit_differs_at_bytes"] is None, f"{target}: {disk}"
-            fell_back = bool(disk["fell_back"])
-            assert not fell_back or disk["note"], f"{target} was read whole for no reason"
+            # A backup says whether a disk fell back, and why in its note; a mirror says why.
+            fell_back = disk["fell_back"]
+            assert fell_back is not True or disk["note"], f"{target} was read whole for no reason"
             if self._counted.must(where, target, by):
-                assert not fell_back, f"{target} had to be read by its changes: {disk['note']}"
+                assert not fell_back, f"{target} had to be read by its changes: {disk}"
         assert guest["fell_back"] is any(bool(disk["fell_back"]) for disk in disks)
         assert ended.code == (EXIT_FELL_BACK if guest["fell_back"] else EXIT_OK)
         self._counted.ran(where, by, disks, keepers(self.world, exclude))
