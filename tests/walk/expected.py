@@ -45,7 +45,7 @@ def refusal(world: World, wished: Method, exclude: str) -> type[StillframeError]
         return GuestShutOff
     if world.their_snapshot:
         return ForeignSnapshot
-    if set(world.foreign) & set(overlays):
+    if world.theirs_on_top() & set(overlays):
         return NeedsAttention
     if method is Method.STANDING_OVERLAY and exclude in overlays:
         return GuestUnfit

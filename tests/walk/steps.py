@@ -179,13 +179,18 @@ def _can_be_unplugged(world: World) -> bool:
     return not world.foreign and bool(_plugged(world))
 
 
+def _is_in_the_way(world: World) -> bool:
+    """Return whether something keeps the guest from being settled."""
+    return bool(world.theirs_on_top() & set(world.overlays())) or bool(world.cut())
+
+
 #: How often, when, and what.
 _TABLE: tuple[tuple[float, Callable[[World], bool], Callable[[World, random.Random], Step]], ...] = (
     (7, _runs, _write),
     (9, _always, _back_up),
     (3, _always, _back_up_struck),
     (1, _always, _settle),
-    (1, lambda world: bool(world.overlays()) and not world.foreign and not world.cut(), _settle_struck),
+    (1, lambda world: bool(world.overlays()) and not _is_in_the_way(world), _settle_struck),
     (0.5, _always, _bare("recover")),
     (1.5, _always, _restart_libvirtd),
     (2, _runs, _end),
@@ -196,6 +201,7 @@ _TABLE: tuple[tuple[float, Callable[[World], bool], Callable[[World, random.Rand
     (1, _can_be_unplugged, _replace),
     (1, lambda world: not world.running and not world.overlays() and bool(_swappable(world)), _swap_image),
     (1.5, lambda world: world.running and not world.foreign, _put_theirs_on),
-    (5, lambda world: world.running and bool(world.foreign), _commit_theirs),
+    (5, lambda world: world.running and bool(world.foreign) and world.theirs_on_top() == set(world.foreign),
+     _commit_theirs),
     (1, lambda world: any(world.moments.values()), _forget),
 )

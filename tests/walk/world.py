@@ -21,7 +21,6 @@ from lab.diskguest import DiskGuest
 from lab.disks import Disk, DiskSpec, Kind
 from lab.images import KIB, MIB
 from lab.waiting import PATIENCE_S, wait_for
-from stillframe.block.image import file_place
 from stillframe.block.tools import image_info
 from stillframe.capture.journal import Journal, RunRecord
 from stillframe.clock import SystemClock
@@ -83,10 +82,17 @@ class World:
         record = self.standing()
         return {} if record is None else {disk.target: disk.overlay_path for disk in record.disks}
 
+    def theirs_on_top(self) -> set[str]:
+        """Return the disks whose overlay of somebody else is not below one of ours."""
+        record = self.standing()
+        below = {disk.base.path for disk in record.disks} if record is not None else set()
+        return {target for target, path in self.foreign.items() if str(path) not in below}
+
     def top(self, target: str) -> str:
         """Return the image that the guest's disk has to be on."""
-        over = self.foreign.get(target)
-        return str(over or self.overlays().get(target) or self.guest.disks[target].path)
+        theirs, ours = self.foreign.get(target), self.overlays().get(target)
+        over = theirs if target in self.theirs_on_top() else ours or theirs
+        return str(over or self.guest.disks[target].path)
 
     def top_format(self, target: str) -> str:
         """Return the format of that image."""
@@ -95,8 +101,9 @@ class World:
 
     def cut(self) -> dict[str, int]:
         """Return the disks that are smaller than their images below standing overlays, and those' sizes."""
-        sizes = {target: image_info(file_place(str(disk.path), disk.image_format)).virtual_size_bytes
-                 for target, disk in self.guest.disks.items() if target in self.overlays()}
+        record = self.standing()
+        sizes = {disk.target: image_info(disk.base).virtual_size_bytes
+                 for disk in (record.disks if record is not None else ())}
         return {each: size for each, size in sizes.items() if size > self.guest.model(each).size_bytes}
 
     def moment(self) -> Moment:
