@@ -8,6 +8,7 @@ A walk takes steps drawn from its seed. One that fails prints its history; to ta
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +40,11 @@ def world(disk_guest: MakeGuest, place: Place, tmp_path: Path) -> World:
 
 @contextmanager
 def told(walk: Walk) -> Iterator[None]:
-    """Print the history of a walk that fails."""
+    """Print the history of a walk that fails, and at once what it failed by."""
     try:
         yield
     except BaseException:
-        print(walk.text())
+        print(f"{walk.text()}\n{traceback.format_exc()}")
         raise
 
 
