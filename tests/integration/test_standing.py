@@ -40,6 +40,7 @@ from stillframe.extent import Extent
 from stillframe.extent import Kind as Holds
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
+from tests.pull_store import PullStore
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -339,6 +340,36 @@ def test_a_disk_that_was_cut_while_it_stands_is_not_made_larger_by_settling(
     resize(guest, _SIZE_BYTES - MIB)
     guest.destroy()
     guest.assert_disk_equals_model("vda")
+
+
+@pytest.mark.parametrize("how", ["settled", "a later run", "the plain overlay"])
+def test_a_disk_that_grows_over_a_bitmap_that_a_killed_qemu_left(
+    disk_guest: MakeGuest, kept: Kept, tmp_path: Path, daemons: LibvirtDaemons, how: str
+) -> None:
+    """QEMU makes no image larger that has an inconsistent bitmap: the commit would fail for ever."""
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+    wishes = Wishes(Quiesce.NONE, kept.overlays, limits=Limits(min_free_bytes=64 * MIB))
+    PullStore(tmp_path / "store").take(kept.domain(guest), kept.tools, wishes)
+    guest.destroy()  # now the bitmap is in the image, and the next QEMU marks it as in use
+    guest.start()
+    daemons.kill_qemu(guest.name)
+    wait_for("libvirt sees it", lambda: not guest.running(), PATIENCE_S)
+    guest.start()
+    if how == "the plain overlay":
+        with captured(kept.plan(guest), kept.tools, "elsewhere", never):
+            resize(guest, _SIZE_BYTES + MIB)
+    else:
+        kept.take(guest)
+        resize(guest, _SIZE_BYTES + MIB)
+        guest.write("vda", _SIZE_BYTES, MIB // 2, 0xA4)
+        if how == "a later run":
+            kept.take(guest)
+        settle(kept.domain(guest), kept.tools, Limits())
+    assert_settled(guest, kept)
+    guest.assert_disk_equals_model("vda")
+    taken = PullStore(tmp_path / "store").take(kept.domain(guest), kept.tools, wishes)
+    assert "resized" in taken.notes["vda"]
+    assert len(guest.domain().listAllCheckpoints()) == 1, "what is left of the older one is gone"
 
 
 def resize(guest: DiskGuest, size_bytes: int) -> None:

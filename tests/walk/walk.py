@@ -101,7 +101,10 @@ class Walk:
         self.world.restart_libvirtd(how)
 
     def do_resize(self, target: str, size_bytes: int) -> None:
-        said = self.world.resize(target, size_bytes)
+        if self.world.foreign and self.world.has_spoiled_bitmap():
+            said = "not resized: their overlay could not be committed into an image that can't grow"
+        else:
+            said = self.world.resize(target, size_bytes)
         if said:
             self.history.append(f"      {said}")
         self._counted.forget(targets=[target])
