@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,7 @@ from stillframe.extent import Extent
 from stillframe.extent import Kind as Holds
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
+from tests.fault.harness import Place
 from tests.pull_store import PullStore
 
 MakeGuest = Callable[..., DiskGuest]
@@ -230,6 +233,25 @@ def test_another_destination_has_an_anchor_of_its_own(guest: DiskGuest, kept: Ke
     kept.take(guest)
     assert all("counts from" in note for note in kept.notes.values()), "the overlay lacks what came before"
     assert_standing(guest, kept)
+
+
+def test_a_destination_without_an_anchor_reads_all_of_a_guest_that_stands(
+    guest: DiskGuest, kept: Kept, place: Place
+) -> None:
+    """What the overlay holds counts from the run that put it on, which was another destination's."""
+    mirror = [sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination),
+              "--quiesce=none", "--min-free=32M", f"--overlay-dir={kept.overlays}", f"--state-dir={kept.tools.journal.folder}"]
+    subprocess.run([*mirror, "--method=overlay"], check=True)
+    write(guest, MIB, 0xA1)
+    kept.take(guest)
+    write(guest, 2 * MIB, 0xA2)
+    with captured_by_standing_overlay(kept.plan(guest), kept.tools, "elsewhere", never, None) as capture:
+        for disk in capture.disks:
+            with disk.read() as reader:
+                assert reader.changed() is None
+    subprocess.run(mirror, check=True)
+    for target in guest.disks:
+        guest.model(target).assert_equal(place.mirror(guest) / f"{target}.img")
 
 
 def test_the_plain_overlay_method_leaves_a_standing_guest_standing(guest: DiskGuest, kept: Kept) -> None:

@@ -171,21 +171,14 @@ class World:
         self.guest.model(target).resize(size_bytes)
         return ""
 
-    def delete_checkpoints(self) -> None:
-        """Do as a user may: away with the checkpoints, and with the bitmaps that are in the way."""
-        for checkpoint in self.domain.listAllCheckpoints():
-            checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
-        for node, bitmap in self._bitmaps():
-            self.guest.monitor.execute("block-dirty-bitmap-remove", node=node, name=bitmap["name"])
-
     def has_spoiled_bitmap(self) -> bool:
         """Return whether QEMU's death made a bitmap inconsistent: no image that has one grows."""
-        return any(bitmap.get("inconsistent") for _, bitmap in self._bitmaps())
+        return any(bitmap.get("inconsistent") for bitmap in self._bitmaps())
 
-    def _bitmaps(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return each bitmap in QEMU, with the name of its node."""
+    def _bitmaps(self) -> list[dict[str, Any]]:
+        """Return each bitmap in QEMU."""
         nodes = self.guest.monitor.execute("query-named-block-nodes", flat=True)
-        return [(node["node-name"], bitmap) for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
+        return [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", ())]
 
     # --- disks that come and go -----------------------------------------------------------------
 
@@ -310,7 +303,7 @@ class World:
         assert all(name.startswith("stillframe-") for name in names)
         kept = [name.split("-")[1] for name in names]
         assert len(kept) == len(set(kept)), f"a destination has several checkpoints: {sorted(names)}"
-        bitmaps = {bitmap["name"] for _, bitmap in self._bitmaps()}
+        bitmaps = {bitmap["name"] for bitmap in self._bitmaps()}
         assert bitmaps <= names, f"bitmaps that belong to no checkpoint: {sorted(bitmaps - names)}"
 
     def assert_disks(self) -> None:

@@ -140,7 +140,9 @@ class _StandingRun(OverlayRun):
         old = self._below(disk)
         place = disk.base if old is None else old.base
         note = self._why_whole(disk, old)
-        read = partial(open_reader, disk.base, clock=self._clock, top_changed=old is not None and not note)
+        # Without an anchor nobody asks why, and what the overlay holds counts from another destination's run.
+        counts = self._earlier is not None and not note
+        read = partial(open_reader, disk.base, clock=self._clock, top_changed=counts)
         return StillDisk(disk.target, place, disk.size_bytes, Method.STANDING_OVERLAY, read, note)
 
     def check_still(self) -> None:
