@@ -392,33 +392,24 @@ def test_a_disk_that_was_added(desk: MakeDesk) -> None:
     assert "added" in taken.notes["vdb"]
 
 
-def plug(guest: DiskGuest, disk: Disk) -> None:
-    """Give the running guest a disk."""
-    guest.domain().attachDeviceFlags(disk.xml(), _BOTH)
-    guest.disks[disk.spec.target] = disk
-    guest._learn_aliases()
-
-
-def unplug(guest: DiskGuest, target: str) -> None:
-    """Take a SCSI disk from the running guest, which is not asked."""
-    guest.domain().detachDeviceFlags(guest.disks.pop(target).xml(), _BOTH)
-    wait_for("it is gone", lambda: f"dev='{target}'" not in guest.domain().XMLDesc(), PATIENCE_S)
-
-
-def test_a_disk_that_was_plugged_in_replaced_and_taken_out(desk: MakeDesk, images_dir: Path) -> None:
-    one = desk(devices="<controller type='scsi' model='virtio-scsi'/>")
+def test_a_disk_that_was_plugged_in_replaced_and_taken_out(desk: MakeDesk) -> None:
+    one = desk(devices="<controller type='scsi' model='virtio-scsi'/>")  # QEMU asks no guest about its disks
     one.take()
     for label, note in (("first", "added"), ("second", "another image")):
-        spec = DiskSpec("sda", size_bytes=_SIZE_BYTES, bus="scsi")
-        (one.guest.folder / label).mkdir()
-        plug(one.guest, Disk(spec, one.guest.folder / label, f"{one.guest.name}-{label}"))
+        folder = one.guest.folder / label
+        folder.mkdir()
+        disk = one.guest.disks["sda"] = Disk(
+            DiskSpec("sda", size_bytes=_SIZE_BYTES, bus="scsi"), folder, f"{one.guest.name}-{label}")
+        one.guest.domain().attachDeviceFlags(disk.xml(), _BOTH)
+        one.guest._learn_aliases()
         one.write_some(1)
         taken = one.take()
         assert taken.notes["vda"] == ""
         assert note in taken.notes["sda"]
         one.write_some(2)
         assert one.take().notes == {"vda": "", "sda": ""}
-        unplug(one.guest, "sda")
+        one.guest.domain().detachDeviceFlags(one.guest.disks.pop("sda").xml(), _BOTH)
+        wait_for("it is gone", lambda: "dev='sda'" not in one.guest.domain().XMLDesc(), PATIENCE_S)
     one.write_some(3)
     assert one.take().notes == {"vda": ""}, "what went with the disk is not missed"
 

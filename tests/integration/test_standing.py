@@ -239,8 +239,9 @@ def test_a_destination_without_an_anchor_reads_all_of_a_guest_that_stands(
     guest: DiskGuest, kept: Kept, place: Place
 ) -> None:
     """What the overlay holds counts from the run that put it on, which was another destination's."""
-    mirror = [sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination),
-              "--quiesce=none", "--min-free=32M", f"--overlay-dir={kept.overlays}", f"--state-dir={kept.tools.journal.folder}"]
+    mirror = [
+        sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination), "--quiesce=none",
+        "--min-free=32M", f"--overlay-dir={kept.overlays}", f"--state-dir={kept.tools.journal.folder}"]
     subprocess.run([*mirror, "--method=overlay"], check=True)
     write(guest, MIB, 0xA1)
     kept.take(guest)
