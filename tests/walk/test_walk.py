@@ -27,7 +27,6 @@ from tests.walk.world import CONTROLLER, FIRST_DISKS, World
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 12 * MIB
 _STEPS = 16
-#: Of the walks that were looked at: these come by much of what there is.
 _SEEDS = (1, 2, 3)
 
 
