@@ -186,6 +186,33 @@ def test_a_start_that_no_lock_prevents_is_noticed(
     guest.assert_disk_equals_model()
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_chain_of_which_the_definition_names_a_part(
+    disk_guest: MakeGuest, place: Place, ends: bool
+) -> None:
+    """As somebody's snapshot leaves it: what is below is up to the headers, unless it is said to end there."""
+    guest = disk_guest(DiskSpec("vda", Kind.CHAIN, _SIZE_BYTES))
+    guest.domain().snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{guest.folder}/theirs'/>"
+        "</disk></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)
+    change(guest, 0)
+    shut_down(guest)
+    definition = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    assert definition.count("<backingStore") == 1, "libvirt names one image below theirs, of three"
+    if ends:
+        guest.daemons.connect().defineXML(
+            definition.replace("</backingStore>", "<backingStore/></backingStore>"))
+        done = mirror(place, guest.name)
+        assert done.returncode == errors.GuestUnfit.exit_code, done.stderr
+        assert "headers" in done.stderr
+        return
+    mirrored(place, guest.name)
+    assert_mirror(place, guest)
+    guest.start()
+    guest.assert_disk_equals_model()
+
+
 def test_an_image_that_somebody_else_writes_to_is_not_read(disk_guest: MakeGuest, place: Place) -> None:
     guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
     shut_down(guest)
