@@ -10,7 +10,7 @@ import libvirt
 import pytest
 
 from lab.diskguest import DiskGuest
-from lab.disks import DiskSpec, Kind
+from lab.disks import Disk, DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.block.anchor import Anchor
@@ -30,6 +30,7 @@ from tests.pull_store import PullStore, Taken, never
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
 _KIB = 1024
+_BOTH = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
 
 
 @dataclass
@@ -391,6 +392,44 @@ def test_a_disk_that_was_added(desk: MakeDesk) -> None:
     taken = one.take()
     assert taken.notes["vda"] == ""
     assert "added" in taken.notes["vdb"]
+
+
+def test_a_disk_that_was_plugged_in_replaced_and_taken_out(desk: MakeDesk) -> None:
+    one = desk(devices="<controller type='scsi' model='virtio-scsi'/>")  # QEMU asks no guest about its disks
+    one.take()
+    for label, note in (("first", "added"), ("second", "another image")):
+        folder = one.guest.folder / label
+        folder.mkdir()
+        disk = one.guest.disks["sda"] = Disk(
+            DiskSpec("sda", size_bytes=_SIZE_BYTES, bus="scsi"), folder, f"{one.guest.name}-{label}")
+        one.guest.domain().attachDeviceFlags(disk.xml(), _BOTH)
+        one.guest._learn_aliases()
+        one.write_some(1)
+        taken = one.take()
+        assert taken.notes["vda"] == ""
+        assert note in taken.notes["sda"]
+        one.write_some(2)
+        assert one.take().notes == {"vda": "", "sda": ""}
+        one.guest.domain().detachDeviceFlags(one.guest.disks.pop("sda").xml(), _BOTH)
+        wait_for("it is gone", lambda: "dev='sda'" not in one.guest.domain().XMLDesc(), PATIENCE_S)
+    one.write_some(3)
+    assert one.take().notes == {"vda": ""}, "what went with the disk is not missed"
+
+
+def test_an_image_with_others_below_it(desk: MakeDesk) -> None:
+    """Zeroes and discards over what lower images hold are changes, too."""
+    one = desk(DiskSpec("vda", Kind.CHAIN, _SIZE_BYTES))
+    one.take()
+    for number in range(1, 4):
+        one.write_some(number)
+        one.guest.write_zeroes("vda", (2 * number) * MIB + 512, 256 * _KIB)
+        one.guest.write_zeroes("vda", (6 + number) * MIB, 128 * _KIB, unmap=True)
+        one.guest.discard("vda", (11 + number) * MIB, 192 * _KIB)
+        taken = one.take()
+        assert taken.notes == {"vda": ""}
+        assert 0 < taken.counted["vda"] < _SIZE_BYTES // 2
+    one.guest.destroy()
+    one.guest.assert_disk_equals_model()
 
 
 @pytest.mark.parametrize("kinds", each([(Kind.RAW,), (Kind.BLOCK,), (Kind.NBD,), (Kind.LVM,), (Kind.RBD,)]))

@@ -57,6 +57,7 @@ class Stillframe:
 
     def mirror(self, guest: DbGuest, *options: str, code: int = 0) -> dict[str, Any]:
         """Mirror *guest*; return its part of the JSON."""
+        # Of an option that comes twice, the last one counts.
         body = self.run("mirror", guest.name, str(self.destination),
                         "--method=overlay", "--min-free", "64M", *options, code=code)
         result: dict[str, Any] = body["guests"][0]
@@ -136,6 +137,36 @@ def test_shut_down_and_started_again_while_the_copy_runs(
     assert guest.console().count("READY") == boots + 1
     assert_back(stillframe, guest)
     assert_sound(stillframe, guest, acknowledged, recovered=False)
+
+
+@pytest.mark.parametrize(("quiesce", "consistency"), [("agent", "filesystem"), ("shutdown", "shutdown")])
+def test_standing_on_overlays_it_is_brought_to_rest_all_the_same(
+    stillframe: Stillframe, db_guest: MakeGuest, quiesce: str, consistency: str
+) -> None:
+    """Two runs: onto overlays, and from these to others, only what changed being read."""
+    guest = db_guest()
+    for number in range(2):
+        acknowledged, boots = guest.wait_more_rows(5), guest.console().count("READY")
+        result = stillframe.mirror(guest, "--method=standing-overlay", "--quiesce", quiesce)
+        assert result["consistency"] == consistency
+        guest.wait_ready()
+        assert guest.freeze_status() == "thawed"
+        assert guest.console().count("READY") == boots + (quiesce == "shutdown")
+        assert len(list(guest.folder.glob("*.stillframe-overlay.qcow2"))) == 1
+        for inactive in (False, True):
+            assert "stillframe-overlay" in guest.disk_source("vda", inactive=inactive)[0]
+        assert stillframe.run("status")["open_runs"] == []
+        disk = result["disks"][0]
+        assert (disk["method"], disk["note"], disk["first_copy"]) == ("standing-overlay", "", number == 0)
+        assert bool(disk["unchanged_bytes"]) is (number > 0)
+        assert_sound(stillframe, guest, acknowledged, recovered=False)
+    stillframe.run("settle", guest.name)
+    assert_back(stillframe, guest)
+    acknowledged = guest.acknowledged()
+    guest.power_off()
+    check = check_image(*guest.disk_source("vda"))
+    assert check.whole
+    assert check.last >= acknowledged
 
 
 def test_a_guest_that_does_not_shut_down_runs_on(stillframe: Stillframe, db_guest: MakeGuest) -> None:

@@ -162,17 +162,21 @@ def test_a_start_fails_while_it_is_read(disk_guest: MakeGuest, tools: Tools) -> 
     assert guest.running()
 
 
-@pytest.mark.parametrize("kinds", each([(Kind.NBD,), (Kind.RBD,), (Kind.RBD_QCOW2,)]))
+@pytest.mark.parametrize("kinds", each([(Kind.NBD,), (Kind.BLOCK,), (Kind.RBD,), (Kind.RBD_QCOW2,)]))
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_a_start_that_no_lock_prevents_is_noticed(
-    disk_guest: MakeGuest, tools: Tools, kinds: tuple[Kind, ...]
+    disk_guest: MakeGuest, tools: Tools, kinds: tuple[Kind, ...], goes_on: bool
 ) -> None:
     guest = disk_guest(*disks(kinds, _SIZE_BYTES))
     shut_down(guest)
 
     def start_in_mid_read() -> None:
         with captured(plan_of(guest, tools), tools, "nowhere", never, None) as capture:
-            guest.domain().create()
-            guest.domain().destroy()
+            guest.start()
+            guest.write("vda", 5 * MIB, MIB, 0x51)
+            guest.flush()
+            if not goes_on:
+                guest.domain().destroy()
             wait_for("noticed", lambda: capture.stop() is not None, PATIENCE_S)
             capture.check_still()
 
@@ -180,6 +184,35 @@ def test_a_start_that_no_lock_prevents_is_noticed(
         start_in_mid_read()
     assert tools.journal.open_runs() == []
     assert "started" in tools.journal.last_runs(1)[0].given_up
+    assert guest.running() is goes_on, "the copy is given up, not the guest"
+    guest.assert_disk_equals_model()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_chain_of_which_the_definition_names_a_part(
+    disk_guest: MakeGuest, place: Place, ends: bool
+) -> None:
+    """As somebody's snapshot leaves it: what is below is up to the headers, unless it is said to end there."""
+    guest = disk_guest(DiskSpec("vda", Kind.CHAIN, _SIZE_BYTES))
+    guest.domain().snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{guest.folder}/theirs'/>"
+        "</disk></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)
+    change(guest, 0)
+    shut_down(guest)
+    definition = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    assert definition.count("<backingStore") == 1, "libvirt names one image below theirs, of three"
+    if ends:
+        guest.daemons.connect().defineXML(
+            definition.replace("</backingStore>", "<backingStore/></backingStore>"))
+        done = mirror(place, guest.name)
+        assert done.returncode == errors.GuestUnfit.exit_code, done.stderr
+        assert "headers" in done.stderr
+        return
+    mirrored(place, guest.name)
+    assert_mirror(place, guest)
+    guest.start()
+    guest.assert_disk_equals_model()
 
 
 def test_an_image_that_somebody_else_writes_to_is_not_read(disk_guest: MakeGuest, place: Place) -> None:

@@ -42,7 +42,9 @@ from stillframe.extent import Extent
 from stillframe.extent import Kind as Holds
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain, find_domain
+from tests.fault.harness import Place
 from tests.kinds import disks, each
+from tests.pull_store import PullStore
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
@@ -235,6 +237,26 @@ def test_another_destination_has_an_anchor_of_its_own(guest: DiskGuest, kept: Ke
     assert_standing(guest, kept)
 
 
+def test_a_destination_without_an_anchor_reads_all_of_a_guest_that_stands(
+    guest: DiskGuest, kept: Kept, place: Place
+) -> None:
+    """What the overlay holds counts from the run that put it on, which was another destination's."""
+    mirror = [
+        sys.executable, "-m", "stillframe", "mirror", guest.name, str(place.destination), "--quiesce=none",
+        "--min-free=32M", f"--overlay-dir={kept.overlays}", f"--state-dir={kept.tools.journal.folder}"]
+    subprocess.run([*mirror, "--method=overlay"], check=True)
+    write(guest, MIB, 0xA1)
+    kept.take(guest)
+    write(guest, 2 * MIB, 0xA2)
+    with captured_by_standing_overlay(kept.plan(guest), kept.tools, "elsewhere", never, None) as capture:
+        for disk in capture.disks:
+            with disk.read() as reader:
+                assert reader.changed() is None
+    subprocess.run(mirror, check=True)
+    for target in guest.disks:
+        guest.model(target).assert_equal(place.mirror(guest) / f"{target}.img")
+
+
 @pytest.mark.parametrize("kinds", each([(Kind.RAW, Kind.QCOW2), (Kind.RBD, Kind.RBD_QCOW2)]))
 def test_the_plain_overlay_method_leaves_a_standing_guest_standing(
     disk_guest: MakeGuest, kept: Kept, kinds: tuple[Kind, ...]
@@ -320,6 +342,70 @@ def test_a_disk_resized_between_runs_is_read_whole(disk_guest: MakeGuest, kept: 
     settle(kept.domain(guest), kept.tools, Limits())
     guest.destroy()
     guest.assert_disk_equals_model("vda")
+
+
+@pytest.mark.parametrize("kind", [Kind.QCOW2, Kind.RAW], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("runs_between", [0, 1])
+def test_a_disk_that_was_cut_while_it_stands_is_not_made_larger_by_settling(
+    disk_guest: MakeGuest, kept: Kept, kind: Kind, runs_between: int
+) -> None:
+    """A commit leaves a larger base as large as it is, with what the guest had cut off at its end."""
+    guest = disk_guest(DiskSpec("vda", kind, _SIZE_BYTES))
+    guest.write("vda", _SIZE_BYTES - 2 * MIB, 2 * MIB, 0xA1)
+    guest.flush()
+    kept.take(guest)
+    resize(guest, _SIZE_BYTES - MIB)
+    for _ in range(runs_between):
+        kept.take(guest)
+        assert kept.notes == {"vda": "its size has changed"}
+    with pytest.raises(GuestUnfit, match="made smaller") as error:
+        settle(kept.domain(guest), kept.tools, Limits())
+    assert_standing(guest, kept)
+    assert f"virsh blockresize {guest.name} vda {_SIZE_BYTES}B" in error.value.next_command
+    guest.assert_disk_equals_model("vda")
+    resize(guest, _SIZE_BYTES)  # as the error says
+    guest.assert_disk_equals_model("vda")
+    settle(kept.domain(guest), kept.tools, Limits())
+    assert_settled(guest, kept)
+    guest.assert_disk_equals_model("vda")
+    resize(guest, _SIZE_BYTES - MIB)
+    guest.destroy()
+    guest.assert_disk_equals_model("vda")
+
+
+@pytest.mark.parametrize("how", ["settled", "a later run", "the plain overlay"])
+def test_a_disk_that_grows_over_a_bitmap_that_a_killed_qemu_left(
+    disk_guest: MakeGuest, kept: Kept, tmp_path: Path, daemons: LibvirtDaemons, how: str
+) -> None:
+    """QEMU makes no image larger that has an inconsistent bitmap: the commit would fail for ever."""
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+    wishes = Wishes(Quiesce.NONE, kept.overlays, limits=Limits(min_free_bytes=64 * MIB))
+    PullStore(tmp_path / "store").take(kept.domain(guest), kept.tools, wishes)
+    guest.destroy()  # now the bitmap is in the image, and the next QEMU marks it as in use
+    guest.start()
+    daemons.kill_qemu(guest.name)
+    wait_for("libvirt sees it", lambda: not guest.running(), PATIENCE_S)
+    guest.start()
+    if how == "the plain overlay":
+        with captured(kept.plan(guest), kept.tools, "elsewhere", never):
+            resize(guest, _SIZE_BYTES + MIB)
+    else:
+        kept.take(guest)
+        resize(guest, _SIZE_BYTES + MIB)
+        guest.write("vda", _SIZE_BYTES, MIB // 2, 0xA4)
+        if how == "a later run":
+            kept.take(guest)
+        settle(kept.domain(guest), kept.tools, Limits())
+    assert_settled(guest, kept)
+    guest.assert_disk_equals_model("vda")
+    taken = PullStore(tmp_path / "store").take(kept.domain(guest), kept.tools, wishes)
+    assert "resized" in taken.notes["vda"]
+    assert len(guest.domain().listAllCheckpoints()) == 1, "what is left of the older one is gone"
+
+
+def resize(guest: DiskGuest, size_bytes: int) -> None:
+    guest.domain().blockResize("vda", size_bytes, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    guest.model("vda").resize(size_bytes)
 
 
 def test_a_base_that_somebody_wrote_to_is_never_committed_to(guest: DiskGuest, kept: Kept) -> None:

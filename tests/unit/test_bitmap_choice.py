@@ -11,7 +11,13 @@ import pytest
 
 from stillframe.block.anchor import Anchor
 from stillframe.block.image import file_place
-from stillframe.capture.bitmap_choice import bitmap_reasons, checkpoint_prefix, choose_disks, image_marks
+from stillframe.capture.bitmap_choice import (
+    bitmap_reasons,
+    checkpoint_prefix,
+    choose_disks,
+    image_marks,
+    is_our_name,
+)
 from stillframe.capture.journal import DiskRecord
 from stillframe.hypervisor.backup_xml import (
     checkpoint_xml,
@@ -120,6 +126,12 @@ def test_another_file_under_the_same_name(path: Path) -> None:
     path.touch()
     (choice,) = choose_disks((disk_of(path),), view_of(path, GOOD), "there", anchor)
     assert "another image" in choice.note
+
+
+def test_names_of_ours() -> None:
+    assert is_our_name(checkpoint_prefix("/backups/web") + "20261128T031415926535-0d722b9d")
+    for theirs in ("backup-vda", "virtnbdbackup.1", "stillframe-nightly", "my-" + checkpoint_prefix("x")):
+        assert not is_our_name(theirs)
 
 
 def test_disks_that_keep_no_bitmap(path: Path) -> None:

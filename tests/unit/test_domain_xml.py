@@ -150,6 +150,13 @@ def test_a_chain_is_read_from_top_to_bottom_with_its_indexes() -> None:
     ]
 
 
+def test_whether_a_chain_is_said_to_end() -> None:
+    assert only_disk(_CHAIN).ends
+    assert only_disk(_FILE).ends
+    assert not only_disk(_FILE.replace("<backingStore/>", "")).ends
+    assert not only_disk(_CHAIN.replace("<backingStore/>", "")).ends
+
+
 @pytest.mark.parametrize(("ready", "expected"), [
     ("", False), (" ready='yes'", True), (" ready='abort'", False),
 ])

@@ -82,6 +82,22 @@ def update(
     return result
 
 
+@pytest.mark.parametrize("sizes", [None, {"vdb": 64 * BLOCK}])
+def test_changes_count_for_nothing_without_an_anchor_of_that_disk(sizes: dict[str, int] | None) -> None:
+    """A reader that tells them all the same counts from nobody knows when."""
+    chance = random.Random(5)
+    old, new = bytes(64 * BLOCK), chance.randbytes(2 * BLOCK) + bytes(62 * BLOCK)
+    files = ModelFiles()
+    for content, told_from in ((old, old), (new, new)):  # that nothing has changed
+        run = begin(files)
+        result = run.copy_disk("vda", CountingDisk(content, told_from, chance), source="memory")
+        anchor = None if sizes is None else Anchor(capture="0", sizes=sizes)
+        run.publish(CaptureFacts("0", "crash", "<domain/>", anchor))
+        run.finish()
+        assert held(files) == {"vda": content}
+        assert result.unchanged_bytes == 0
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_each_update_equals_the_disk(seed: int) -> None:
     chance = random.Random(seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from stillframe.hypervisor.checkpoint import read_checkpoint
 from stillframe.hypervisor.model import Checkpoint, DomainView
 
 _HASH_LETTERS = 10
+_OUR_NAME = re.compile(rf"stillframe-[0-9a-f]{{{_HASH_LETTERS}}}-")
 _VERSION_2 = "0.10"
 
 
@@ -37,6 +39,11 @@ class DiskChoice:
 def checkpoint_prefix(destination: str) -> str:
     """Return what the names of stillframe's checkpoints for *destination* begin with."""
     return f"stillframe-{hashlib.sha256(destination.encode()).hexdigest()[:_HASH_LETTERS]}-"
+
+
+def is_our_name(name: str) -> bool:
+    """Return whether a checkpoint, or its bitmap, is named as stillframe names its own."""
+    return _OUR_NAME.match(name) is not None
 
 
 def bitmap_reasons(view: DomainView) -> Mapping[str, str]:

@@ -71,7 +71,8 @@ def _plan_disk(view: DomainView, disk: Disk, wishes: Wishes) -> DiskRecord:
 def _refuse_other_chain(view: DomainView, disk: Disk, chain: tuple[ImageInfo, ...]) -> None:
     """Refuse a chain that would be another disk than the one that the guest gets when it starts.
 
-    qemu-nbd goes by the images' headers; libvirt does so, too, unless the definition names the chain. A
+    qemu-nbd goes by the images' headers; libvirt does so, too, below what the definition names, unless that
+    says where the chain ends. (A snapshot of somebody leaves a definition that names two images and no end.) A
     backing file without a format would be probed, which lets a guest choose what a raw image is taken for.
     """
     for info, below in pairwise(chain):
@@ -81,7 +82,7 @@ def _refuse_other_chain(view: DomainView, disk: Disk, chain: tuple[ImageInfo, ..
                 f"qemu-img rebase -u -b {info.backing} -F {below.driver} {info.name}")
     named = [real_path(source.place) for source in disk.chain]
     told = [real_path(info.name) for info in chain]
-    if len(named) > 1 and (len(named) != len(told) or any(map(is_other, named, told))):
+    if len(named) > len(told) or (disk.ends and len(named) != len(told)) or any(map(is_other, named, told)):
         raise GuestUnfit(
             f"{disk.target} of {view.name} is defined as {' ← '.join(named[::-1])}, but its images' headers "
             f"name {' ← '.join(told[::-1])}.",

@@ -17,6 +17,7 @@ from stillframe.block.anchor import Anchor
 from stillframe.block.image import FileIdentity, ImagePlace, file_identity
 from stillframe.block.reader import DiskReader, open_reader
 from stillframe.block.tools import create_overlay
+from stillframe.capture.bitmap_choice import is_our_name
 from stillframe.capture.bring_back import BringBack
 from stillframe.capture.forward import Forward, brought_back
 from stillframe.capture.journal import DiskRecord, Journal
@@ -37,6 +38,7 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.hypervisor.model import Power
+from stillframe.hypervisor.monitor import delete_bitmap
 
 _POLL_S = 0.25
 
@@ -124,6 +126,7 @@ class OverlayRun(Forward):
 
     def take(self) -> Capture:
         """Put the overlays on; return the capture. Raises RunFailed."""
+        self._delete_spoiled_bitmaps()
         self._create_overlays()
         if self._plan.quiesce is Quiesce.AGENT:
             consistency = self._take_frozen()
@@ -164,6 +167,20 @@ class OverlayRun(Forward):
                 )
 
     # --- steps --------------------------------------------------------------------------------
+
+    def _delete_spoiled_bitmaps(self) -> None:
+        """Delete bitmaps of ours that QEMU's death has made inconsistent: nothing counts from one any more.
+
+        QEMU makes no image larger that has one, so a disk that grows on its overlay could not be committed.
+        """
+        qemu = self._plan.view.qemu
+        for disk in self.record.disks:
+            bitmaps = qemu.bitmaps(disk.base_qemu_file) if qemu is not None else {}
+            for name in (each.name for each in bitmaps.values() if each.inconsistent):
+                if is_our_name(name):
+                    self.record = self._journal.note(self.record, f"deleting the spoiled bitmap {name}")
+                    with contextlib.suppress(HypervisorError):  # the next run tries again
+                        self._domain.qmp(partial(delete_bitmap, files=[disk.base_qemu_file], name=name))
 
     def _create_overlays(self) -> None:
         self._check_stop()

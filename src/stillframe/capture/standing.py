@@ -20,7 +20,9 @@ from functools import partial
 import msgspec
 
 from stillframe.block.anchor import Anchor
+from stillframe.block.image import file_place
 from stillframe.block.reader import open_reader
+from stillframe.block.tools import image_info
 from stillframe.capture.bring_back import BringBack
 from stillframe.capture.decide import Action, Decision, decide
 from stillframe.capture.explain import attention
@@ -36,7 +38,14 @@ from stillframe.capture.sight import intact, look
 from stillframe.capture.standing_decide import stands
 from stillframe.capture.standing_lower import LowerRun, standing_disks
 from stillframe.capture.states import State
-from stillframe.errors import CopyFailed, GuestState, GuestUnfit, NeedsAttention
+from stillframe.errors import (
+    CopyFailed,
+    GuestState,
+    GuestUnfit,
+    NeedsAttention,
+    ProgramFailed,
+    ProgramTimedOut,
+)
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.guest import Guest
 from stillframe.units import size_text
@@ -152,7 +161,9 @@ class _StandingRun(OverlayRun):
         old = self._below(disk)
         place = disk.base if old is None else old.base
         note = self._why_whole(disk, old)
-        read = partial(open_reader, disk.base, clock=self._clock, top_changed=old is not None and not note)
+        # Without an anchor nobody asks why, and what the overlay holds counts from another destination's run.
+        counts = self._earlier is not None and not note
+        read = partial(open_reader, disk.base, clock=self._clock, top_changed=counts)
         return StillDisk(disk.target, place, disk.size_bytes, Method.STANDING_OVERLAY, read, note)
 
     def check_still(self) -> None:
@@ -215,7 +226,7 @@ def settle(domain: Guest, tools: Tools, limits: Limits, why: str = "settled") ->
 
     Needs the domain's lock, and that recover_domain has ended what was left open. The next run of
     the standing-overlay method reads whole disks. Raises NeedsAttention, with nothing changed, where
-    the overlays are not as they were left.
+    the overlays are not as they were left, and GuestUnfit where a disk was made smaller meanwhile.
     """
     record = tools.journal.standing(domain.uuid)
     if record is None:
@@ -240,9 +251,33 @@ def settle_problem(record: RunRecord, domain: Guest, tools: Tools) -> Decision |
 
 
 def first_settle_step(record: RunRecord, domain: Guest, tools: Tools) -> Decision:
-    """Return what settle would do first, without doing it."""
-    return decide(
+    """Return what settle would do first, without doing it. Raises GuestUnfit if a disk was made smaller."""
+    decision = decide(
         msgspec.structs.replace(record, state=State.RELEASED), look(record, domain, tools.clock, {}))
+    if decision.action is not Action.ASK:
+        for disk in record.disks:
+            _refuse_cut(record, disk)
+    return decision
+
+
+def _refuse_cut(record: RunRecord, disk: DiskRecord) -> None:
+    """Raise GuestUnfit if the disk is smaller than its image below the overlay.
+
+    A commit makes a base larger, never smaller: the guest would find the old size again, and at the end what
+    it had cut off. Whoever makes the disk as large first says that they know, and has zeroes there.
+    """
+    try:
+        now, then = (image_info(place).virtual_size_bytes
+                     for place in (file_place(disk.overlay_path, "qcow2"), disk.base))
+    except (ProgramFailed, ProgramTimedOut):
+        return  # what can't be read is found out by the commit
+    if now < then:
+        raise GuestUnfit(
+            f"{disk.target} of {record.name} was made smaller while it stood on its overlay: it has {now}"
+            f" bytes, its image {disk.base.text()} has {then}. Back on that, it has its old size again.",
+            f"virsh blockresize {record.name} {disk.target} {then}B   # while it runs; then settle, and if "
+            f"you like virsh blockresize {record.name} {disk.target} {now}B",
+        )
 
 
 def past_limit(record: RunRecord, limits: Limits) -> str:

@@ -157,7 +157,14 @@ def _read_disk(element: ET.Element) -> Disk:
         mirror=None if mirror is None else Mirror(
             mirror.get("job", ""), mirror.get("ready", "") == "yes"
         ),
+        ends=_ends(element),
     )
+
+
+def _ends(element: ET.Element) -> bool:
+    """Return whether the last image named has an empty <backingStore>: none is below it."""
+    below = element.find("backingStore")
+    return below is not None and (below.find("source") is None or _ends(below))
 
 
 def _chain(element: ET.Element) -> Iterable[Source]:

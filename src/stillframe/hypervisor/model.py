@@ -88,12 +88,16 @@ class Mirror:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A disk as one XML shows it: its chain from top to bottom, and a job if one runs."""
+    """A disk as one XML shows it: its chain from top to bottom, and a job if one runs.
+
+    *ends*: the XML says that the chain ends there; else libvirt asks the last image's header what is below.
+    """
 
     target: str
     alias: str
     chain: tuple[Source, ...]
     mirror: Mirror | None = None
+    ends: bool = False
 
     @property
     def top(self) -> Source:

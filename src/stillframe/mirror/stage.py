@@ -186,7 +186,8 @@ class DiskStage:
         """Decide whether to read only what changed since the mirror's moment."""
         disk = self._old.record.disk(self._target) if self._old.record is not None else None
         with watch.reads_source():
-            changed = self._reader.changed()
+            # Changes count from the mirror's anchor: without one they would count from nobody knows when.
+            changed = self._reader.changed() if self._is_anchored() else None
             if block_map is None or disk is None or changed is None or self.verify \
                     or disk.size_bytes != self._reader.size_bytes:
                 return _How(by_changes=False, note=self.note)
@@ -198,6 +199,10 @@ class DiskStage:
         if audited.differs_at_bytes is not None:
             return _How(by_changes=False, audited=audited, suspect=ranges)
         return _How(by_changes=True, audited=audited)
+
+    def _is_anchored(self) -> bool:
+        anchor = self._old.record.anchor if self._old.record is not None else msgspec.UNSET
+        return anchor is not msgspec.UNSET and self._target in anchor.sizes
 
     def _read_whole_at(self) -> str | msgspec.UnsetType:
         disk = self._old.record.disk(self._target) if self._old.record is not None else None
