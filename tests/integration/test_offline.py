@@ -192,7 +192,7 @@ def test_a_start_that_no_lock_prevents_is_noticed(
 def test_a_chain_of_which_the_definition_names_a_part(
     disk_guest: MakeGuest, place: Place, ends: bool
 ) -> None:
-    """As somebody's snapshot leaves it: what is below is up to the headers, unless it is said to end there."""
+    """As somebody's snapshot leaves it: what is below is up to the headers, unless it is said to end."""
     guest = disk_guest(DiskSpec("vda", Kind.CHAIN, _SIZE_BYTES))
     guest.domain().snapshotCreateXML(
         f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{guest.folder}/theirs'/>"

@@ -72,7 +72,7 @@ def _refuse_other_chain(view: DomainView, disk: Disk, chain: tuple[ImageInfo, ..
     """Refuse a chain that would be another disk than the one that the guest gets when it starts.
 
     qemu-nbd goes by the images' headers; libvirt does so, too, below what the definition names, unless that
-    says where the chain ends. (A snapshot of somebody leaves a definition that names two images and no end.) A
+    says where the chain ends. (Somebody's snapshot leaves a definition that names two images and no end.) A
     backing file without a format would be probed, which lets a guest choose what a raw image is taken for.
     """
     for info, below in pairwise(chain):
