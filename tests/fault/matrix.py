@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
+from _pytest.mark import ParameterSet
 
 from stillframe.capture.states import PULL_STATES, State
 from tests.fault.harness import Victim
@@ -19,13 +22,23 @@ RESTART = frozenset({State.RESTARTING})
 KEPT = frozenset({State.LOWERING, State.SHEDDING, State.STANDING})
 #: Steps in which a base is written to, or about to be.
 WRITING_BACK = frozenset({State.RELEASED, State.COMMITTING, State.PIVOTING})
+#: Steps in which libvirt and QEMU change which image the guest writes to.
+AT_WORK = frozenset({State.SNAPSHOT, State.COMMITTING, State.PIVOTING})
 #: Steps of a run, of either kind, until its copy is durable or given up.
 FORWARD = frozenset({State.PLANNED, State.OVERLAYS, State.SNAPSHOT, State.COPYING})
 
 
-#: The tool is killed each time; of the newer methods, libvirtd and QEMU only in the slow suite.
-VICTIMS = [
-    Victim.TOOL, *(pytest.param(each, marks=pytest.mark.slow) for each in (Victim.LIBVIRTD, Victim.QEMU))]
+def cells(steps: Iterable[Step], every_victim: frozenset[State] = frozenset()) -> list[ParameterSet]:
+    """Return (step, victim) for each step and each process that can be killed in it.
+
+    `make test` kills the tool at every step, and libvirtd and QEMU at those of *every_victim*, where libvirt
+    or QEMU is at work on the disks; the slow suite has all others.
+    """
+    return [
+        pytest.param(step, victim, id=f"{name_of(step)}-{victim.value}",
+                     marks=[] if victim is Victim.TOOL or step[0] in every_victim else pytest.mark.slow)
+        for step in steps for victim in Victim
+    ]
 
 
 def all_steps() -> list[Step]:

@@ -20,7 +20,7 @@ from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import WRITING_BACK, Step, name_of, plain_steps, steps_of
+from tests.fault.matrix import AT_WORK, WRITING_BACK, Step, cells, plain_steps, steps_of
 from tests.kinds import disks
 
 MakeGuest = Callable[..., DiskGuest]
@@ -41,8 +41,7 @@ def mirrored(place: Place, guest: DiskGuest) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", plain_steps(), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(plain_steps(), AT_WORK))
 def test_killed_at_a_step(
     disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step,
     victim: Victim,
@@ -52,8 +51,7 @@ def test_killed_at_a_step(
 
 
 @pytest.mark.ceph
-@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", steps_of(WRITING_BACK), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(WRITING_BACK), WRITING_BACK))
 def test_killed_while_disks_on_ceph_are_written_back(
     disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step,
     victim: Victim,

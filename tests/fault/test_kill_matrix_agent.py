@@ -18,18 +18,28 @@ from stillframe.capture.states import PULL_STATES, State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import AGENT, KEPT, RESTART, SHUTDOWN, Step, all_steps, name_of, plain_steps, steps_of
+from tests.fault.matrix import (
+    AGENT,
+    KEPT,
+    RESTART,
+    SHUTDOWN,
+    Step,
+    all_steps,
+    cells,
+    name_of,
+    plain_steps,
+    steps_of,
+)
 
 MakeGuest = Callable[..., DbGuest]
 # What is acknowledged must be there, be it much or little; in tests/integration guests write all they can.
 _PAUSE_S = 0.02
-_VICTIMS = [pytest.param(victim, id=victim.value) for victim in Victim]
 
 
 def test_the_matrix_leaves_no_step_out() -> None:
-    cells = [*plain_steps(), *steps_of(AGENT), *steps_of(SHUTDOWN), *steps_of(RESTART),
+    covered = [*plain_steps(), *steps_of(AGENT), *steps_of(SHUTDOWN), *steps_of(RESTART),
         *steps_of(PULL_STATES), *steps_of(KEPT)]  # these in test_kill_matrix_pull and test_standing_kill
-    assert sorted(map(name_of, cells)) == sorted(map(name_of, all_steps()))
+    assert sorted(map(name_of, covered)) == sorted(map(name_of, all_steps()))
 
 
 def strike_and_look(
@@ -63,8 +73,7 @@ def strike_and_look(
     assert mirror.whole, mirror
 
 
-@pytest.mark.parametrize("victim", _VICTIMS)
-@pytest.mark.parametrize("step", steps_of(AGENT), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(AGENT)))
 def test_killed_while_frozen(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
@@ -76,8 +85,7 @@ def test_killed_while_frozen(
     strike_and_look(place, guest, daemons, run, victim, starts=False)
 
 
-@pytest.mark.parametrize("victim", _VICTIMS)
-@pytest.mark.parametrize("step", steps_of(SHUTDOWN), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(SHUTDOWN)))
 def test_killed_around_a_shutdown(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
@@ -92,8 +100,7 @@ def test_killed_around_a_shutdown(
     )
 
 
-@pytest.mark.parametrize("victim", _VICTIMS)
-@pytest.mark.parametrize("step", steps_of(RESTART), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(RESTART)))
 def test_killed_while_a_guest_left_shut_down_is_started(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:

@@ -27,7 +27,7 @@ from stillframe.capture.states import PULL_STATES, State
 from stillframe.clock import SystemClock
 from stillframe.errors import NeedsAttention, OverlayFull
 from tests.fault.harness import Place, Run, Victim, recover, small_file_system, strike
-from tests.fault.matrix import AGENT, VICTIMS, Step, name_of, steps_of
+from tests.fault.matrix import AGENT, Step, cells, steps_of
 from tests.fault.test_kill_matrix import model_copy
 from tests.pull_store import PullStore
 
@@ -113,8 +113,7 @@ def store(place: Place) -> PullStore:
     return PullStore(place.destination)
 
 
-@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", steps_of(PULL_STATES | _SHARED), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(PULL_STATES | _SHARED)))
 def test_killed_at_a_step(
     guest: DiskGuest, store: PullStore, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step,
     victim: Victim,
@@ -148,7 +147,8 @@ def test_killed_at_a_step(
     assert_goes_on(place, guest, store, tmp_path)
 
 
-@pytest.mark.parametrize("delay_s", [0.005, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15])
+@pytest.mark.parametrize("delay_s", [
+    0.005, 0.04, 0.1, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.02, 0.06, 0.08, 0.15))])
 def test_libvirtd_killed_while_it_begins_the_job(
     guest: DiskGuest, store: PullStore, daemons: LibvirtDaemons, place: Place, tmp_path: Path, delay_s: float
 ) -> None:
@@ -196,8 +196,7 @@ def assert_whole(place: Place, guest: DbGuest, store: PullStore) -> None:
     assert stored.whole, stored
 
 
-@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", steps_of(AGENT), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(AGENT)))
 def test_killed_while_frozen(
     db_guest: Callable[..., DbGuest], store: PullStore, daemons: LibvirtDaemons, place: Place, step: Step,
     victim: Victim,

@@ -18,7 +18,7 @@ from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
-from tests.fault.matrix import KEPT, VICTIMS, Step, back_steps, name_of, standing_steps, steps_of
+from tests.fault.matrix import KEPT, Step, back_steps, cells, standing_steps, steps_of
 from tests.kinds import disks
 
 MakeGuest = Callable[..., DiskGuest]
@@ -110,8 +110,7 @@ def goes_on(place: Place, guest: DiskGuest, moments: Path) -> None:
         guest.assert_disk_equals_model(target)
 
 
-@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", standing_steps(), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(standing_steps()))
 def test_a_later_run_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
 ) -> None:
@@ -119,8 +118,7 @@ def test_a_later_run_killed_at_a_step(
 
 
 @pytest.mark.ceph
-@pytest.mark.parametrize("victim", list(Victim), ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", steps_of(KEPT - {State.STANDING}), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(steps_of(KEPT - {State.STANDING}), KEPT))
 def test_a_later_run_killed_while_overlays_on_ceph_are_committed_down(
     disk_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
 ) -> None:
@@ -158,8 +156,7 @@ def _kill_a_later_run(
     goes_on(place, guest, tmp_path)
 
 
-@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", [(State.COPYING, "done"), (State.STANDING, "intent")], ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells([(State.COPYING, "done"), (State.STANDING, "intent")]))
 def test_a_first_run_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, step: Step, victim: Victim
 ) -> None:
@@ -171,8 +168,7 @@ def test_a_first_run_killed_at_a_step(
     goes_on(place, guest, tmp_path)
 
 
-@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.value)
-@pytest.mark.parametrize("step", back_steps(), ids=name_of)
+@pytest.mark.parametrize(("step", "victim"), cells(back_steps()))
 @pytest.mark.parametrize("what", [pytest.param("standing-fail", marks=pytest.mark.slow), "settle"])
 def test_a_run_that_is_given_up_and_a_settling_killed_at_a_step(
     guest: DiskGuest, daemons: LibvirtDaemons, place: Place, tmp_path: Path, what: str, step: Step,
