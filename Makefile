@@ -64,6 +64,8 @@ bench: develop apt-bench boot ## measure, side by side with other tools in the s
 	$(LAB) $(RUN) -m bench.mirror $(ARGS)
 	$(LAB) $(RUN) -m bench.freeze
 	$(LAB) $(RUN) -m bench.repository $(ARGS)
+	$(LAB) $(RUN) -m bench.incremental $(ARGS)
+	$(RUN) -m bench.standing
 	$(LAB) $(RUN) -m bench.prune --folder /var/tmp
 
 # Here, not inside: the lab has no network. Quick, and offline, once .cache/lab holds what guests boot.
