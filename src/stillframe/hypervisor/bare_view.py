@@ -197,7 +197,9 @@ def uuid_of(told: str, name: str, devices: Sequence[Device]) -> str:
     if told.strip("0-"):
         return told
     for device in devices:
-        for image in _images(device.get("inserted", {})) if device.get("qdev") else ():
+        if not device.get("qdev") or device.get("removable"):  # a medium is changed while the guest runs
+            continue
+        for image in _images(device.get("inserted", {})):
             file = plain_file(str(image["filename"]))
             if not file.endswith(OVERLAY_SUFFIX):
                 return str(uuids.uuid5(uuids.NAMESPACE_URL, f"stillframe:{name}:{file}"))
