@@ -83,6 +83,7 @@ def test_a_chain_with_relative_names_counts_from_qemus_folder(tmp_path: Path) ->
     (device("nbd://host/x"), "neither a file nor a device of this host (nbd://host/x)", True),
     (device("/top", "rbd:pool/image"), "(rbd:pool/image)", True),
     (device('json:{"driver": "nbd", "server.host": "h"}'), "neither a file", True),
+    (device('json:{"driver": "nbd", "server": {"type": "in...'), "neither a file", True),
     (device('json:{"driver": "raw", "offset": 512, "file": {"driver": "file", "filename": "/a"}}'),
      "slice", True),
     (device('json:{"driver": "qcow2", "file": {"driver": "raw", "size": 9, "file": {"filename": "/a"}}}'),
@@ -145,6 +146,7 @@ def test_a_uuid_is_told_or_made_of_name_and_first_image() -> None:
     assert uuid_of(told, "g", plain) == told
     assert uuid_of(none, "g", [device("/g-d0.stillframe-overlay.qcow2", "/a.raw"), plain[1]]) == made
     assert uuid_of(none, "g", [plain[0], device("/c.raw")]) == made
+    assert uuid_of(none, "g", [{**device("/medium.iso"), "removable": True}, *plain]) == made
     assert len({made, uuid_of(none, "h", plain), uuid_of(none, "g", plain[1:]), uuid_of(none, "g", [])}) == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -122,6 +123,19 @@ def test_a_monitor_that_does_not_greet_is_held_by_another(
     server.greeting = b""
     with pytest.raises(MonitorBusy, match="another client holds the monitor"):
         link.execute("query-status")
+
+
+def test_a_full_queue_of_clients_is_no_guest_that_ended(tmp_path: Path) -> None:
+    """As QEMU listens: a second and a third client wait, and the next one's connection is not taken."""
+    path = str(tmp_path / "socket")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(listening := socket.socket(socket.AF_UNIX))
+        listening.bind(path)
+        listening.listen(0)
+        waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+        waiting.connect(path)
+        with pytest.raises(MonitorBusy, match="does not take a connection"):
+            QmpLink(path, SystemClock()).execute("query-status")
 
 
 def test_what_is_no_monitor(server: Server, link: QmpLink) -> None:

@@ -21,6 +21,7 @@ from stillframe.repository.beneath import Beneath, look_beneath
 from stillframe.repository.changes import Changes
 from stillframe.repository.generation import Generation, create_generation, latest_number
 from stillframe.repository.heal import record_bad
+from stillframe.repository.known import KnownChunks
 from stillframe.repository.layout import PackName, Parameters, new_sid
 from stillframe.repository.nodes import ChunkRef
 from stillframe.repository.pack import SlotRef
@@ -323,6 +324,21 @@ def test_bad_slots_are_read_again_and_healed() -> None:
     assert hurt.id in book.healed
     assert dict(entries(tree_of(book)))[33].place != hurt.place
     assert (written.changed_bytes, written.data_bytes) == (0, 60 * CHUNK)
+    book.check()
+
+
+def test_a_wrong_word_about_reuse_costs_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first leaf is refused when the batch behind it, all of it new, has become a slot already."""
+    book, disk = Book(parameters=TINY), ChangedDisk(noise(60 * CHUNK))
+    written = book.backup(disk)
+    condemn(book, *{entry.place.pack for _, entry in entries(tree_of(book))})
+    monkeypatch.setattr(KnownChunks, "may_reuse_unseen", lambda *_: True)
+    disk.settle()
+    for leaf in range(2):
+        disk.write(leaf * TINY.leaf_chunks * CHUNK, noise(CHUNK, seed=7 + leaf))
+    written = book.backup(disk, since=since(written), audit=NO_AUDIT)
+    assert not written.whole
+    assert written.changed_bytes == 2 * CHUNK
     book.check()
 
 

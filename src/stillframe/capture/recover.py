@@ -74,5 +74,3 @@ def _next_step(run: RunRecord, back: BringBack | EndPull | LowerRun) -> NextStep
         return NextStep(pulled.action.value, pulled.targets, pulled.reason)
     decision = decide(run, back.look(run))
     return NextStep(decision.action.value, decision.targets, decision.reason)
-
-

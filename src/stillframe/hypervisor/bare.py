@@ -125,7 +125,7 @@ class BareGuest:
 
     def capacity_bytes(self, target: str) -> int:
         """See Guest."""
-        return self._sizes()[target]
+        return bare_pull.of_disk(self._sizes(), target)
 
     def snapshot_holders(self) -> tuple[str, ...]:
         """See Guest. QEMU knows of images, not of who made them or why."""
@@ -244,9 +244,8 @@ class BareGuest:
     def begin_backup(self, job: PullJob) -> None:
         """See Guest."""
         def step(qmp: Qmp) -> None:
-            disks = {target: read_disk(device["inserted"]) for target, device in _devices(qmp).items()
-                     if "inserted" in device}
-            bare_pull.begin(qmp, job, disks, self._sizes(), self._make_file, self.connection.clock)
+            bare_pull.begin(
+                qmp, job, _graph(qmp).disks, self._sizes(), self._make_file, self.connection.clock)
 
         try:
             self._act(step)
@@ -325,10 +324,7 @@ class BareGuest:
         return ""
 
     def _qemu_disk(self, target: str) -> QemuDisk:
-        disks = self._look(_graph).disks
-        if target not in disks:
-            raise HypervisorError(f"QEMU has no disk {target}.", 0)
-        return disks[target]
+        return bare_pull.of_disk(self._look(_graph).disks, target)
 
     def _sizes(self) -> dict[str, int]:
         return {
@@ -336,14 +332,13 @@ class BareGuest:
             for target, device in self._look(_devices).items() if "inserted" in device}
 
     def _put_on(self, qmp: Qmp, overlays: Mapping[str, str]) -> None:
-        devices = _devices(qmp)
+        images = {target: device["inserted"] for target, device in _devices(qmp).items()
+                  if "inserted" in device}
         made: list[str] = []
         actions = []
         try:
             for target, path in overlays.items():
-                if "inserted" not in devices.get(target, {}):
-                    raise HypervisorError(f"QEMU has no disk {target}.", 0)
-                inserted = devices[target]["inserted"]
+                inserted = bare_pull.of_disk(images, target)
                 self._give_to_qemu(path)
                 for node in _overlay_nodes(path, inserted):
                     qmp("blockdev-add", node)

@@ -11,13 +11,15 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import HypervisorError
 from stillframe.hypervisor.bare_view import OURS
 from stillframe.hypervisor.model import PulledDisk, PullJob, QemuDisk
 from stillframe.hypervisor.monitor import Qmp, block_nodes, drop_nodes, job_of
+
+T = TypeVar("T")
 
 _HASH_LETTERS = 8  # a node has a name of 31 letters at most
 _PULL = f"{OURS}pull-"
@@ -75,7 +77,7 @@ def begin(
     made: list[str] = []
     taken = False
     parts = [
-        _Part(disk, _known(disks, disk.target).node, sizes[disk.target], f"{prefix}{number}")
+        _Part(disk, of_disk(disks, disk.target).node, of_disk(sizes, disk.target), f"{prefix}{number}")
         for number, disk in enumerate(job.disks)
     ]
     try:
@@ -97,10 +99,11 @@ def begin(
         raise
 
 
-def _known(disks: Mapping[str, QemuDisk], target: str) -> QemuDisk:
-    if target not in disks:
+def of_disk(found: Mapping[str, T], target: str) -> T:
+    """Return what was *found* of disk *target*. Raises HypervisorError if QEMU has no such disk."""
+    if target not in found:
         raise HypervisorError(f"QEMU has no disk {target}.", 0)
-    return disks[target]
+    return found[target]
 
 
 def _make_scratch(qmp: Qmp, part: _Part, clock: Clock) -> None:

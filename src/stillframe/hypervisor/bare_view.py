@@ -6,7 +6,6 @@ the uppermost node of its chain that was given one (an overlay that is put on mu
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -29,7 +28,7 @@ from stillframe.hypervisor.model import (
     QemuNode,
     Source,
 )
-from stillframe.hypervisor.monitor import format_node, plain_file
+from stillframe.hypervisor.monitor import format_node, options_in, plain_file
 
 #: What the names of all nodes, exports and jobs begin with that stillframe makes in QEMU.
 OURS = "stillframe-"
@@ -154,8 +153,7 @@ def _why_excluded(device: Device, chain: tuple[Source, ...]) -> tuple[str, bool]
 
 
 def _is_slice(image: Mapping[str, Any]) -> bool:
-    name = str(image["filename"])
-    options = json.loads(name.removeprefix("json:")) if name.startswith("json:") else {}
+    options: Any = options_in(str(image["filename"]))
     while isinstance(options, dict):
         if options.get("driver") == "raw" and ("offset" in options or "size" in options):
             return True
@@ -199,7 +197,9 @@ def uuid_of(told: str, name: str, devices: Sequence[Device]) -> str:
     if told.strip("0-"):
         return told
     for device in devices:
-        for image in _images(device.get("inserted", {})) if device.get("qdev") else ():
+        if not device.get("qdev") or device.get("removable"):  # a medium is changed while the guest runs
+            continue
+        for image in _images(device.get("inserted", {})):
             file = plain_file(str(image["filename"]))
             if not file.endswith(OVERLAY_SUFFIX):
                 return str(uuids.uuid5(uuids.NAMESPACE_URL, f"stillframe:{name}:{file}"))

@@ -147,14 +147,28 @@ def nodes_of(qmp: Qmp, file: str) -> tuple[str, ...]:
 
 def plain_file(name: str) -> str:
     """Return the path or address inside QEMU's *name* of an image, without a json: wrapping."""
-    if not name.startswith("json:"):
+    options = options_in(name)
+    if not options:
         return name
-    options = json.loads(name[len("json:"):])
     while isinstance(options.get("file"), dict):
         options = options["file"]
     if options.get("driver") == "nbd":
         return name
     return str(options.get("filename", name))
+
+
+def options_in(name: str) -> Mapping[str, Any]:
+    """Return the options that QEMU's *name* of an image is made of; none if it is a plain one, or cut off.
+
+    QEMU cuts a name off at 4096 bytes.
+    """
+    if not name.startswith("json:"):
+        return {}
+    try:
+        found = json.loads(name.removeprefix("json:"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def block_nodes(qmp: Qmp) -> tuple[QemuNode, ...]:

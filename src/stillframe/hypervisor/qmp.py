@@ -175,9 +175,9 @@ class QmpLink:
         try:
             link.connect(self.path)
             credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        except (PermissionError, TimeoutError) as error:
+        except (PermissionError, TimeoutError, BlockingIOError) as error:
             link.close()
-            if isinstance(error, TimeoutError):
+            if not isinstance(error, PermissionError):  # the queue is full of others who want to connect
                 raise MonitorBusy(
                     f"QEMU does not take a connection at {self.path}.", self._advice()) from error
             raise NotPermitted(f"The QMP socket {self.path} can't be used: {error.strerror}",

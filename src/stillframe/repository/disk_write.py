@@ -295,16 +295,14 @@ class DiskWrite:
         asked = [each for unit in decided for each in unit.asked]
         known = self._known.find([each.id for each in asked]) if asked else {}
         before = self.new_chunks
-        slot = self._whole_slot(scanned, asked, known)
+        whole = self._put_whole(scanned, asked, known)
         with memoryview(scanned.buffer) as view:
             for unit, (old, old_place), found in zip(scanned.units, read.olds, decided, strict=True):
                 leaf = self._open(unit.first // self._parameters.leaf_chunks, old, old_place)
                 self._put_unit(leaf, found, known, view)
         self._known_chunks += len(asked) - (self.new_chunks - before)
-        if slot is None:
+        if not whole:
             self._stages.free(scanned.buffer)
-        else:
-            self._stages.slots.put(slot)
 
     def _decide(self, unit: Unit, ids: Sequence[bytes | None], old: Leaf | None, at: int) -> _Decided:
         """Find what of a unit the parent has, or is zero; its chunks lie in the buffer from number *at*."""
@@ -326,18 +324,23 @@ class DiskWrite:
             asked.append(_Asked(chunk, chunk_id, number))
         return _Decided(kept, asked)
 
-    def _whole_slot(
+    def _put_whole(
         self, scanned: Scanned, asked: Sequence[_Asked], known: dict[bytes, ChunkRef | Pending]
-    ) -> NewSlot | None:
-        """Make a batch a slot as it is, without copying, if all its chunks are new and nearly fill one."""
+    ) -> bool:
+        """Make a batch a slot as it is, without copying, if all its chunks are new and nearly fill one.
+
+        It goes to the stages at once: a slot that has begun and never comes there (closing a leaf may raise)
+        would leave chunks that pass for known, and without a place.
+        """
         new, most = {each.id for each in asked}, self._parameters.slot_chunks
         if known or not len(new) == len(asked) == len(scanned.ids) or not most * _FULL <= len(new) <= most:
-            return None
+            return False
         self._close_slot()
         slot = self._stages.new_slot(scanned.buffer)
         for each in asked:
             known[each.id] = self._add(slot, each.id)
-        return slot
+        self._stages.slots.put(slot)
+        return True
 
     def _put_unit(
         self, leaf: _OpenLeaf, decided: _Decided, known: dict[bytes, ChunkRef | Pending], view: memoryview,
@@ -447,6 +450,7 @@ class DiskWrite:
         self._close_slot()
         self._stages.slots.finish()
         self._flush()
+        assert not self._waiting  # a leaf that is left out would read as zeroes, or as the parent's
         root = self._builder.finish()
         return Written(
             root, self._size_bytes, self.read_bytes, self._data_bytes, self._changed_bytes,

@@ -210,8 +210,3 @@ def _damaged(name: PackName, why: str) -> RepositoryDamaged:
         f"The pack {name.text} is damaged: {why}.",
         "stillframe verify --repo REPO   # names the snapshots that are hurt",
     )
-
-
-def stored_total(rows: Sequence[SlotRow]) -> int:
-    """Return how many bytes the slots of *rows* take in their pack."""
-    return sum(row.stored_bytes for row in rows)

@@ -205,5 +205,3 @@ class BytesSource(OneByOne):
     def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
         """See Connection."""
         buffer[:] = self._content[offset_bytes : offset_bytes + len(buffer)]
-
-

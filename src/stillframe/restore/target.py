@@ -36,9 +36,8 @@ from stillframe.restore.files import (
     read_all,
     sync_folder,
 )
-from stillframe.units import MIB, size_text
+from stillframe.units import size_text
 
-_ZERO_STEP_BYTES = 64 * MIB
 _QCOW2_MAGIC = b"QFI\xfb"
 
 
