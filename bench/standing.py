@@ -51,9 +51,9 @@ OVERLAYS = {
     "16K": "cluster_size=16k",
     "128K": "cluster_size=128k",
     "64K, lazy refcounts": "lazy_refcounts=on",
-    "64K, metadata ahead": "preallocation=metadata",
     "64K, subclusters of 2K": "extended_l2=on",
     "128K, subclusters of 4K": "extended_l2=on,cluster_size=128k",
+    "... and metadata ahead": "extended_l2=on,cluster_size=128k,preallocation=metadata",
 }
 
 
