@@ -307,8 +307,8 @@ class DiskWrite:
     def _decide(self, unit: Unit, ids: Sequence[bytes | None], old: Leaf | None, at: int) -> _Decided:
         """Find what of a unit the parent has, or is zero; its chunks lie in the buffer from number *at*."""
         leaf_chunks = self._parameters.leaf_chunks
-        entries = [(chunk, None) for first, end in unit.cleared for chunk in range(first, end)]
-        kept = list[tuple[int, ChunkRef | None]](entries)
+        kept: list[tuple[int, ChunkRef | None]] = [
+            (chunk, None) for first, end in unit.cleared for chunk in range(first, end)]
         asked = list[_Asked]()
         for number, (chunk, chunk_id) in enumerate(zip(unit.read(), ids, strict=True), at):
             if chunk_id is None:
