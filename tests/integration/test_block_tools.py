@@ -63,7 +63,7 @@ def test_a_small_write_copies_no_more_than_a_subcluster(
 ) -> None:
     path = tmp_path / "o.qcow2"
     create_overlay(str(path), _base(tmp_path), 16 * MIB, subclusters=subclusters)
-    write = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 512", path]
+    write = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 512", str(path)]
     subprocess.run(write, check=True, capture_output=True)
     alone = "json:" + json.dumps({
         "driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None})
