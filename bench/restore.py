@@ -1,6 +1,6 @@
 """Measure the ways back from a repository, against each other in the same run.
 
-    .venv/bin/python -m bench.restore [serve ...] [--size 4G] [--rounds 3] [--dir /var/tmp] [--quick]
+    .venv/bin/python -m bench.restore [serve ...] [--size 8G] [--rounds 3] [--dir /var/tmp] [--quick]
 
 serve   An ext4 image with this machine's /usr is backed up. In each round, in turns: the disk is restored
         into a new file, and copied into one by nbdcopy from a server of its own (starts and fsyncs count;
@@ -42,7 +42,7 @@ WORKING_SET_BYTES = CACHE_BYTES // 2
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], default=[])
-    parser.add_argument("--size", default="4G")
+    parser.add_argument("--size", default="8G")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"))
     parser.add_argument("--quick", action="store_true", help="1 GiB, one round: only to see that it works")
