@@ -59,15 +59,19 @@ def config_complete() -> None:
         raise
 
 
+def get_ready() -> None:
+    """Begin with what takes threads: nbdkit stays in the foreground, so no fork will lose them."""
+    _Served.disk.start()
+
+
 def after_fork() -> None:
-    """Begin with what takes threads; from here on only our own log is written, which is bounded."""
+    """Have only our own log written from here on, which is bounded, and the end of our parent matter or not."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, _STDERR)
     os.close(silent)
     # nbdkit asks the kernel for SIGTERM when its parent dies (1.32 always does), and would then wait for its
     # clients to leave.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if _Served.outlives else signal.SIGKILL, 0, 0, 0)
-    _Served.disk.start()
 
 
 def cleanup() -> None:
