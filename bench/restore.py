@@ -104,8 +104,10 @@ def random_reads(order: Order, image: Path) -> None:
         warm_many = _rate(handle, disk.fileno(), near, chance, READS, 16)
         server_s = (cpu_of(export) - before_s) / READS
         cold = _rate(handle, disk.fileno(), blocks, chance, READS // 25, 16)
+        peak_bytes = peak_of(export)
     print(f"  4 KiB at random: warm, one at a time {warm_one:,.0f}/s; 16 on their way {warm_many:,.0f}/s "
-          f"({server_s * 1e6:.0f} us of the server's CPU each); all over the disk {cold:,.0f}/s")
+          f"({server_s * 1e6:.0f} us of the server's CPU each); all over the disk {cold:,.0f}/s; "
+          f"the server's peak memory {size_text(peak_bytes)} with a cache of {size_text(order.cache_bytes)}")
     target("random 4 KiB reads a second, warm, 16 on their way", warm_many, 5000)
 
 
@@ -147,6 +149,12 @@ def cpu_of(export: Export) -> float:
     """Return the processor time that a server took so far, in seconds."""
     fields = Path(f"/proc/{export.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+
+
+def peak_of(export: Export) -> int:
+    """Return the most memory that a server took so far."""
+    lines = Path(f"/proc/{export.pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * KIB
 
 
 def _median(samples: Sequence[Sample]) -> float:

@@ -65,7 +65,7 @@ def get_ready() -> None:
 
 
 def after_fork() -> None:
-    """Have only our own log written from here on, which is bounded, and the end of our parent matter or not."""
+    """Have only our own log written from here on, which is bounded; see to what our parent's end means."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, _STDERR)
     os.close(silent)
