@@ -16,7 +16,8 @@
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous
     │       ├── TargetExists, TargetSmall, TargetInUse
-    │       └── ExportExposed, ExportFailed
+    │       ├── ExportExposed, ExportFailed
+    │       └── GuestExists, HostLacks, DefinitionMissing
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
@@ -369,6 +370,27 @@ class ExportFailed(RepositoryRefused):
 
     code = "export-failed"
     exit_code = 101
+
+
+class GuestExists(RepositoryRefused):
+    """A guest of that name or UUID is there already."""
+
+    code = "guest-exists"
+    exit_code = 110
+
+
+class HostLacks(RepositoryRefused):
+    """The host has not got what the guest's definition names."""
+
+    code = "host-lacks"
+    exit_code = 111
+
+
+class DefinitionMissing(RepositoryRefused):
+    """The snapshot has no definition of its guest."""
+
+    code = "definition-missing"
+    exit_code = 112
 
 
 class RunFailed(StillframeError):
