@@ -376,21 +376,21 @@ class GuestExists(RepositoryRefused):
     """A guest of that name or UUID is there already."""
 
     code = "guest-exists"
-    exit_code = 110
+    exit_code = 102
 
 
 class HostLacks(RepositoryRefused):
     """The host has not got what the guest's definition names."""
 
     code = "host-lacks"
-    exit_code = 111
+    exit_code = 103
 
 
 class DefinitionMissing(RepositoryRefused):
     """The snapshot has no definition of its guest."""
 
     code = "definition-missing"
-    exit_code = 112
+    exit_code = 104
 
 
 class RunFailed(StillframeError):

@@ -71,7 +71,7 @@ def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of
     as_: Annotated[
         str | None, typer.Option("--as", help="restore the whole guest as a new one of this name")] = None,
     pool: Annotated[
-        str | None, typer.Option("--pool", help="--as: folder or pool of libvirt for disks (else its default)")
+        str | None, typer.Option("--pool", help="--as: folder or libvirt's pool for disks (else default)")
     ] = None,
     disk: Annotated[
         list[str] | None, typer.Option("--disk", help="--as: write a disk to a block device: vda=/dev/x")
@@ -92,8 +92,8 @@ def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of
     ] = False,
 ) -> GuestOptions:
     """Return how a whole guest is to be restored."""
-    if as_ is not None and (not as_ or "/" in as_ or as_.startswith(".") or not as_.isprintable()):
-        raise typer.BadParameter(f"{as_!r} can't be a guest's name")
+    if as_ is not None:
+        check_name(as_)
     if network is not None and no_network:
         raise typer.BadParameter("choose one: --network or --no-network")
     devices = {}
@@ -104,6 +104,12 @@ def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of
         devices[target] = path
     chosen_network = "" if no_network else network
     return GuestOptions(as_, pool or "", devices, same_identity, chosen_network, nearest, start, dry_run)
+
+
+def check_name(name: str) -> None:
+    """Raise BadParameter if no guest can be called *name*."""
+    if not name or "/" in name or name.startswith(".") or not name.isprintable():
+        raise typer.BadParameter(f"{name!r} can't be a guest's name")
 
 
 def restore_guest(session: Session, order: Order) -> int:
@@ -132,8 +138,9 @@ def restore_guest(session: Session, order: Order) -> int:
         if order.starts:
             start_guest(plan, session.connection)
     session.screen.result(f"{order.wish.name}: {'started' if order.starts else 'defined, off'}")
-    session.screen.json({**head, **_body(plan), "started": order.starts, "whole": done.is_whole,
-                         "disks": _disk_bodies(plan, done), "files": done.files, "lost_files": done.lost_files})
+    session.screen.json({
+        **head, **_body(plan), "started": order.starts, "whole": done.is_whole,
+        "disks": _disk_bodies(plan, done), "files": done.files, "lost_files": done.lost_files})
     return EXIT_OK if done.is_whole else RepositoryDamaged.exit_code
 
 

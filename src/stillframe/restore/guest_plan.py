@@ -99,6 +99,11 @@ class GuestPlan:
     warnings: tuple[str, ...]
 
     @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that are to be made, outermost first."""
+        return self.claim.folders
+
+    @property
     def needed_bytes(self) -> int:
         """How much room what is not there yet takes."""
         return sum(disk.needed_bytes for disk in self.disks)
@@ -108,8 +113,8 @@ class GuestPlan:
         old, new = (_shown(text).splitlines(keepends=True) for text in (self.original, self.definition))
         return "".join(difflib.unified_diff(old, new, "in the snapshot", "on this host"))
 
-    def check(self) -> None:
-        """Raise what speaks against it. Changes nothing.
+    def check(self, *, room: bool = True) -> None:
+        """Raise what speaks against it; without *room*, its disks need not fit. Changes nothing.
 
         HostLacks, TargetExists, TargetSmall, TargetInUse, NotPermitted, DestinationUnwritable.
         """
@@ -125,7 +130,8 @@ class GuestPlan:
         for target in self.files:
             if not self._is_left(target.path):
                 refuse_existing(target.path)
-        _check_room(self.disks)
+        if room:
+            _check_room(self.disks)
 
     def _is_left(self, path: str) -> bool:
         return self.earlier is not None and self.earlier.finished(path)
@@ -163,8 +169,8 @@ def plan_guest(
                       for disk in disks)
     warnings = [*_left_out(original, definition), *_unreachable(folder, disks)]
     if _ARGUMENTS in definition and not place.is_original:
-        warnings.append("the definition has arguments for QEMU itself (qemu:commandline): they are as they were, "
-                        "whatever of the original they name")
+        warnings.append("the definition has arguments for QEMU itself (qemu:commandline): they are as they "
+                        "were, whatever of the original they name")
     return GuestPlan(claim, earlier, original, definition, disks, files, tuple(findings), tuple(left),
                      tuple(warnings))
 
