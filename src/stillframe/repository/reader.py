@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
@@ -92,9 +92,8 @@ class DiskView:
         wanted: dict[SlotRef, None] = {}
         chunks = range(offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes))
         for first in range(chunks.start, chunks.stop, self._leaf_chunks):
-            for entry in self._entries(range(first, min(first + self._leaf_chunks, chunks.stop))):
-                if entry is not None:
-                    wanted[entry.place] = None
+            portion = range(first, min(first + self._leaf_chunks, chunks.stop))
+            wanted.update(dict.fromkeys(_places(self._entries(portion))))
             if len(wanted) >= self._fetcher.most // 2:
                 break
         coming = self._fetcher.want(list(wanted)[: self._fetcher.most // 2])
@@ -132,14 +131,13 @@ class DiskView:
 
     def _read_portion(self, buffer: memoryview, offset: int, portion: range, ahead: range) -> None:
         entries = self._entries(portion)
-        needed = dict.fromkeys(entry.place for entry in entries if entry is not None)
-        wanted = dict(needed)
+        wanted = dict.fromkeys(_places(entries))
+        most = len(wanted) + _AHEAD_SLOTS
         with contextlib.suppress(SlotDamaged):  # whoever reads that part will see it
-            for entry in self._entries(ahead):
-                if len(wanted) >= len(needed) + _AHEAD_SLOTS:
+            for place in _places(self._entries(ahead)):
+                if len(wanted) >= most:
                     break
-                if entry is not None:
-                    wanted[entry.place] = None
+                wanted[place] = None
         coming = self._fetcher.want(wanted)
         end = offset + len(buffer)
         for number, entry in zip(portion, entries, strict=True):
@@ -214,6 +212,15 @@ class _ViewConnection(OneByOne):
 
     def pread_into(self, buffer: memoryview, offset_bytes: int) -> None:
         self._view.read_into(buffer, offset_bytes)
+
+
+def _places(entries: Iterable[ChunkRef | None]) -> Iterator[SlotRef]:
+    """Yield the slots of *entries*, not each as often as neighbours are in it: hashing one takes long."""
+    last: SlotRef | None = None
+    for entry in entries:
+        if entry is not None and entry.place is not last:
+            last = entry.place
+            yield last
 
 
 def _checked(entry: ChunkRef, chunks: Chunks) -> memoryview:
