@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 from lab.s3 import S3Server
+from lab.sftp import SftpDaemon
 from stillframe.clock import SystemClock
+from stillframe.storage.files import FileStorage
 from stillframe.storage.local import LocalStorage
 from stillframe.storage.memory import MemoryStorage
 from stillframe.storage.model import Storage
 from stillframe.storage.publish import rename_without_replacing
 from stillframe.storage.s3 import S3Storage
+from stillframe.storage.sftp import SftpServer
 from stillframe.storage.wrappers import Counted, RateLimited, Retried
 
 
@@ -29,6 +32,10 @@ class Servers:
     @cached_property
     def s3(self) -> S3Server:
         return self._stack.enter_context(S3Server(self._folder / "s3"))
+
+    @cached_property
+    def sftp(self) -> SftpDaemon:
+        return self._stack.enter_context(SftpDaemon(self._folder / "sftp"))
 
     @property
     def unused(self) -> str:
@@ -77,6 +84,12 @@ def _s3(_folder: Path, servers: Servers) -> Connect:
     return lambda: S3Storage("contract", prefix, access)
 
 
+def _sftp(_folder: Path, servers: Servers) -> Connect:
+    place = servers.sftp.place(servers.unused)
+    FileStorage(SftpServer(place), make=True)
+    return lambda: FileStorage(SftpServer(place))
+
+
 DRIVERS: dict[str, Make] = {
     "local": _local,
     "local-without-links": _local_without_links,
@@ -85,4 +98,5 @@ DRIVERS: dict[str, Make] = {
     "counted": _counted,
     "limited": _limited,
     "s3": _s3,
+    "sftp": _sftp,
 }
