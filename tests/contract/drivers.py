@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lab.s3 import S3Server
 from lab.sftp import SftpDaemon
+from lab.smb import SmbDaemon
 from stillframe.clock import SystemClock
 from stillframe.storage.files import FileStorage
 from stillframe.storage.local import LocalStorage
@@ -18,6 +19,7 @@ from stillframe.storage.model import Storage
 from stillframe.storage.publish import rename_without_replacing
 from stillframe.storage.s3 import S3Storage
 from stillframe.storage.sftp import SftpServer
+from stillframe.storage.smb import SmbServer
 from stillframe.storage.wrappers import Counted, RateLimited, Retried
 
 
@@ -36,6 +38,10 @@ class Servers:
     @cached_property
     def sftp(self) -> SftpDaemon:
         return self._stack.enter_context(SftpDaemon(self._folder / "sftp"))
+
+    @cached_property
+    def smb(self) -> SmbDaemon:
+        return self._stack.enter_context(SmbDaemon(self._folder / "smb"))
 
     @property
     def unused(self) -> str:
@@ -90,6 +96,12 @@ def _sftp(_folder: Path, servers: Servers) -> Connect:
     return lambda: FileStorage(SftpServer(place))
 
 
+def _smb(_folder: Path, servers: Servers) -> Connect:
+    place, access = servers.smb.place(servers.unused), servers.smb.access
+    FileStorage(SmbServer(place, access, SystemClock()), make=True)
+    return lambda: FileStorage(SmbServer(place, access, SystemClock()))
+
+
 DRIVERS: dict[str, Make] = {
     "local": _local,
     "local-without-links": _local_without_links,
@@ -99,4 +111,5 @@ DRIVERS: dict[str, Make] = {
     "limited": _limited,
     "s3": _s3,
     "sftp": _sftp,
+    "smb": _smb,
 }
