@@ -1,7 +1,7 @@
 """A real S3 server on loopback: SeaweedFS, one binary from PyPI.
 
 with S3Server(folder) as server:
-storage = S3Storage("a-bucket", "", server.access)
+storage = S3Storage(BUCKET, "a/folder", server.access)
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Self
 from lab.ports import free_ports, listens
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.storage.access import Access
+from stillframe.storage.s3 import S3Storage
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "labkey", "labsecret12345"
+BUCKET = "lab"
 _REGION = "us-east-1"
 
 
 class S3Server:
-    """Runs within the block; a bucket comes into being when something is written to it."""
+    """Runs within the block, with one bucket."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -48,6 +50,10 @@ class S3Server:
         with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         wait_for("the S3 server listens", lambda: listens(self.port), PATIENCE_S)
+        # It makes a bucket of whatever is written to first; only then the bucket can be listed.
+        first = S3Storage(BUCKET, "", self.access)
+        first.create("first", b"x")
+        first.delete(["first"])
         return self
 
     def __exit__(self, *_: object) -> None:

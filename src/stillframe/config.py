@@ -159,7 +159,7 @@ def storage_of(settings: RepositorySettings, address: str, clock: Clock, *, make
 
     Raises ConfigInvalid, RepositoryRefused, StorageError.
     """
-    storage = open_storage(address, access_to(settings, address), make=make)
+    storage = open_storage(address, access_to(settings, address), make=make, clock=clock)
     if settings.limit_rate is None:
         return storage
     try:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
-from lab.s3 import S3Server
+from lab.s3 import BUCKET, S3Server
 from lab.sftp import SftpDaemon
 from lab.smb import SmbDaemon
 from stillframe.clock import SystemClock
@@ -87,7 +87,7 @@ def _limited(folder: Path, servers: Servers) -> Connect:
 
 def _s3(_folder: Path, servers: Servers) -> Connect:
     access, prefix = servers.s3.access, servers.unused
-    return lambda: S3Storage("contract", prefix, access)
+    return lambda: S3Storage(BUCKET, prefix, access)
 
 
 def _sftp(_folder: Path, servers: Servers) -> Connect:
