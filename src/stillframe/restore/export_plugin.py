@@ -6,8 +6,10 @@ nbdkit's plugin was built for; who starts nbdkit says where to find this package
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,7 @@ _SMALLEST_BYTES = 1
 _PREFERRED_BYTES = 64 * KIB
 _LARGEST_BYTES = 32 * MIB
 _STDERR = 2
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class _Served:
@@ -34,6 +37,7 @@ class _Served:
 
     disk: ServedDisk
     log: Log
+    outlives: bool
 
 
 def thread_model() -> int:
@@ -46,6 +50,7 @@ def config_complete() -> None:
     clock = SystemClock()
     order = decode_order(sys.stdin.buffer.read())
     _Served.log = Log(os.dup(_STDERR), clock)
+    _Served.outlives = order.outlives
     try:
         _Served.disk = ServedDisk(order, _Served.log, clock)
     except StillframeError as error:
@@ -54,12 +59,19 @@ def config_complete() -> None:
         raise
 
 
+def get_ready() -> None:
+    """Begin with what takes threads: nbdkit stays in the foreground, so no fork will lose them."""
+    _Served.disk.start()
+
+
 def after_fork() -> None:
-    """Begin with what takes threads; from here on only our own log is written, which is bounded."""
+    """Have only our own log written from here on, which is bounded; see to what our parent's end means."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, _STDERR)
     os.close(silent)
-    _Served.disk.start()
+    # nbdkit asks the kernel for SIGTERM when its parent dies (1.32 always does), and would then wait for its
+    # clients to leave.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if _Served.outlives else signal.SIGKILL, 0, 0, 0)
 
 
 def cleanup() -> None:
@@ -115,9 +127,8 @@ def pread(disk: ServedDisk, buffer: Any, offset: int, flags: int) -> None:  # no
     """Fill the buffer."""
     try:
         disk.read_into(buffer, offset)
-    except OSError as error:
-        nbdkit.set_error(error.errno)
-        raise
+    except Exception as error:  # noqa: BLE001 -- all are told to the client
+        raise _told(error) from None
 
 
 def cache(disk: ServedDisk, count: int, offset: int, flags: int) -> None:  # noqa: ARG001
@@ -130,9 +141,18 @@ def extents(disk: ServedDisk, count: int, offset: int, flags: int) -> Iterator[t
     only_one = {"most": 1} if flags & nbdkit.FLAG_REQ_ONE else {}
     try:
         return map(_extent, disk.extents(offset, count, **only_one))
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 -- all are told to the client
+        raise _told(error) from None
+
+
+def _told(error: Exception) -> Exception:
+    """Have the client told of *error*; one that is not meant for it is a mistake of ours, and logged."""
+    if isinstance(error, OSError) and error.errno:
         nbdkit.set_error(error.errno)
-        raise
+    else:
+        _Served.log.say(f"{_Served.disk.name}: {type(error).__name__}: {error}")
+        nbdkit.set_error(errno.EIO)
+    return error
 
 
 def _extent(extent: Extent) -> tuple[int, int, int]:
