@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lab.diskguest import DiskGuest
     from lab.disks import DiskSpec
     from lab.lvm import VolumeGroup
+    from tests.contract.drivers import Servers
     from tests.fault.harness import Place
 
 _numbers = itertools.count(1)
@@ -72,6 +73,15 @@ def lvm(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactor
 
     with Group(tmp_path_factory.mktemp("lvm")) as group:
         yield group
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Give the servers of storages, each of which is started once when a test first wants it."""
+    from tests.contract.drivers import Servers as All
+
+    with contextlib.ExitStack() as stack:
+        yield All(tmp_path_factory.mktemp("servers"), stack)
 
 
 @pytest.fixture(autouse=True)

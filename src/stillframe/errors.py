@@ -28,7 +28,7 @@
     │   └── SlotDamaged              one slot of a pack
     ├── StorageError                 the storage below a repository said no
     │   ├── ObjectMissing, ObjectExists, ObjectTruncated
-    │   └── StorageFull, StorageLost
+    │   └── StorageFull, StorageLost, StorageRefused
     ├── NeedsAttention               the guest runs, but something is left that only a person may decide
     ├── ProgramFailed, ProgramTimedOut
     └── HypervisorError              libvirt said no; carries its code
@@ -517,6 +517,13 @@ class StorageLost(StorageError):
     code = "storage-lost"
     exit_code = 98
     retry = True
+
+
+class StorageRefused(StorageError):
+    """The storage can be reached and says no: wrong credentials, no such bucket, an unknown host key."""
+
+    code = "storage-refused"
+    exit_code = 120
 
 
 class NeedsAttention(StillframeError):

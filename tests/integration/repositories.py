@@ -8,7 +8,8 @@ import secrets
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,16 @@ _IN_THIS_PROCESS = {"restore", "serve", "list", "show", "diff", "verify", "forge
 
 @dataclass(frozen=True)
 class Repo:
-    """A repository in a folder, and how the command reaches it."""
+    """A repository, and how the command reaches it: in the folder *path*, or at *address* on a server.
+
+    *settings* are environment variables besides the usual ones.
+    """
 
     path: Path
     place: Place
     root: Path = ROOT
+    address: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def call(self, *words: str | Path, secret: bool = True) -> subprocess.CompletedProcess[str]:
         """Run stillframe on the repository and return what came of it, whatever that is."""
@@ -60,7 +66,8 @@ class Repo:
 
     def environment(self, *, secret: bool = True) -> dict[str, str]:
         """Return the environment that names the repository, and what opens it."""
-        named = {"STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
+        named = {"STILLFRAME_REPOSITORY": self.address or str(self.path), "STILLFRAME_CONFIG": "/dev/null",
+                 **self.settings}
         if secret:
             named["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
         return {**os.environ, **named}

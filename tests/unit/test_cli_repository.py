@@ -289,9 +289,19 @@ def test_a_recovery_key_opens_the_repository_as_people_type_it(
 # --- addresses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/x", "sftp://host/x", "file://other-host/x", "https://x"])
+@pytest.mark.parametrize("address", [
+    "file://other-host/x", "https://x", "ftp://host/x", "s3:///x", "s3://bucket/x?profile=y", "s3://user@bucket/x",
+    "s3://bucket:1/x", "sftp://host", "sftp://host/~", "sftp://host/x?port=1", "sftp://host:port/x", "smb://host/",
+    "smb:///share"])
 def test_other_kinds_of_addresses_are_refused(call: Call, address: str) -> None:
     assert_error(call("list", "--repo", address), errors.RepositoryRefused)
+
+
+@pytest.mark.parametrize("address", ["sftp://me:s3cret@host/x", "smb://me:s3cret@host/share"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(call: Call, address: str) -> None:
+    done = call("list", "--repo", address)
+    assert_error(done, errors.RepositoryRefused)
+    assert "s3cret" not in done.stdout + done.stderr
 
 
 def test_a_folder_that_is_no_repository(call: Call, tmp_path: Path) -> None:

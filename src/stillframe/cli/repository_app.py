@@ -62,14 +62,16 @@ def add_to(app: typer.Typer) -> None:
 def init(
     common: Common, repository: RepositorySettings, *,
     address: Annotated[
-        str | None, typer.Argument(metavar="[REPO]", help="a folder or a file:// address; or --repo")] = None,
+        str | None,
+        typer.Argument(metavar="[REPO]", help="a folder, or s3://BUCKET/FOLDER; or --repo"),
+    ] = None,
     new_key_file: NewKeyFile = None,
     label: Label = "first",
 ) -> None:
     """Make a repository. What opens it is asked for, or named by an option."""
     if address is not None and repository.repository is not None:
         raise typer.BadParameter("name the repository once: as REPO or with --repo")
-    if new_key_file is not None and repository.has_secret:
+    if new_key_file is not None and repository.secrets:
         raise typer.BadParameter("choose one: --new-key-file, or a secret that is there already")
     chosen = RepositorySettings(address).over(repository)
     run_command(common, lambda session: keys_command.init(session, new_key_file, label), chosen)

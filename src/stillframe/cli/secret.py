@@ -52,7 +52,7 @@ def read_secret(settings: RepositorySettings, screen: Screen, *, new: bool = Fal
 
 def must_be_asked(settings: RepositorySettings) -> bool:
     """Return whether a person has to type the secret."""
-    return not settings.has_secret
+    return not settings.secrets
 
 
 def make_key_file(path: Path) -> Secret:

@@ -17,11 +17,16 @@ from stillframe.capture.run import Tools
 from stillframe.cli.screen import Screen
 from stillframe.cli.secret import must_be_asked, read_secret
 from stillframe.clock import SystemClock
-from stillframe.config import RepositorySettings, Settings, read_settings, repository_settings
+from stillframe.config import (
+    RepositorySettings,
+    Settings,
+    read_settings,
+    repository_settings,
+    storage_of,
+)
 from stillframe.errors import ConfigInvalid, Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection
 from stillframe.repository.opened import Repository, Secret, open_repository
-from stillframe.storage.address import open_storage
 from stillframe.storage.model import Storage
 
 
@@ -119,7 +124,7 @@ class Session:
     @cached_property
     def storage(self) -> Storage:
         """The storage of the repository. Raises ConfigInvalid, RepositoryRefused."""
-        return open_storage(self.address)
+        return storage_of(self.repository_settings, self.address, self.clock)
 
     @cached_property
     def secret(self) -> Secret:
