@@ -14,7 +14,7 @@
     │   └── RepositoryRefused        a repository command did not begin
     │       ├── RepositoryUnknown, RepositoryExists, RepositoryNewer, RepositoryUnsafe
     │       ├── KeyWrong, KeyNeeded
-    │       ├── SnapshotUnknown, SnapshotAmbiguous
+    │       ├── SnapshotUnknown, SnapshotAmbiguous, SnapshotPinned
     │       ├── TargetExists, TargetSmall, TargetInUse
     │       └── ExportExposed, ExportFailed
     ├── RunFailed                    the run was given up; the guest is back on its own images
@@ -334,6 +334,13 @@ class SnapshotAmbiguous(RepositoryRefused):
 
     code = "snapshot-ambiguous"
     exit_code = 88
+
+
+class SnapshotPinned(RepositoryRefused):
+    """The snapshot is pinned, and was to be dropped."""
+
+    code = "snapshot-pinned"
+    exit_code = 121
 
 
 class TargetExists(RepositoryRefused):

@@ -506,6 +506,22 @@ def test_a_lost_file_does_not_keep_the_rest_from_a_folder(
 # --- forget, prune, verify ----------------------------------------------------------------------
 
 
+def test_a_pinned_snapshot_is_not_forgotten(call: Call, repository: Repository) -> None:
+    for day in (_DAY, _DAY + timedelta(days=1)):
+        add_snapshot(repository, "web", day, disk())
+    older = body(call("list", "--guest", "web", "--json", secret=False))["snapshots"][0]["id"]
+    assert body(call("pin", older, "--why", "audit 2026", "--json", secret=False))["changed"]
+    assert not body(call("pin", older, "--json", secret=False))["changed"]
+    listed = body(call("list", "--guest", "web", "--json", secret=False))["snapshots"]
+    assert [each["pinned"] for each in listed] == [True] + [False] * (len(listed) - 1)
+    assert "audit 2026" in call("show", older).stdout
+    assert_error(call("forget", older, secret=False), errors.SnapshotPinned)
+    kept = body(call("forget", "--keep-last", "1", "--guest", "web", "--json", secret=False))["kept"]
+    assert {each["id"]: each["reasons"] for each in kept}[older] == ["pinned"]
+    assert body(call("unpin", older, "--json", secret=False))["changed"]
+    assert call("forget", older, secret=False).returncode == EXIT_OK
+
+
 def test_forget_and_prune_give_space_back(call: Call, repository: Repository) -> None:
     for day in range(4):
         add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((500_000, os.urandom(100_000))))

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
 from stillframe.cli.session import Session
-from stillframe.cli.snapshots import name_body, name_words
-from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotUnknown
+from stillframe.cli.snapshots import name_body, name_words, short_id
+from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotPinned, SnapshotUnknown
+from stillframe.repository.catalog import display_name, list_snapshots, plan_forget, resolve_all
 from stillframe.repository.catalog import forget as forget_snapshots
-from stillframe.repository.catalog import list_snapshots, plan_forget, resolve_all
 from stillframe.repository.collect import collect, plan_collection
 from stillframe.repository.collection import Collected, CollectionPlan
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
+from stillframe.repository.pins import pinned
 from stillframe.retention import Policy, Verdict, judge
 from stillframe.units import parse_duration_s, parse_share, size_text
 
@@ -96,13 +97,19 @@ def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bo
 def _verdicts(
     session: Session, known: list[SnapshotName], texts: Sequence[str], rules: Rules,
 ) -> list[Verdict[SnapshotName]]:
+    pins = pinned(session.storage)
     if texts:
-        return [Verdict(name, keep=False, reasons=("named",)) for name in resolve_all(known, texts)]
+        named = resolve_all(known, texts)
+        for name in named:
+            if name.sid in pins:
+                raise SnapshotPinned(f"{display_name(name)} is pinned.",
+                                     f"stillframe unpin {short_id(name.sid)} --repo REPO")
+        return [Verdict(name, keep=False, reasons=("named",)) for name in named]
     subject = [name for name in known if rules.guest in (None, name.guest)]
     if rules.guest is not None and not subject:
         raise SnapshotUnknown(f"There is no snapshot of {rules.guest}.",
                               f"stillframe list --repo {session.storage.address}")
-    return judge(subject, rules.policy())
+    return judge(subject, rules.policy(), session.storage.now(), pins)
 
 
 def _exit_code(plan: CollectionPlan) -> int:

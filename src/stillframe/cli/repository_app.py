@@ -51,7 +51,7 @@ _key = typer.Typer(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (init, list_, show, diff, restore, serve, verify, forget, prune):
+    for command in (init, list_, show, diff, restore, serve, verify, pin, unpin, forget, prune):
         app.command(name=command.__name__.rstrip("_"))(command)
     for command in (key_add, key_list, key_remove, key_export):
         _key.command(name=command.__name__.removeprefix("key_"))(command)
@@ -174,6 +174,22 @@ def verify(
 ) -> None:
     """Check that what is stored is there and whole. Damage is written down, and the next backup heals it."""
     run_command(common, lambda session: verify_command.verify(session, level.value, subset), repository)
+
+
+@taking(plain_options, repository_options)
+def pin(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    why: Annotated[str, typer.Option("--why", help="a word for people, shown by show")] = "",
+) -> None:
+    """Keep a snapshot whatever the rules of forget say, until it is unpinned."""
+    run_command(common, lambda session: snapshots_command.pin_snapshot(session, snapshot, why), repository)
+
+
+@taking(plain_options, repository_options)
+def unpin(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
+    """Let the rules of forget decide on a snapshot again."""
+    run_command(common, lambda session: snapshots_command.unpin_snapshot(session, snapshot), repository)
 
 
 @taking(plain_options, repository_options)

@@ -13,6 +13,7 @@ from stillframe.repository.catalog import display_name, list_snapshots, resolve
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.opened import read_parameters
+from stillframe.repository.pins import pin, pinned, read_pin, unpin
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.units import duration_text, size_text
 
@@ -47,8 +48,9 @@ def list_all(session: Session, guest: str | None) -> int:
     names = sorted(
         (name for name in list_snapshots(session.storage) if guest in (None, name.guest)),
         key=lambda each: (each.utc, each.sid))
+    pins = pinned(session.storage)
     for name in names:
-        session.screen.result(name_words(name))
+        session.screen.result(name_words(name) + ("  pinned" if name.sid in pins else ""))
     if not names:
         of_guest = f" of {guest}" if guest else ""
         session.screen.say(
@@ -57,8 +59,26 @@ def list_all(session: Session, guest: str | None) -> int:
     standing = _standing(session, {name.guest for name in names})
     for name_, run in standing.items():
         session.screen.result(f"{name_} stands on the overlays of run {run} by intention")
-    bodies = [name_body(name) for name in names]
+    bodies = [{**name_body(name), "pinned": name.sid in pins} for name in names]
     session.screen.json({"repository": session.storage.address, "snapshots": bodies, "standing": standing})
+    return EXIT_OK
+
+
+def pin_snapshot(session: Session, text: str, why: str) -> int:
+    """Keep a snapshot whatever the rules of `forget` say; return the exit code."""
+    name = find(session, text)
+    new = pin(session.storage, name, why, session.clock)
+    session.screen.result(f"{name_words(name)}: {'pinned' if new else 'was pinned already'}")
+    session.screen.json({"snapshot": name_body(name), "pinned": True, "changed": new})
+    return EXIT_OK
+
+
+def unpin_snapshot(session: Session, text: str) -> int:
+    """Let the rules of `forget` decide on a snapshot again; return the exit code."""
+    name = find(session, text)
+    was = unpin(session.storage, name)
+    session.screen.result(f"{name_words(name)}: {'no longer pinned' if was else 'was not pinned'}")
+    session.screen.json({"snapshot": name_body(name), "pinned": False, "changed": was})
     return EXIT_OK
 
 
@@ -77,9 +97,13 @@ def show(session: Session, text: str) -> int:
     """Show one snapshot in full; return the exit code."""
     name = find(session, text)
     manifest = read_snapshot(session.repository, name)
+    held = read_pin(session.storage, name.sid) if name.sid in pinned(session.storage) else None
     for line in _lines(name, manifest):
         session.screen.result(line)
-    session.screen.json({"snapshot": {**name_body(name), **msgspec.to_builtins(manifest)}})
+    if held is not None:
+        session.screen.result(f"pinned at {held.at}" + (f": {held.why}" if held.why else ""))
+    session.screen.json({"snapshot": {
+        **name_body(name), "pinned": held is not None, **msgspec.to_builtins(manifest)}})
     return EXIT_OK
 
 
