@@ -50,8 +50,9 @@ def list_files(session: Session, wish: Wish, *, long: bool, recursive: bool) -> 
         return _list_filesystems(session, wish)
     entries: list[Entry] = []
     headed = recursive or len(wish.paths) > 1
+    task = _task(session, wish, "list", recursive=recursive)
     with _appliance(session, wish) as (name, appliance):
-        for answer in appliance.ask(_task(session, wish, "list", recursive=recursive)):
+        for answer in appliance.ask(task):
             if isinstance(answer, Listed):
                 _show(session, answer, long=long, headed=headed)
                 entries += answer.entries if session.screen.as_json else ()
@@ -61,8 +62,9 @@ def list_files(session: Session, wish: Wish, *, long: bool, recursive: bool) -> 
 
 def cat(session: Session, wish: Wish) -> int:
     """Print the content of files; return the exit code."""
+    task = _task(session, wish, "cat")
     with _appliance(session, wish) as (_, appliance):
-        for answer in appliance.ask(_task(session, wish, "cat")):
+        for answer in appliance.ask(task):
             if isinstance(answer, Begun):
                 shutil.copyfileobj(appliance.data(), sys.stdout.buffer, MIB)
     sys.stdout.buffer.flush()
@@ -75,13 +77,13 @@ def get(session: Session, wish: Wish, to: str) -> int:
     names: list[str] = []
     target = Path(to).absolute()
     _check_place(to, target, wish, unpacked=unpacked)
-    rules = Rules(unpacked)
+    rules, task = Rules(unpacked), _task(session, wish, "get")
     with (
         _appliance(session, wish) as (name, appliance),
         _sink(to, target, names, unpacked=unpacked) as sink,
         tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
-        for answer in appliance.ask(_task(session, wish, "get")):
+        for answer in appliance.ask(task):
             if isinstance(answer, Begun):
                 names.append(_new_name(answer.path, names, target if unpacked else None))
                 report = _reporter(session, answer, rules)
@@ -137,8 +139,9 @@ def _person(session: Session) -> Person:
 
 def _list_filesystems(session: Session, wish: Wish) -> int:
     found = Found((), ())
+    task = _task(session, wish, "filesystems")
     with _appliance(session, wish) as (name, appliance):
-        for answer in appliance.ask(_task(session, wish, "filesystems")):
+        for answer in appliance.ask(task):
             if isinstance(answer, Found):
                 found = answer
     for system in found.systems:

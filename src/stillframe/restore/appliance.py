@@ -68,7 +68,7 @@ class Person:
 class Appliance:
     """An appliance that is starting or runs, and what its worker says to tasks, one after the other.
 
-    What is not for the command goes to the person. Whoever does not hear an answer to its end can't ask again.
+    What is not for the command goes to the person. An answer must be heard to its end before the next task.
     """
 
     def __init__(self, wire: Wire, person: Person, clock: Clock, patience_s: float) -> None:

@@ -166,7 +166,7 @@ class GuestRoot:
     def _disk_of(self, device: str) -> str:
         with contextlib.suppress(RuntimeError, IndexError):
             whole = device if device in self._handle.list_devices() else self._handle.part_to_dev(device)
-            return self._drives[self._handle.device_index(whole)].target
+            return self._drives[int(self._handle.device_index(whole))].target
         return ""
 
     def _label(self, device: str) -> str:
