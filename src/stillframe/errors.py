@@ -16,7 +16,9 @@
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous, SnapshotPinned
     │       ├── TargetExists, TargetSmall, TargetInUse
-    │       └── ExportExposed, ExportFailed
+    │       ├── ExportExposed, ExportFailed
+    │       └── LibguestfsMissing, ApplianceFailed, FilesystemUnknown, FilesystemLocked, PathUnknown,
+    │           ArchiveRefused
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
@@ -376,6 +378,53 @@ class ExportFailed(RepositoryRefused):
 
     code = "export-failed"
     exit_code = 101
+
+
+class LibguestfsMissing(RepositoryRefused):
+    """libguestfs, which looks into file systems, is not installed."""
+
+    code = "libguestfs-missing"
+    exit_code = 110
+
+    def __init__(self) -> None:
+        super().__init__("libguestfs is not installed, or its module for this Python is not.",
+                         "apt-get install python3-guestfs (Debian), then run the command again")
+
+
+class ApplianceFailed(RepositoryRefused):
+    """The small machine that looks into file systems did not start, died or went silent."""
+
+    code = "appliance-failed"
+    exit_code = 111
+    retry = True
+
+
+class FilesystemUnknown(RepositoryRefused):
+    """There is no file system to look into, there are several, or it can't be mounted."""
+
+    code = "filesystem-unknown"
+    exit_code = 112
+
+
+class FilesystemLocked(RepositoryRefused):
+    """What is encrypted was not opened: no key was given, or no key opens it."""
+
+    code = "filesystem-locked"
+    exit_code = 113
+
+
+class PathUnknown(RepositoryRefused):
+    """There is no such path in the guest, or it is of another kind than the command needs."""
+
+    code = "path-unknown"
+    exit_code = 114
+
+
+class ArchiveRefused(RepositoryRefused):
+    """A file of the guest can't be read to its end, or an archive is not as it should be."""
+
+    code = "archive-refused"
+    exit_code = 115
 
 
 class RunFailed(StillframeError):

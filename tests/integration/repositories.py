@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,21 @@ from typer.testing import CliRunner
 from lab.barequemu import BareQemu
 from lab.guest import Guest
 from lab.images import assert_equal_images
+from stillframe.block.reader import DiskReader
 from stillframe.cli.main import app
 from stillframe.clock import SystemClock, utc_text
+from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import Kdf, SlotKind
-from stillframe.repository.layout import Parameters
-from stillframe.repository.opened import Secret, init_repository
+from stillframe.repository.layout import Parameters, SnapshotName
+from stillframe.repository.manifest import DiskEntry, Root, encode_manifest
+from stillframe.repository.opened import Repository, Secret, init_repository
+from stillframe.repository.places import Places
+from stillframe.repository.session import open_session
+from stillframe.repository.writer import SnapshotWriter
 from stillframe.storage.local import LocalStorage
 from tests.fault.driver import PASSPHRASE
 from tests.fault.harness import Place, named
+from tests.unit.repository_snapshots import manifest_of
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A slot that opens fast: what it costs to guess the passphrase is not what these tests are about.
@@ -93,6 +102,32 @@ class Repo:
         for target, moment in expected.items():
             assert_equal_images(folder / f"{target}.img", moment)
         shutil.rmtree(folder)
+
+
+def store_disks(repository: Repository, disks: Mapping[str, DiskReader], guest: str = "web") -> SnapshotName:
+    """Make a snapshot of disks that no guest has, and return its name."""
+    wanted = SnapshotName("alpha", guest, datetime(2026, 11, 28, tzinfo=UTC), "")
+
+    def key(sid: str) -> str:
+        return SnapshotName(wanted.host, wanted.guest, wanted.utc, sid).key
+
+    with (
+        open_session(repository.storage, repository.key, SystemClock(), wanted.host, key) as session,
+        contextlib.closing(ChunkHints(repository.parameters.id)) as hints,
+        SnapshotWriter(repository, session, Places(repository, session.generation), bad={},
+                       hints=hints) as writer,
+    ):
+        entries = []
+        for target, disk in disks.items():
+            written = writer.write(disk, None)
+            entries.append(DiskEntry(
+                target=target, format="raw", source="", method="overlay", size_bytes=disk.size_bytes,
+                root=Root.of(written.root), read_bytes=0, data_bytes=written.data_bytes, changed_bytes=0,
+                stored_bytes=0))
+        stored = writer.finish()
+        session.commit(encode_manifest(manifest_of(session.sid, wanted, tuple(entries), stored),
+                                       session.record.manifest_key, repository.key))
+    return SnapshotName(wanted.host, wanted.guest, wanted.utc, session.sid)
 
 
 def make_repo(place: Place, folder: Path, **sizes: int) -> Repo:

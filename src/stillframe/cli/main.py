@@ -14,9 +14,9 @@ import typer
 from stillframe import __version__
 from stillframe.cli import backup as backup_command
 from stillframe.cli import doctor as doctor_command
+from stillframe.cli import files_app, repository_app
 from stillframe.cli import mirror as mirror_command
 from stillframe.cli import recover as recover_command
-from stillframe.cli import repository_app
 from stillframe.cli import settle as settle_command
 from stillframe.cli import status as status_command
 from stillframe.cli.options import (
@@ -159,6 +159,7 @@ def status(common: Common) -> None:
 
 
 repository_app.add_to(app)
+files_app.add_to(app)
 
 
 @app.command()

@@ -100,8 +100,8 @@ class Screen:
             f"{guest} {progress.target}: copy", progress.done_bytes, progress.total_bytes
         )
 
-    def bar(self, name: str, done_bytes: int, total_bytes: int) -> None:
-        """Draw how far the work called *name* is."""
+    def bar(self, name: str, done_bytes: int, total_bytes: int | None) -> None:
+        """Draw how far the work called *name* is; of how much may not be known."""
         if self._progress is None:
             return
         with contextlib.suppress(OSError, ValueError):
