@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
@@ -16,7 +17,7 @@ from typing import Self
 from stillframe.block.reader import Connection, OneByOne
 from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent, Kind, merged
-from stillframe.repository.fetch import Coming, SlotFetcher
+from stillframe.repository.fetch import KEPT_BYTES, Coming, SlotFetcher
 from stillframe.repository.heal import read_heals
 from stillframe.repository.manifest import Content
 from stillframe.repository.nodes import ChunkRef
@@ -24,28 +25,34 @@ from stillframe.repository.pack import SlotRef
 from stillframe.repository.pieces import Piece, Pieces
 from stillframe.repository.places import Places
 from stillframe.repository.slots import Chunks
-from stillframe.repository.tree import Tree
+from stillframe.repository.tree import KEPT_LEAVES, Tree
 
 #: Chunks that are read at once within a large request, and slots that are fetched ahead of them.
 _PORTION_CHUNKS = 16
 _AHEAD_SLOTS = 16
+_STREAMS = 16
 
 
 class DiskView:
-    """A disk of a snapshot; also a DiskReader. For several threads. Close it, or use it as a block."""
+    """A disk of a snapshot; also a DiskReader. For several threads. Close it, or use it as a block.
 
-    def __init__(self, places: Places, content: Content, threads: int = 2) -> None:
+    *kept_bytes* bounds the opened slots that are kept; *kept_leaves* those of the tree.
+    """
+
+    def __init__(self, places: Places, content: Content, threads: int = 2, *,
+                 kept_bytes: int = KEPT_BYTES, kept_leaves: int = KEPT_LEAVES) -> None:
         self._places = places
-        self._tree = Tree(places, content.size_bytes, content.place)
+        self._tree = Tree(places, content.size_bytes, content.place, kept_leaves)
         self._chunk_bytes = places.repository.parameters.chunk_bytes
         self._leaf_chunks = places.repository.parameters.leaf_chunks
         self.size_bytes = content.size_bytes
         self._chunks = places.repository.parameters.chunks(content.size_bytes)
-        self._fetcher = SlotFetcher(places, threads)
+        self._fetcher = SlotFetcher(places, threads, kept_bytes)
         self._leaves = ThreadPoolExecutor(1, "leaves")
         self._heals: Mapping[bytes, ChunkRef] | None = None
         self._lock = threading.Lock()
-        self._expected = 0
+        #: Where the last reads ended: several readers may go through the disk at a time.
+        self._ends: deque[int] = deque(maxlen=_STREAMS)
 
     def __enter__(self) -> Self:
         return self
@@ -61,20 +68,38 @@ class DiskView:
     def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
         """Fill the whole *buffer* from *offset_bytes*. Raises SlotDamaged, StorageError.
 
-        A read that begins where another ended fetches ahead of itself.
+        A read that begins where one of the last ended fetches ahead of itself, once for each chunk.
         """
         end = offset_bytes + len(buffer)
         if not 0 <= offset_bytes <= end <= self.size_bytes:
             raise ValueError(f"{len(buffer)} bytes at {offset_bytes} are not within the disk")
         first, last = offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes)
         with self._lock:
-            onward = offset_bytes == self._expected and offset_bytes > 0
-            self._expected = end
+            onward = offset_bytes in self._ends and (first + 1) * self._chunk_bytes <= end
+            self._ends.append(end)
         until = self._chunks if onward else last
         for chunk in range(first, last, _PORTION_CHUNKS):
             portion = range(chunk, min(chunk + _PORTION_CHUNKS, last))
             ahead = range(portion.stop, min(portion.stop + self._leaf_chunks, until))
             self._read_portion(buffer, offset_bytes, portion, ahead)
+
+    def fetch(self, offset_bytes: int, length_bytes: int, *, wait: bool = False) -> None:
+        """Begin to fetch a stretch, no more of it than half of what is kept; *wait* until it is there.
+
+        Raises SlotDamaged, StorageError.
+        """
+        end = min(offset_bytes + length_bytes, self.size_bytes)
+        wanted: dict[SlotRef, None] = {}
+        chunks = range(offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes))
+        for first in range(chunks.start, chunks.stop, self._leaf_chunks):
+            for entry in self._entries(range(first, min(first + self._leaf_chunks, chunks.stop))):
+                if entry is not None:
+                    wanted[entry.place] = None
+            if len(wanted) >= self._fetcher.most // 2:
+                break
+        coming = self._fetcher.want(list(wanted)[: self._fetcher.most // 2])
+        for each in coming.values() if wait else ():
+            each.result()
 
     def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
         """Yield the extents of a stretch (to the end if no length), in order, without gaps.
