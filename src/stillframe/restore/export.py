@@ -18,8 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Protocol
 from urllib.parse import quote, urlencode
+
+import msgspec
 
 import stillframe
 from stillframe import process
@@ -56,7 +59,8 @@ class Tcp:
         if self.is_encrypted:
             chosen.append("--tls=require")
         if self.certificates:
-            chosen.append(f"--tls-certificates={self.certificates}")
+            # Else anybody who speaks TLS could read the disk.
+            chosen += [f"--tls-certificates={self.certificates}", "--tls-verify-peer"]
         if self.psk:
             chosen.append(f"--tls-psk={self.psk}")
         return chosen
@@ -97,6 +101,14 @@ class Export:
         """Return the end of its log."""
         return _end_of(self.log)
 
+    def said_since(self, seen_bytes: int) -> tuple[list[str], int]:
+        """Return the lines of its log behind the first *seen_bytes*, and where they end."""
+        with contextlib.suppress(OSError), open(self.log, "rb") as file:
+            file.seek(seen_bytes)
+            whole, newline, _ = file.read().rpartition(b"\n")
+            return whole.decode(errors="replace").splitlines(), seen_bytes + len(whole) + len(newline)
+        return [], seen_bytes
+
 
 @contextlib.contextmanager
 def exported(order: Order, clock: Clock, serving: Serving = Serving()) -> Iterator[Export]:
@@ -108,11 +120,12 @@ def exported(order: Order, clock: Clock, serving: Serving = Serving()) -> Iterat
         _private_folder() as folder,
         _begun(order, folder, serving, process.running) as server,
     ):
+        export = _ready(server, order, folder, serving, clock)
         try:
-            yield _ready(server, order, folder, serving, clock)
+            yield export
         finally:
-            process.stop(server)
-            _remove_socket(folder, serving)
+            server.kill()  # it keeps nothing, and would first wait for its clients to leave
+            _remove_socket(folder, serving)  # not before it was ready: else it is another's
 
 
 def start_export(order: Order, folder: Path, clock: Clock, serving: Serving = Serving()) -> Export:
@@ -122,6 +135,7 @@ def start_export(order: Order, folder: Path, clock: Clock, serving: Serving = Se
     Raises ProgramMissing, ExportFailed: then none runs.
     """
     _remove_socket(folder, serving)
+    order = msgspec.structs.replace(order, outlives=True)
     with _begun(order, folder, serving, _detached) as server:
         try:
             return _ready(server, order, folder, serving, clock)
@@ -132,13 +146,12 @@ def start_export(order: Order, folder: Path, clock: Clock, serving: Serving = Se
 
 def end_export(export: Export, clock: Clock) -> None:
     """End a server that was started with `start_export`, if it is there; it is gone on return."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = Deadline(clock, _END_TIMEOUT_S)
-        if export.is_running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(export.pid, number)
-        while export.is_running and not deadline.passed():
-            clock.pause(_POLL_S)
+    if export.is_running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(export.pid, signal.SIGKILL)
+    deadline = Deadline(clock, _END_TIMEOUT_S)
+    while export.is_running and not deadline.passed():
+        clock.pause(_POLL_S)
     if export.socket:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(export.socket)
@@ -218,7 +231,7 @@ def _uri(name: str, folder: Path, serving: Serving) -> str:
     tcp = serving.tcp
     if tcp is None:
         return f"nbd+unix:///{quote(name)}?{urlencode({'socket': _socket(folder, serving)}, quote_via=quote)}"
-    host = tcp.address or "localhost"
+    host = tcp.address or gethostname()
     where = f"[{host}]" if ":" in host else host
     return f"{'nbds' if tcp.is_encrypted else 'nbd'}://{where}:{tcp.port}/{quote(name)}"
 

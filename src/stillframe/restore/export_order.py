@@ -23,7 +23,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One disk to serve, *content* of the repository at *address*, which *key* opens.
 
     *name* is the export's. A read that fails is tried again for *patience_s*. *trace* is the path of a
-    file with what is read first ("" for none): see export_trace.py.
+    file with what is read first ("" for none): see export_trace.py. *outlives*: who started the
+    server may end before it.
     """
 
     address: str
@@ -33,6 +34,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cache_bytes: int = CACHE_BYTES
     patience_s: float = PATIENCE_S
     trace: str = ""
+    outlives: bool = False
 
     def encode(self) -> bytes:
         """Return the order as the server reads it."""

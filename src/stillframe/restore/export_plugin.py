@@ -6,8 +6,10 @@ nbdkit's plugin was built for; who starts nbdkit says where to find this package
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,7 @@ _SMALLEST_BYTES = 1
 _PREFERRED_BYTES = 64 * KIB
 _LARGEST_BYTES = 32 * MIB
 _STDERR = 2
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class _Served:
@@ -34,6 +37,7 @@ class _Served:
 
     disk: ServedDisk
     log: Log
+    outlives: bool
 
 
 def thread_model() -> int:
@@ -46,6 +50,7 @@ def config_complete() -> None:
     clock = SystemClock()
     order = decode_order(sys.stdin.buffer.read())
     _Served.log = Log(os.dup(_STDERR), clock)
+    _Served.outlives = order.outlives
     try:
         _Served.disk = ServedDisk(order, _Served.log, clock)
     except StillframeError as error:
@@ -59,6 +64,9 @@ def after_fork() -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, _STDERR)
     os.close(silent)
+    # nbdkit asks the kernel for SIGTERM when its parent dies (1.32 always does), and would then wait for its
+    # clients to leave.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if _Served.outlives else signal.SIGKILL, 0, 0, 0)
     _Served.disk.start()
 
 

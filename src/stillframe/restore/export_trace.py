@@ -89,10 +89,8 @@ class Trace:
                 if number in self._touched:
                     continue
                 self._ahead.add(number)
-            try:
+            with contextlib.suppress(StillframeError):  # whoever needs it will see what is wrong
                 self._view.fetch(number * _RANGE_BYTES, _RANGE_BYTES, wait=True)
-            except StillframeError:
-                return  # whoever needs it will see what is wrong
 
 
 def _read(path: str) -> dict[int, None]:
