@@ -5,6 +5,7 @@
     │   ├── GuestUnknown, GuestHasNoDisks, GuestShutOff, GuestPaused, GuestUnfit
     │   ├── GuestBusy (block job, domain job), ForeignSnapshot, ImageShared
     │   ├── RunInProgress (another stillframe holds the guest)
+    │   ├── GuestBooted              it still reads from the snapshot that it was booted from
     │   ├── AgentSilent, ShutdownImpossible
     │   ├── OverlayTaken, OverlayFolderNeeded, OverlaySpace
     │   ├── DestinationUnwritable, DestinationForeign, DestinationInsideGuest, DestinationSpace,
@@ -23,6 +24,8 @@
     │   ├── FreezeFailed, ShutdownTimedOut, SnapshotFailed
     │   ├── Interrupted
     │   ├── ApplyFailed              the new mirror is durable as image + redo file
+    │   ├── BootFailed               nothing is left of the guest that was to be booted
+    │   ├── LandFailed               the guest runs on from its snapshot
     │   └── SessionFenced            a collector took this run for dead
     ├── RepositoryDamaged            something kept is missing or not what was stored
     │   └── SlotDamaged              one slot of a pack
@@ -150,6 +153,13 @@ class RunInProgress(Refused):
     code = "run-in-progress"
     exit_code = 18
     retry = True
+
+
+class GuestBooted(Refused):
+    """The guest still reads from the snapshot that it was booted from."""
+
+    code = "guest-booted"
+    exit_code = 35
 
 
 class AgentSilent(Refused):
@@ -448,6 +458,22 @@ class SessionFenced(RunFailed):
 
     code = "session-fenced"
     exit_code = 50
+
+
+class BootFailed(RunFailed):
+    """A guest could not be booted from a snapshot; what was made for it was removed."""
+
+    code = "boot-failed"
+    exit_code = 51
+    guest = GuestState.UNTOUCHED
+
+
+class LandFailed(RunFailed):
+    """A booted guest still reads from its snapshot: not everything could be pulled."""
+
+    code = "land-failed"
+    exit_code = 52
+    guest = GuestState.OVERLAID
 
 
 class RepositoryDamaged(StillframeError):
