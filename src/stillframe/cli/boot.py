@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find
 from stillframe.errors import EXIT_OK
@@ -12,16 +13,17 @@ from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.boot import boot_guest
 from stillframe.restore.boot_decide import BootStep
 from stillframe.restore.boot_plan import BootWish, plan_boot
-from stillframe.restore.boot_record import BootRecord
+from stillframe.restore.boot_record import BootRecord, BootState
 from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_steps import BootTools, BootWay
 from stillframe.restore.land import discard_guest, land_guest
 from stillframe.storage.address import open_storage
 
 
-def boot(session: Session, snapshot: str, wish: BootWish, *, dry_run: bool) -> int:
+def boot(session: Session, snapshot: str, wish: BootWish, patience: str, *, dry_run: bool) -> int:
     """Boot a snapshot as a new guest; return the exit code."""
     session.kept = "Nothing of it is left."
+    wish = replace(wish, patience_s=seconds_of("patience", patience))
     name = find(session, snapshot)
     manifest = read_snapshot(session.repository, name)
     tools = tools_of(session)
@@ -94,6 +96,15 @@ class BootedGuest:
     record: BootRecord
     trouble: str
     lines: tuple[str, ...]
+
+    def words(self) -> list[str]:
+        """Return it for people."""
+        record = self.record
+        state = "runs" if record.state is BootState.BOOTED else f"is {record.state.value}"
+        about = f"{self.trouble}: stillframe recover {record.name}" if self.trouble else (
+            f"to bring it home: stillframe land {record.name}")
+        source = f"{record.snapshot} in {record.address}, since {record.began_at}"
+        return [f"{record.name} {state} from {source}; {about}", *(f"  {line}" for line in self.lines)]
 
     def body(self) -> dict[str, object]:
         """Return it for JSON."""

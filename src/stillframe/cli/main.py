@@ -148,12 +148,15 @@ def boot(
     on_error: Annotated[
         OnError, typer.Option("--on-error", help="where the repository can't be read: pause the guest, or "
                                                  "report I/O errors to it")] = OnError.PAUSE,
+    patience: Annotated[
+        str, typer.Option(help="how long a read waits for a repository that can't be read")] = "60s",
     dry_run: DryRun = False,
 ) -> None:
     """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
     wish = BootWish(name or "", pool, on_error is OnError.PAUSE)
     run_command(
-        common, lambda session: boot_command.boot(session, snapshot, wish, dry_run=dry_run), repository)
+        common, lambda session: boot_command.boot(session, snapshot, wish, patience, dry_run=dry_run),
+        repository)
 
 
 @app.command()

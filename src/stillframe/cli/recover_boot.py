@@ -15,7 +15,8 @@ from stillframe.restore.boot_steps import BootWay
 
 def booted_ones(session: Session, names: Sequence[str]) -> list[BootRecord]:
     """Return the booted guests that are named, or all."""
-    return [each for each in session.boot_store.all() if not names or each.name in names or each.uuid in names]
+    return [each for each in session.boot_store.all()
+            if not names or each.name in names or each.uuid in names]
 
 
 def recover_booted(

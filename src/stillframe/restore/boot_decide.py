@@ -147,7 +147,7 @@ def _off(record: BootRecord, sight: BootSight) -> BootDecision:
     if targets := _those(sight, waiting, lambda disk: disk.defined is Stand.WHOLE):
         return BootDecision(BootStep.KEEP, "what was pulled may not have been written down", targets)
     if targets := _those(sight, waiting, lambda disk: not disk.served):
-        return BootDecision(BootStep.SERVE, "without it the guest can't be started", targets)
+        return BootDecision(BootStep.SERVE, "its server is gone, without which the guest can't be started", targets)
     return BootDecision(BootStep.NOTHING, "the guest is shut off, and can be started")
 
 
@@ -156,7 +156,7 @@ def _running(record: BootRecord, sight: BootSight) -> BootDecision:
     if targets := _those(sight, waiting, lambda disk: disk.running is Stand.WHOLE and not disk.pulled):
         return BootDecision(BootStep.FLUSH, "QEMU reads nothing from the snapshot any more", targets[:1])
     if targets := _those(sight, waiting, lambda disk: not disk.served):
-        return BootDecision(BootStep.SERVE, "the guest reads from it", targets)
+        return BootDecision(BootStep.SERVE, "its server is gone, and the guest reads from it", targets)
     if sight.power is Power.PAUSED_ON_IO_ERROR:
         return BootDecision(BootStep.RESUME, "the guest was paused when a disk could not be read or written")
     if record.is_landed:

@@ -15,7 +15,7 @@ from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, DiskEntry, Manifest
 from stillframe.repository.opened import Repository
 from stillframe.restore.boot import BootPlan
-from stillframe.restore.boot_record import BootDisk, BootRecord, BootState
+from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootRecord, BootState
 from stillframe.restore.boot_server import socket_of
 from stillframe.restore.boot_steps import BootTools
 from stillframe.restore.boot_xml import on_snapshot, policies_of
@@ -23,11 +23,12 @@ from stillframe.restore.boot_xml import on_snapshot, policies_of
 
 @dataclass(frozen=True, slots=True)
 class BootWish:
-    """What a user asked for. *pool* is the folder for the overlays. *pauses*: see BootRecord."""
+    """What a user asked for. *pool* is the folder for the overlays. For the rest, see BootRecord."""
 
     name: str
     pool: Path | None
     pauses: bool = True
+    patience_s: float = PATIENCE_S
 
 
 def plan_boot(
@@ -47,7 +48,8 @@ def plan_boot(
     record = BootRecord(
         uuid=uuid, name=name, uri=tools.connection.uri, address=repository.address,
         snapshot=display_name(snapshot), sid=snapshot.sid, origin=manifest.uuid, state=BootState.PLANNED,
-        began_at=utc_text(tools.clock.now()), pauses=wish.pauses, disks=disks)
+        began_at=utc_text(tools.clock.now()), pauses=wish.pauses,
+        patience_s=wish.patience_s, disks=disks)
     return BootPlan(record, on_snapshot(definition, disks, pauses=wish.pauses), repository, ())
 
 

@@ -21,6 +21,8 @@ from stillframe.capture.let_go_on import fsync
 from stillframe.errors import GuestState, GuestUnknown, StateFolderUnusable
 from stillframe.repository.manifest import Content
 
+#: A read waits so long for a repository that vanished, before the guest is paused or gets an error.
+PATIENCE_S = 60.0
 _RECORD = "record.json"
 _VERSION = 1
 
@@ -93,9 +95,9 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One guest that was booted from a snapshot. Times are RFC 3339 in UTC.
 
     *snapshot* is for people, *sid* names it; *origin* is the UUID of the guest that it is of. *pauses*: the
-    guest is paused where the repository can't be read; else it gets I/O errors. *files* are the machine's
-    files (NVRAM) that were made, *folders* such folders (a TPM's state). *define_begun*: what
-    libvirt has of that UUID may be this guest.
+    guest is paused where the repository can't be read for *patience_s*; else it gets I/O errors. *files*
+    are the machine's files (NVRAM) that were made, *folders* such folders (a TPM's state).
+    *define_begun*: what libvirt has of that UUID may be this guest.
     """
 
     uuid: str
@@ -108,6 +110,7 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: BootState
     began_at: str
     pauses: bool
+    patience_s: float = PATIENCE_S
     disks: tuple[BootDisk, ...]
     files: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()

@@ -23,8 +23,6 @@ from stillframe.restore.export import Export, Serving, end_export, start_export
 from stillframe.restore.export_order import CACHE_BYTES, order_for
 from stillframe.units import MIB
 
-#: A read waits so long for a repository that vanished, before the guest is paused or gets an error.
-PATIENCE_S = 60.0
 _LEAST_CACHE_BYTES = 64 * MIB
 _FOLDER_MODE = 0o711  # passed through by QEMU's user, listed by nobody
 _SOCKET_MODE = 0o600
@@ -77,7 +75,7 @@ def serve(
                          f"ls -ld {BOOT_SOCKETS}") from error
     order = msgspec.structs.replace(
         order_for(repository, disk.target, disk.content),
-        cache_bytes=max(_LEAST_CACHE_BYTES, CACHE_BYTES // len(record.disks)), patience_s=PATIENCE_S,
+        cache_bytes=max(_LEAST_CACHE_BYTES, CACHE_BYTES // len(record.disks)), patience_s=record.patience_s,
         trace=str(store.order_of_boot(record.origin, disk.target)))
     export = start_export(order, folder, clock, Serving(socket=disk.socket))
     if owner is not None:

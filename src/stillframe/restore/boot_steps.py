@@ -90,12 +90,12 @@ class BootWay:
         """Take one step."""
         if decision.step is BootStep.ASK:
             raise _attention(self.known, decision)
-        words = _WORDS.get(decision.step)
-        if words is not None:
-            words += f" ({', '.join(decision.targets)})" if decision.targets else ""
-            self.tools.say(f"{self.known.name}: {words}, because {decision.reason}")
-            self.did.append(words)
+        step = decision.step
+        self.tools.say(f"{self.known.name}: {step.value}, because {decision.reason}")
         self._take(decision)
+        if step in _WORDS:
+            about = f" ({', '.join(decision.targets)})" if decision.targets else ""
+            self.did.append(_WORDS[step] + about)
 
     def is_over(self) -> bool:
         """Whether the guest is an ordinary one now, or is gone."""

@@ -164,7 +164,8 @@ def _refuse_foreign(way: BootWay) -> None:
         if Stand.OTHER in (seen.running, seen.defined):
             raise GuestUnfit(
                 f"{disk.target} of {record.name} does not stand on {disk.overlay_path}, which was made "
-                "for it, but on an image of somebody else.", f"virsh domblklist {record.name}", GuestState.UNTOUCHED)
+                "for it, but on an image of somebody else.",
+                f"virsh domblklist {record.name}", GuestState.UNTOUCHED)
     users = other_users(way.tools.domain(record), {disk.overlay_path for disk in record.disks})
     for path, user in users.items():
         raise ImageShared(f"{path} is also an image of {user}.", f"virsh domblklist {user}")
