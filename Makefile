@@ -65,6 +65,7 @@ bench: develop apt-bench boot ## measure, side by side with other tools in the s
 	$(LAB) $(RUN) -m bench.freeze
 	$(LAB) $(RUN) -m bench.repository $(ARGS)
 	$(LAB) $(RUN) -m bench.incremental $(ARGS)
+	$(LAB) $(RUN) -m bench.restore
 	$(RUN) -m bench.standing
 	$(LAB) $(RUN) -m bench.prune --folder /var/tmp
 

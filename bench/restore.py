@@ -1,6 +1,6 @@
 """Measure the ways back from a repository, against each other in the same run.
 
-    .venv/bin/python -m bench.restore [serve ...] [--size 4G] [--rounds 3] [--dir /var/tmp] [--quick]
+    .venv/bin/python -m bench.restore [serve ...] [--size 8G] [--rounds 3] [--dir /var/tmp] [--quick]
 
 serve   An ext4 image with this machine's /usr is backed up. In each round, in turns: the disk is restored
         into a new file, and copied into one by nbdcopy from a server of its own (starts and fsyncs count;
@@ -42,7 +42,7 @@ WORKING_SET_BYTES = CACHE_BYTES // 2
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], default=[])
-    parser.add_argument("--size", default="4G")
+    parser.add_argument("--size", default="8G")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"))
     parser.add_argument("--quick", action="store_true", help="1 GiB, one round: only to see that it works")
@@ -104,8 +104,10 @@ def random_reads(order: Order, image: Path) -> None:
         warm_many = _rate(handle, disk.fileno(), near, chance, READS, 16)
         server_s = (cpu_of(export) - before_s) / READS
         cold = _rate(handle, disk.fileno(), blocks, chance, READS // 25, 16)
+        peak_bytes = peak_of(export)
     print(f"  4 KiB at random: warm, one at a time {warm_one:,.0f}/s; 16 on their way {warm_many:,.0f}/s "
-          f"({server_s * 1e6:.0f} us of the server's CPU each); all over the disk {cold:,.0f}/s")
+          f"({server_s * 1e6:.0f} us of the server's CPU each); all over the disk {cold:,.0f}/s; "
+          f"the server's peak memory {size_text(peak_bytes)} with a cache of {size_text(order.cache_bytes)}")
     target("random 4 KiB reads a second, warm, 16 on their way", warm_many, 5000)
 
 
@@ -147,6 +149,12 @@ def cpu_of(export: Export) -> float:
     """Return the processor time that a server took so far, in seconds."""
     fields = Path(f"/proc/{export.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+
+
+def peak_of(export: Export) -> int:
+    """Return the most memory that a server took so far."""
+    lines = Path(f"/proc/{export.pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * KIB
 
 
 def _median(samples: Sequence[Sample]) -> float:

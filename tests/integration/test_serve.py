@@ -28,6 +28,8 @@ from stillframe import process
 from stillframe.clock import SystemClock
 from stillframe.errors import ExportExposed, ExportFailed, SnapshotUnknown, TargetExists
 from stillframe.extent import Kind
+from stillframe.repository.catalog import forget, plan_forget
+from stillframe.repository.collect import collect
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.layout import SnapshotName
@@ -349,6 +351,36 @@ def test_a_detached_server_outlives_its_starter(stock: Stock, tmp_path: Path) ->
         same(again.uri, stock.image(tmp_path))
     finally:
         end_export(again, CLOCK)
+
+
+def test_what_a_detached_server_serves_is_not_pruned(stock: Stock, copy: Path, tmp_path: Path) -> None:
+    repository = open_repository(LocalStorage(copy), Secret(SlotKind.PASSPHRASE, PASSPHRASE))
+
+    def prune() -> int:
+        for _ in range(2):
+            collect(repository, "alpha", CLOCK, fence_after_s=86400.0, max_unused=0.0, compact_below=0.0)
+        return len(list(repository.storage.list("main/p/")))
+
+    whole = prune()
+    export = start_export(stock.order(path=copy), tmp_path, CLOCK)
+    try:
+        forget(repository.storage, plan_forget([stock.name]))
+        assert prune() == whole > 0
+        same(export.uri, stock.image(tmp_path))
+    finally:
+        end_export(export, CLOCK)
+    assert list(repository.storage.list("main/s/")) == []
+    assert prune() == 0
+
+
+def test_a_detached_server_works_without_the_right_to_write(stock: Stock, copy: Path, tmp_path: Path) -> None:
+    (copy / "main" / "s").write_bytes(b"in the way")
+    export = start_export(stock.order(path=copy), tmp_path, CLOCK)
+    try:
+        wait_for("it is said", lambda: "no session could be registered" in export.said(), PATIENCE_S)
+        same(export.uri, stock.image(tmp_path))
+    finally:
+        end_export(export, CLOCK)
 
 
 def test_what_is_read_first_is_written_down(stock: Stock, tmp_path: Path) -> None:

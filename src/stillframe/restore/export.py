@@ -31,6 +31,7 @@ from stillframe.errors import ExportFailed, ProgramMissing
 from stillframe.restore.export_order import Order
 
 _START_TIMEOUT_S = 60.0
+_LEAVE_TIMEOUT_S = 1.0
 _END_TIMEOUT_S = 5.0
 _POLL_S = 0.01
 _PREFIX = "stillframe-export-"
@@ -146,12 +147,14 @@ def start_export(order: Order, folder: Path, clock: Clock, serving: Serving = Se
 
 def end_export(export: Export, clock: Clock) -> None:
     """End a server that was started with `start_export`, if it is there; it is gone on return."""
-    if export.is_running:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(export.pid, signal.SIGKILL)
-    deadline = Deadline(clock, _END_TIMEOUT_S)
-    while export.is_running and not deadline.passed():
-        clock.pause(_POLL_S)
+    # With SIGTERM it ends its session, but not before its clients left.
+    for number, wait_s in ((signal.SIGTERM, _LEAVE_TIMEOUT_S), (signal.SIGKILL, _END_TIMEOUT_S)):
+        deadline = Deadline(clock, wait_s)
+        if export.is_running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(export.pid, number)
+        while export.is_running and not deadline.passed():
+            clock.pause(_POLL_S)
     if export.socket:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(export.socket)

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from itertools import islice
+from socket import gethostname
 from typing import TypeVar
 
 from stillframe.clock import Clock, Deadline, utc_text
@@ -15,6 +16,7 @@ from stillframe.errors import RepositoryDamaged, StillframeError, StorageError
 from stillframe.extent import Extent
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
+from stillframe.repository.session import open_session
 from stillframe.restore.export_order import Order
 from stillframe.restore.export_trace import Trace
 from stillframe.units import GIB, MIB
@@ -68,8 +70,10 @@ class ServedDisk:
         self._order = order
         self._log = log
         self._clock = clock
-        self._view = DiskView(Places(order.open()), order.content, kept_bytes=order.cache_bytes,
+        self._repository = order.open()
+        self._view = DiskView(Places(self._repository), order.content, kept_bytes=order.cache_bytes,
                               kept_leaves=_KEPT_LEAVES)
+        self._session = contextlib.ExitStack()
         self._trace = Trace(order.trace, self._view, order.cache_bytes) if order.trace else None
         self._storage_is_lost = False
 
@@ -84,12 +88,24 @@ class ServedDisk:
         return self._order.name
 
     def start(self) -> None:
-        """Begin to fetch ahead what was read first the last time."""
+        """Begin to fetch ahead what was read first the last time, and keep collectors from what is served.
+
+        A server that outlives who started it may be read from for days. Meanwhile its snapshot can be
+        forgotten, and a session is what makes a collector wait.
+        """
+        if self._order.outlives:
+            try:
+                self._session.enter_context(open_session(
+                    self._repository.storage, self._repository.key, self._clock, gethostname(), lambda _: ""))
+            except StillframeError as error:
+                self._log.say(f"{self.name}: no session could be registered, so a prune may delete what is "
+                              f"served once its snapshot is forgotten: {error.message}")
         if self._trace is not None:
             self._trace.start()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads and the session."""
+        self._session.close()
         if self._trace is not None:
             self._trace.close()
         self._view.close()

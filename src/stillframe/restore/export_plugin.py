@@ -59,15 +59,19 @@ def config_complete() -> None:
         raise
 
 
+def get_ready() -> None:
+    """Begin with what takes threads: nbdkit stays in the foreground, so no fork will lose them."""
+    _Served.disk.start()
+
+
 def after_fork() -> None:
-    """Begin with what takes threads; from here on only our own log is written, which is bounded."""
+    """Have only our own log written from here on, which is bounded; see to what our parent's end means."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, _STDERR)
     os.close(silent)
     # nbdkit asks the kernel for SIGTERM when its parent dies (1.32 always does), and would then wait for its
     # clients to leave.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if _Served.outlives else signal.SIGKILL, 0, 0, 0)
-    _Served.disk.start()
 
 
 def cleanup() -> None:
@@ -123,9 +127,8 @@ def pread(disk: ServedDisk, buffer: Any, offset: int, flags: int) -> None:  # no
     """Fill the buffer."""
     try:
         disk.read_into(buffer, offset)
-    except OSError as error:
-        nbdkit.set_error(error.errno)
-        raise
+    except Exception as error:  # noqa: BLE001 -- all are told to the client
+        raise _told(error) from None
 
 
 def cache(disk: ServedDisk, count: int, offset: int, flags: int) -> None:  # noqa: ARG001
@@ -138,9 +141,18 @@ def extents(disk: ServedDisk, count: int, offset: int, flags: int) -> Iterator[t
     only_one = {"most": 1} if flags & nbdkit.FLAG_REQ_ONE else {}
     try:
         return map(_extent, disk.extents(offset, count, **only_one))
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 -- all are told to the client
+        raise _told(error) from None
+
+
+def _told(error: Exception) -> Exception:
+    """Have the client told of *error*; one that is not meant for it is a mistake of ours, and logged."""
+    if isinstance(error, OSError) and error.errno:
         nbdkit.set_error(error.errno)
-        raise
+    else:
+        _Served.log.say(f"{_Served.disk.name}: {type(error).__name__}: {error}")
+        nbdkit.set_error(errno.EIO)
+    return error
 
 
 def _extent(extent: Extent) -> tuple[int, int, int]:
