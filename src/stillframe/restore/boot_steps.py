@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -30,6 +31,7 @@ from stillframe.storage.address import open_storage
 _MOST_STEPS = 50
 _STORAGE_TIMEOUT_S = 15.0
 _RESUME_TRIES = 5
+_RECONNECTS = 4
 #: A guest that reads again from what failed is paused again within this.
 _RESUMED_S = 2.0
 _PAUSE_S = 0.05
@@ -162,6 +164,21 @@ class BootWay:
         owner = tools.owner()
         for target in targets:
             serve(tools.store, record, record.disk(target), repository, owner, tools.clock)
+        self._reconnect(targets)
+
+    def _reconnect(self, targets: tuple[str, ...]) -> None:
+        """Have a QEMU that runs find its servers now, so that the guest does not notice.
+
+        It makes a new connection only upon a request, and that request still fails.
+        """
+        sockets = [self.known.disk(target).socket for target in targets]
+        qemu = self._domain.view().qemu
+        nodes = [node.name for node in (qemu.nodes if qemu is not None else ())
+                 if node.driver == "nbd" and any(socket in node.file for socket in sockets)]
+        for _ in range(_RECONNECTS if nodes else 0):
+            for node in nodes:
+                self._domain.qmp(partial(monitor.read_ahead, node=node))
+            self.tools.clock.pause(_PAUSE_S)
 
     def _flush(self, target: str) -> None:
         record = self.known
@@ -169,6 +186,7 @@ class BootWay:
         qemu = self._domain.view().qemu
         if qemu is None:
             return  # it ended just now: the next look decides
+        record = self.tools.store.enter(record, BootState.LANDING, f"{target} is pulled")
         node = qemu.disks[target].node
         self._domain.qmp(lambda qmp: monitor.flush_node(qmp, node))
         fsync(Path(disk.overlay_path))
