@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from stillframe.block.image import file_identity, nbd_place
+from stillframe.block.image import file_identity
 from stillframe.block.tools import create_overlay
 from stillframe.capture.let_go_on import fsync, fsync_definition
 from stillframe.capture.lock import domain_lock
@@ -25,7 +25,7 @@ from stillframe.errors import (
 )
 from stillframe.repository.opened import Repository
 from stillframe.restore.boot_record import BootDisk, BootRecord, BootState
-from stillframe.restore.boot_server import serve
+from stillframe.restore.boot_server import serve, served_place
 from stillframe.restore.boot_steps import BootTools, BootWay
 
 
@@ -93,10 +93,9 @@ class _Boot:
 
     def _make(self, record: BootRecord, disk: BootDisk) -> BootRecord:
         """Make a disk's overlay. It is known by its identity before it gets its name."""
-        below = nbd_place("raw", socket=disk.socket, export=disk.target)
         try:
             # No subclusters: QEMU 7.2 fails an assertion, and so ends, when it pulls into such an image.
-            create_overlay(disk.making_path, below, disk.content.size_bytes, subclusters=False)
+            create_overlay(disk.making_path, served_place(disk), disk.content.size_bytes, subclusters=False)
             changed = msgspec.structs.replace(disk, overlay_identity=file_identity(disk.making_path))
             record = self._tools.store.note(record, disks=record.with_disk(changed))
             os.link(disk.making_path, disk.overlay_path)

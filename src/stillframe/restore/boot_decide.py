@@ -36,7 +36,8 @@ class Stand(enum.Enum):
 class DiskSight:
     """One disk, as it was seen. *running* is QEMU's own word, *defined* the inactive XML's.
 
-    *pulled*: a job is at work on it. *served*: its server is there.
+    *pulled*: a job is at work on it. *served*: its server is there. *names*: the overlay's header names what is
+    below it; looked at only while the guest is off.
     """
 
     target: str
@@ -45,6 +46,7 @@ class DiskSight:
     defined: Stand
     pulled: bool
     served: bool
+    names: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class BootStep(enum.Enum):
     END_SERVERS = "end-servers"  # end the servers
     REMOVE = "remove"  # remove the files that were made
     FORGET = "forget"  # remove the record
+    STAND = "stand"  # put the snapshot back below the overlay, in the overlay's header
     KEEP = "keep"  # make the definition name overlay and snapshot
     SERVE = "serve"  # start the servers that are not there
     RESUME = "resume"  # let the guest go on
@@ -74,6 +77,9 @@ class BootStep(enum.Enum):
     REDEFINE = "redefine"  # make the definition name the overlay alone
     CLOSE = "close"  # write down that the guest has landed
     ASK = "ask"  # only a person can decide
+
+
+_WHOLE = "its overlays hold everything themselves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,47 +143,54 @@ def _off(record: BootRecord, sight: BootSight) -> BootDecision:
             BootStep.ASK, "its definition was removed by somebody else, and overlays are left", lost)
     if lost:
         return BootDecision(BootStep.ASK, "an overlay is missing, or another file has its name", lost)
-    if record.is_landed:
-        return _landed(sight)
-    waiting = _waiting(record)
+    waiting = _waiting(record, sight)
     if targets := _those(sight, waiting, lambda disk: disk.defined in (Stand.NONE, Stand.OTHER)):
         return BootDecision(BootStep.ASK, "its definition names another image than its overlay", targets)
     # The header of an overlay is not gone by: of a pull that a killed QEMU had not written down, it
     # says that it was whole. The definition names what is below, so that is what the guest starts on.
+    if targets := _those(sight, waiting, lambda disk: not disk.names):
+        return BootDecision(BootStep.STAND, "what was pulled may not have been written down", targets)
     if targets := _those(sight, waiting, lambda disk: disk.defined is Stand.WHOLE):
         return BootDecision(BootStep.KEEP, "what was pulled may not have been written down", targets)
+    if targets := _to_redefine(record, sight):
+        return BootDecision(BootStep.REDEFINE, _WHOLE, targets)
+    if not waiting:
+        return BootDecision(BootStep.CLOSE, _WHOLE)
     if targets := _those(sight, waiting, lambda disk: not disk.served):
-        return BootDecision(BootStep.SERVE, "its server is gone, without which the guest can't be started", targets)
+        return BootDecision(BootStep.SERVE, "its server is gone, and the guest can't be started", targets)
     return BootDecision(BootStep.NOTHING, "the guest is shut off, and can be started")
 
 
 def _running(record: BootRecord, sight: BootSight) -> BootDecision:
-    waiting = _waiting(record)
+    waiting = _waiting(record, sight)
     if targets := _those(sight, waiting, lambda disk: disk.running is Stand.WHOLE and not disk.pulled):
         return BootDecision(BootStep.FLUSH, "QEMU reads nothing from the snapshot any more", targets[:1])
+    if targets := _to_redefine(record, sight):
+        return BootDecision(BootStep.REDEFINE, _WHOLE, targets)
     if targets := _those(sight, waiting, lambda disk: not disk.served):
         return BootDecision(BootStep.SERVE, "its server is gone, and the guest reads from it", targets)
     if sight.power is Power.PAUSED_ON_IO_ERROR:
         return BootDecision(BootStep.RESUME, "the guest was paused when a disk could not be read or written")
-    if record.is_landed:
-        return _landed(sight)
+    if not waiting:
+        return BootDecision(BootStep.CLOSE, _WHOLE)
     if targets := _those(sight, waiting, lambda disk: disk.running not in (Stand.SNAPSHOT, Stand.WHOLE)):
         return BootDecision(BootStep.ASK, "the guest does not run on its overlay", targets)
     return BootDecision(BootStep.NOTHING, "the guest runs, and reads from the snapshot what it did not write")
-
-
-def _landed(sight: BootSight) -> BootDecision:
-    if targets := tuple(disk.target for disk in sight.disks if disk.defined is Stand.SNAPSHOT):
-        return BootDecision(BootStep.REDEFINE, "its disks hold everything themselves", targets)
-    return BootDecision(BootStep.CLOSE, "its disks hold everything themselves")
 
 
 def _lost(sight: BootSight) -> tuple[str, ...]:
     return tuple(disk.target for disk in sight.disks if disk.image in (Image.ABSENT, Image.OTHER))
 
 
-def _waiting(record: BootRecord) -> frozenset[str]:
-    return frozenset(disk.target for disk in record.disks if not disk.landed)
+def _waiting(record: BootRecord, sight: BootSight) -> frozenset[str]:
+    """Return the disks that need what is below their overlays, or are in a QEMU that has it open."""
+    opened = {disk.target for disk in sight.disks if disk.running is Stand.SNAPSHOT}
+    return frozenset(disk.target for disk in record.disks if not disk.landed or disk.target in opened)
+
+
+def _to_redefine(record: BootRecord, sight: BootSight) -> tuple[str, ...]:
+    return tuple(disk.target for disk in sight.disks
+                 if record.disk(disk.target).landed and disk.defined is Stand.SNAPSHOT)
 
 
 def _those(

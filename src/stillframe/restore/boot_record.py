@@ -129,11 +129,6 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
         """Return the disks, one of them changed."""
         return tuple(changed if disk.target == changed.target else disk for disk in self.disks)
 
-    @property
-    def is_landed(self) -> bool:
-        """Whether all of its disks hold everything themselves."""
-        return all(disk.landed for disk in self.disks)
-
 
 #: Called after each durable write with (state, "intent" or "done"): the fault tests stop here.
 BootHook = Callable[[BootState, str], None]

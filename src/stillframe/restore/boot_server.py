@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe import process
+from stillframe.block.image import ImagePlace, nbd_place
 from stillframe.clock import Clock
 from stillframe.errors import BootFailed
 from stillframe.hypervisor.model import BOOT_SOCKETS
@@ -39,6 +40,11 @@ class Owner:
 def socket_of(uuid: str, target: str) -> str:
     """Return the path of a disk's socket. It is far shorter than the 107 bytes that a socket's may have."""
     return str(BOOT_SOCKETS / uuid / target)
+
+
+def served_place(disk: BootDisk) -> ImagePlace:
+    """Return the place of what is served for a disk."""
+    return nbd_place("raw", socket=disk.socket, export=disk.target)
 
 
 def find_server(store: BootStore, record: BootRecord, disk: BootDisk) -> Export | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stillframe.block.image import file_identity
+from stillframe.block.image import ImagePlace, file_identity, file_place
+from stillframe.block.tools import image_info
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import DomainView, Power
 from stillframe.restore.boot_decide import BootSight, DiskSight, Image, Stand
@@ -29,6 +30,11 @@ def left_of(record: BootRecord) -> list[str]:
     return [*ours, *(path for path in others if os.path.lexists(path))]
 
 
+def overlay_of(disk: BootDisk) -> ImagePlace:
+    """Return the place of a disk's overlay."""
+    return file_place(disk.overlay_path, "qcow2")
+
+
 def running_names(view: DomainView) -> dict[str, str]:
     """Return what the live XML calls the image of each disk."""
     return {} if view.live is None else {target: disk.top.place for target, disk in view.live.disks.items()}
@@ -37,9 +43,11 @@ def running_names(view: DomainView) -> dict[str, str]:
 def _look_at(store: BootStore, record: BootRecord, disk: BootDisk, view: DomainView) -> DiskSight:
     jobs = view.jobs or {}
     defined = None if view.inactive is None else view.inactive.disks.get(disk.target)
+    image, off = _image(disk), view.power is Power.OFF
     return DiskSight(
-        disk.target, _image(disk), _running(disk, view), stand_of(defined, disk), disk.target in jobs,
-        find_server(store, record, disk) is not None)
+        disk.target, image, _running(disk, view), stand_of(defined, disk), disk.target in jobs,
+        find_server(store, record, disk) is not None,
+        names=not (off and image is Image.WRITTEN) or bool(image_info(overlay_of(disk)).backing))
 
 
 def _running(disk: BootDisk, view: DomainView) -> Stand:

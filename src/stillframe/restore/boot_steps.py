@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from stillframe.block.tools import stand_on
 from stillframe.capture.let_go_on import fsync, fsync_definition
 from stillframe.capture.watched import Watched
 from stillframe.clock import Clock, Deadline
@@ -22,7 +23,7 @@ from stillframe.hypervisor.model import Power
 from stillframe.repository.opened import Repository, read_parameters
 from stillframe.restore.boot_decide import BootDecision, BootSight, BootStep, decide_boot
 from stillframe.restore.boot_record import BootRecord, BootState, BootStore
-from stillframe.restore.boot_server import Owner, end_servers, log_of, serve
+from stillframe.restore.boot_server import Owner, end_servers, log_of, serve, served_place
 from stillframe.restore.boot_sight import left_of, look_at_boot, running_names
 from stillframe.restore.boot_xml import kept_on_snapshot, on_overlay_alone
 from stillframe.storage.address import open_storage
@@ -123,6 +124,10 @@ class BootWay:
             self._resume()
         elif step is BootStep.FLUSH:
             self._flush(targets[0])
+        elif step is BootStep.STAND:
+            for target in targets:
+                disk = self.known.disk(target)
+                stand_on(disk.overlay_path, served_place(disk))
         elif step is BootStep.KEEP:
             self.keep(targets)
         elif step is BootStep.REDEFINE:
@@ -249,6 +254,7 @@ _WORDS = {
     BootStep.UNDEFINE: "removed its definition",
     BootStep.END_SERVERS: "ended its servers",
     BootStep.REMOVE: "removed the files that were made for it",
+    BootStep.STAND: "put the snapshot back below its overlay",
     BootStep.KEEP: "made its definition name the snapshot again",
     BootStep.SERVE: "started its servers again",
     BootStep.RESUME: "resumed it",

@@ -26,7 +26,7 @@ from stillframe.errors import (
 )
 from stillframe.hypervisor.model import BlockJob
 from stillframe.restore.boot import Stop
-from stillframe.restore.boot_decide import BootStep, Image, Stand
+from stillframe.restore.boot_decide import Image, Stand
 from stillframe.restore.boot_record import BEFORE_BOOT, BootRecord, BootState
 from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_sight import left_of
@@ -56,9 +56,10 @@ def land_guest(record: BootRecord, tools: BootTools, stop: Stop, report: Report)
         _check(way.known, tools)
         way.record = tools.store.enter(way.known, BootState.LANDING)
         for disk in record.disks:
-            if not way.known.disk(disk.target).landed:
+            if not way.is_over() and not (way.known.disk(disk.target).landed and
+                                          _stand(way, disk.target) is Stand.WHOLE):
                 _pull(way, disk.target, stop, report)
-        way.settle()
+                way.settle()
         if not way.is_over():
             raise _failed(way.known, way.decide().reason, tools)
         return way.did
@@ -128,10 +129,6 @@ def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
         if deadline.passed():
             raise _failed(way.known, f"QEMU ended the pull of {target} before its end", tools)
         tools.clock.pause(_POLL_S)
-    decision = way.decide()
-    if decision.step is not BootStep.FLUSH:
-        raise _failed(way.known, f"after the pull of {target}: {decision.reason}", tools)
-    way.take(decision)
 
 
 def _job(way: BootWay, target: str) -> BlockJob | None:
