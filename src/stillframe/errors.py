@@ -17,7 +17,8 @@
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous
     │       ├── TargetExists, TargetSmall, TargetInUse
-    │       └── ExportExposed, ExportFailed
+    │       ├── ExportExposed, ExportFailed
+    │       └── HostUnfit
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
@@ -379,6 +380,13 @@ class ExportFailed(RepositoryRefused):
 
     code = "export-failed"
     exit_code = 101
+
+
+class HostUnfit(RepositoryRefused):
+    """This host lacks what the guest's definition names."""
+
+    code = "host-unfit"
+    exit_code = 102
 
 
 class RunFailed(StillframeError):

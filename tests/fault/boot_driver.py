@@ -2,8 +2,8 @@
 
     python -m tests.fault.boot_driver STATE PHASE NUMBER WORDS...
 
-WORDS is the command line. STATE and PHASE ("intent" or "done") say where, the NUMBERth time (from 1). `reached`
-is printed just before stopping.
+WORDS is the command line. STATE and PHASE ("intent" or "done") say where, NUMBER the how maniest time.
+`reached` is printed just before stopping.
 """
 
 from __future__ import annotations

@@ -144,7 +144,18 @@ def boot(
     snapshot: Snapshot,
     name: Annotated[str | None, typer.Option("--as", help="the new guest's name")] = None,
     pool: Annotated[
-        Path | None, typer.Option("--pool", help="folder for what the guest writes")] = None,
+        Path | None,
+        typer.Option("--pool", help="folder for what it writes (default: that of the default pool)"),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option("--network", help="libvirt's network that all its interfaces are on")] = None,
+    no_network: Annotated[bool, typer.Option("--no-network", help="no interface at all")] = False,
+    same_identity: Annotated[
+        bool, typer.Option("--same-identity", help="keep UUID and MACs; the original must not be here"),
+    ] = False,
+    accept_nearest: Annotated[
+        bool, typer.Option("--accept-nearest", help="take the nearest that this host has for what it lacks")
+    ] = False,
     on_error: Annotated[
         OnError, typer.Option("--on-error", help="where the repository can't be read: pause the guest, or "
                                                  "report I/O errors to it")] = OnError.PAUSE,
@@ -153,7 +164,11 @@ def boot(
     dry_run: DryRun = False,
 ) -> None:
     """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
-    wish = BootWish(name or "", pool, on_error is OnError.PAUSE)
+    if network and no_network:
+        raise typer.BadParameter("choose one: --network or --no-network")
+    wish = BootWish(
+        name or "", pool, "" if no_network else network, same_identity, accept_nearest,
+        on_error is OnError.PAUSE)
     run_command(
         common, lambda session: boot_command.boot(session, snapshot, wish, patience, dry_run=dry_run),
         repository)

@@ -36,8 +36,8 @@ class Stand(enum.Enum):
 class DiskSight:
     """One disk, as it was seen. *running* is QEMU's own word, *defined* the inactive XML's.
 
-    *pulled*: a job is at work on it. *served*: its server is there. *names*: the overlay's header names what is
-    below it; looked at only while the guest is off.
+    *pulled*: a job is at work on it. *served*: its server is there. *names*: the overlay's header names
+    what is below it; looked at only while the guest is off.
     """
 
     target: str

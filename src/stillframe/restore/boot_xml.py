@@ -11,6 +11,7 @@ from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.model import Disk, Source
 from stillframe.restore.boot_decide import Stand
 from stillframe.restore.boot_record import BootDisk
+from stillframe.restore.definition import NewDisk
 
 #: The attributes of a disk's driver that say what QEMU does about an I/O error.
 _POLICIES = ("error_policy", "rerror_policy")
@@ -26,11 +27,16 @@ def policies_of(text: str, target: str) -> dict[str, str]:
     return {name: found[name] for name in _POLICIES if name in found}
 
 
-def on_snapshot(text: str, disks: Iterable[BootDisk], *, pauses: bool) -> str:
-    """Return a definition with each disk on its overlay, with the snapshot's disk below."""
+def disk_on_snapshot(disk: BootDisk) -> NewDisk:
+    """Return a disk on its overlay, with the snapshot's disk below."""
+    below = _served(disk)
+    backing = f"<backingStore type='{below.kind}'><format type='{below.format}'/>{below.xml}</backingStore>"
+    return NewDisk("file", "qcow2", _file(disk.overlay_path).xml, backing)
+
+
+def with_policies(text: str, disks: Iterable[BootDisk], *, pauses: bool) -> str:
+    """Return a definition that says what comes of I/O errors: the guest is paused, or gets them."""
     for disk in disks:
-        top = _file(disk.overlay_path)
-        text = with_source(_without_chain(text, disk.target), disk.target, top, _served(disk))
         text = _with_policies(text, disk.target, dict.fromkeys(_POLICIES, "stop" if pauses else "report"))
     return text
 
