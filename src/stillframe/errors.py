@@ -5,7 +5,6 @@
     │   ├── GuestUnknown, GuestHasNoDisks, GuestShutOff, GuestPaused, GuestUnfit
     │   ├── GuestBusy (block job, domain job), ForeignSnapshot, ImageShared
     │   ├── RunInProgress (another stillframe holds the guest)
-    │   ├── GuestBooted              it still reads from the snapshot that it was booted from
     │   ├── AgentSilent, ShutdownImpossible
     │   ├── OverlayTaken, OverlayFolderNeeded, OverlaySpace
     │   ├── DestinationUnwritable, DestinationForeign, DestinationInsideGuest, DestinationSpace,
@@ -154,13 +153,6 @@ class RunInProgress(Refused):
     code = "run-in-progress"
     exit_code = 18
     retry = True
-
-
-class GuestBooted(Refused):
-    """The guest still reads from the snapshot that it was booted from."""
-
-    code = "guest-booted"
-    exit_code = 35
 
 
 class AgentSilent(Refused):

@@ -21,7 +21,6 @@ from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
 from stillframe.errors import (
     BootFailed,
-    GuestBooted,
     GuestShutOff,
     GuestUnfit,
     GuestUnknown,
@@ -200,7 +199,7 @@ def test_what_is_asked_wrongly_is_refused_and_leaves_nothing(booting: Booting) -
     assert (booting.pool / "b2-vdb.qcow2").read_bytes() == b"mine"
     assert not booting.guest("b2").is_defined()
     booting.repo.json("land", "nobody", code=GuestUnknown.exit_code)
-    error = booting.repo.json("backup", "b1", code=GuestBooted.exit_code)["guests"][0]["error"]
+    error = booting.repo.json("backup", "b1", code=GuestUnfit.exit_code)["guests"][0]["error"]
     assert "stillframe land b1" in error["next_command"]
     guest.domain().destroy()
     booting.repo.json("land", "b1", code=GuestShutOff.exit_code)

@@ -24,7 +24,6 @@ from stillframe.clock import Clock
 from stillframe.errors import (
     AgentSilent,
     ForeignSnapshot,
-    GuestBooted,
     GuestBusy,
     GuestHasNoDisks,
     GuestPaused,
@@ -233,7 +232,7 @@ def _refuse_booted(name: str, disks: list[Disk]) -> None:
     """Refuse a guest that still reads from the snapshot that it was booted from."""
     for disk in disks:
         if any(source.socket.startswith(f"{BOOT_SOCKETS}/") for source in disk.chain):
-            raise GuestBooted(
+            raise GuestUnfit(
                 f"{disk.target} of {name} still reads from the snapshot that it was booted from.",
                 f"stillframe land {name}   # then it can be captured")
 

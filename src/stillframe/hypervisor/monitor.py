@@ -110,9 +110,9 @@ def flush_node(qmp: Qmp, node: str) -> None:
         raise HypervisorError(f"QEMU said of a flush of {node}: {said.strip()}", 0)
 
 
-def read_ahead(qmp: Qmp, node: str) -> None:
+def poke_node(qmp: Qmp, node: str) -> None:
     """Have QEMU begin to read a little from a node; what comes of it is not said. Raises HypervisorError."""
-    qmp("human-monitor-command", {"command-line": f'qemu-io {node} "aio_read -q 0 512"'})
+    qmp("human-monitor-command", {"command-line": f'qemu-io {node} "aio_read -q 1M 512"'})
 
 
 def qemu_major(qmp: Qmp) -> int:

@@ -1,7 +1,7 @@
 """What is to be done next for a guest that was booted from a snapshot.
 
 `decide_boot` is a pure function of the record and of what libvirt, QEMU, the process table and the files show
-now. A boot that fails, `recover`, `land` and `discard` all go by it; docs/CAPTURE.md has it as a table.
+now. A boot that fails, `recover`, `land` and `discard` all go by it; docs/BOOT.md has it as a table.
 """
 
 from __future__ import annotations

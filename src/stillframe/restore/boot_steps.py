@@ -182,7 +182,7 @@ class BootWay:
                  if node.driver == "nbd" and any(socket in node.file for socket in sockets)]
         for _ in range(_RECONNECTS if nodes else 0):
             for node in nodes:
-                self._domain.qmp(partial(monitor.read_ahead, node=node))
+                self._domain.qmp(partial(monitor.poke_node, node=node))
             self.tools.clock.pause(_PAUSE_S)
 
     def _flush(self, target: str) -> None:
