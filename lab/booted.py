@@ -1,7 +1,7 @@
 """A guest without an operating system that was booted from a snapshot: the test writes to its disks.
 
-It has the definition of the guest that the snapshot is of, and so that guest's side monitor: the two can't run
-at the same time.
+It has the definition of the guest that the snapshot is of, and so that guest's side monitor: the two can't
+run at the same time.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@
     │       ├── SnapshotUnknown, SnapshotAmbiguous
     │       ├── TargetExists, TargetSmall, TargetInUse
     │       ├── ExportExposed, ExportFailed
-    │       └── HostUnfit
+    │       └── GuestExists, HostLacks, DefinitionMissing
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
@@ -374,11 +374,25 @@ class ExportFailed(RepositoryRefused):
     exit_code = 101
 
 
-class HostUnfit(RepositoryRefused):
-    """This host lacks what the guest's definition names."""
+class GuestExists(RepositoryRefused):
+    """A guest of that name or UUID is there already."""
 
-    code = "host-unfit"
-    exit_code = 102
+    code = "guest-exists"
+    exit_code = 110
+
+
+class HostLacks(RepositoryRefused):
+    """The host has not got what the guest's definition names."""
+
+    code = "host-lacks"
+    exit_code = 111
+
+
+class DefinitionMissing(RepositoryRefused):
+    """The snapshot has no definition of its guest."""
+
+    code = "definition-missing"
+    exit_code = 112
 
 
 class RunFailed(StillframeError):

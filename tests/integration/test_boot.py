@@ -21,6 +21,7 @@ from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
 from stillframe.errors import (
     BootFailed,
+    GuestExists,
     GuestShutOff,
     GuestUnfit,
     GuestUnknown,
@@ -193,7 +194,7 @@ def test_a_guest_that_asked_for_them_gets_io_errors(booting: Booting) -> None:
 def test_what_is_asked_wrongly_is_refused_and_leaves_nothing(booting: Booting) -> None:
     guest = booting.boot("b1")
     again = ("boot", booting.snapshot.sid, "--as", "b1", "--pool", booting.pool)
-    booting.repo.json(*again, code=TargetExists.exit_code)
+    booting.repo.json(*again, code=GuestExists.exit_code)
     (booting.pool / "b2-vdb.qcow2").write_bytes(b"mine")
     booting.repo.json(*again[:3], "b2", *again[4:], code=TargetExists.exit_code)
     assert (booting.pool / "b2-vdb.qcow2").read_bytes() == b"mine"
@@ -238,7 +239,7 @@ def test_a_guest_whose_boot_fails_leaves_nothing(booting: Booting) -> None:
 
 
 def test_a_guest_without_room_runs_on_and_lands_when_there_is_some(booting: Booting) -> None:
-    with small_file_system(booting.pool / "small", 6 * MIB) as small:
+    with small_file_system(booting.pool / "small", 20 * MIB) as small:
         guest = replace(booting, pool=small).boot("b1")
         booting.repo.json("land", "b1", code=TargetSmall.exit_code)
         assert guest.running()

@@ -11,14 +11,14 @@ from stillframe.restore.boot_decide import Stand
 from stillframe.restore.boot_record import BootDisk
 from stillframe.restore.boot_server import socket_of
 from stillframe.restore.boot_xml import (
-    disk_on_snapshot,
     kept_on_snapshot,
     on_overlay_alone,
     policies_of,
     stand_of,
     with_policies,
+    with_snapshot,
 )
-from stillframe.restore.definition import Identity, Place, domain_for
+from stillframe.restore.definition import Identity, Place, domain_for, file_disk
 
 _UUID = "bb680c73-133e-4fb6-b245-9c9802a346e9"
 _TEXT = f"""<domain type='qemu'><name>web</name><uuid>{_UUID}</uuid><devices>
@@ -30,8 +30,8 @@ _DISK = BootDisk(
 
 
 def booted() -> str:
-    place = Place("b1", Identity(_UUID, ()), {"vda": disk_on_snapshot(_DISK)})
-    return with_policies(domain_for(_TEXT, place), [_DISK], pauses=True)
+    place = Place("b1", Identity(_UUID, ()), {"vda": file_disk(_DISK.overlay_path, "qcow2")})
+    return with_policies(with_snapshot(domain_for(_TEXT, place), [_DISK]), [_DISK], pauses=True)
 
 
 def stand(text: str) -> Stand:

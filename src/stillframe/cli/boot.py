@@ -23,9 +23,11 @@ from stillframe.storage.address import open_storage
 def boot(session: Session, snapshot: str, wish: BootWish, patience: str, *, dry_run: bool) -> int:
     """Boot a snapshot as a new guest; return the exit code."""
     session.kept = "Nothing of it is left."
-    wish = replace(wish, patience_s=seconds_of("patience", patience))
+    patience_s = seconds_of("patience", patience)
     name = find(session, snapshot)
     manifest = read_snapshot(session.repository, name)
+    other = manifest.guest if wish.guest.keeps_identity else f"{manifest.guest}-booted"
+    wish = replace(wish, patience_s=patience_s, guest=replace(wish.guest, name=wish.guest.name or other))
     tools = tools_of(session)
     plan = plan_boot(session.repository, name, manifest, wish, tools)
     for warning in plan.warnings:

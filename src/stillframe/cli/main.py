@@ -33,10 +33,12 @@ from stillframe.cli.options import (
     taking,
 )
 from stillframe.cli.repository_app import DryRun, Snapshot
+from stillframe.cli.restore_guest import check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.errors import EXIT_OK, EXIT_USAGE
 from stillframe.restore.boot_plan import BootWish
+from stillframe.restore.guest_plan import GuestWish
 
 
 class OnError(enum.Enum):
@@ -144,18 +146,17 @@ def boot(
     snapshot: Snapshot,
     name: Annotated[str | None, typer.Option("--as", help="the new guest's name")] = None,
     pool: Annotated[
-        Path | None,
-        typer.Option("--pool", help="folder for what it writes (default: that of the default pool)"),
+        str | None,
+        typer.Option("--pool", help="folder, or libvirt's pool, for what it writes (default: default)"),
     ] = None,
     network: Annotated[
-        str | None, typer.Option("--network", help="libvirt's network that all its interfaces are on")] = None,
-    no_network: Annotated[bool, typer.Option("--no-network", help="no interface at all")] = False,
+        str | None, typer.Option("--network", help="put all interfaces on this network of libvirt")] = None,
+    no_network: Annotated[bool, typer.Option("--no-network", help="leave all interfaces out")] = False,
     same_identity: Annotated[
         bool, typer.Option("--same-identity", help="keep UUID and MACs; the original must not be here"),
     ] = False,
-    accept_nearest: Annotated[
-        bool, typer.Option("--accept-nearest", help="take the nearest that this host has for what it lacks")
-    ] = False,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
     on_error: Annotated[
         OnError, typer.Option("--on-error", help="where the repository can't be read: pause the guest, or "
                                                  "report I/O errors to it")] = OnError.PAUSE,
@@ -166,9 +167,12 @@ def boot(
     """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
     if network and no_network:
         raise typer.BadParameter("choose one: --network or --no-network")
-    wish = BootWish(
-        name or "", pool, "" if no_network else network, same_identity, accept_nearest,
-        on_error is OnError.PAUSE)
+    if name is not None:
+        check_name(name)
+    guest = GuestWish(
+        name or "", pool or "", format="qcow2", keeps_identity=same_identity,
+        network="" if no_network else network, nearest=nearest)
+    wish = BootWish(guest, on_error is OnError.PAUSE)
     run_command(
         common, lambda session: boot_command.boot(session, snapshot, wish, patience, dry_run=dry_run),
         repository)

@@ -13,7 +13,6 @@ import threading
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import libvirt
@@ -80,15 +79,6 @@ class Connection:
                 user, _, group = label.replace("+", "").partition(":")
                 return (int(user), int(group)) if user.isdigit() and group.isdigit() else None
         return None
-
-    def pool_folder(self, pool: str) -> Path | None:
-        """Return the folder of a storage pool, None if there is no such pool or it has none."""
-        try:
-            text = self.look(lambda connect: str(connect.storagePoolLookupByName(pool).XMLDesc()))
-        except HypervisorError:
-            return None
-        path = ET.fromstring(text).findtext("./target/path", "")
-        return Path(path) if path.startswith("/") else None
 
     def act(self, step: Callable[[libvirt.virConnect], T]) -> T:
         """Return what *step* returns; it is made once.

@@ -11,7 +11,6 @@ from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.model import Disk, Source
 from stillframe.restore.boot_decide import Stand
 from stillframe.restore.boot_record import BootDisk
-from stillframe.restore.definition import NewDisk
 
 #: The attributes of a disk's driver that say what QEMU does about an I/O error.
 _POLICIES = ("error_policy", "rerror_policy")
@@ -27,11 +26,11 @@ def policies_of(text: str, target: str) -> dict[str, str]:
     return {name: found[name] for name in _POLICIES if name in found}
 
 
-def disk_on_snapshot(disk: BootDisk) -> NewDisk:
-    """Return a disk on its overlay, with the snapshot's disk below."""
-    below = _served(disk)
-    backing = f"<backingStore type='{below.kind}'><format type='{below.format}'/>{below.xml}</backingStore>"
-    return NewDisk("file", "qcow2", _file(disk.overlay_path).xml, backing)
+def with_snapshot(text: str, disks: Iterable[BootDisk]) -> str:
+    """Return a definition with each disk on its overlay, with the snapshot's disk below."""
+    for disk in disks:
+        text = _on(text, disk, disk.overlay_path)
+    return text
 
 
 def with_policies(text: str, disks: Iterable[BootDisk], *, pauses: bool) -> str:
@@ -50,8 +49,7 @@ def kept_on_snapshot(text: str, disks: Iterable[BootDisk], running: Mapping[str,
     definition names it by another text.
     """
     for disk in disks:
-        top = _file(_otherwise(disk.overlay_path, running.get(disk.target, "")))
-        text = with_source(_without_chain(text, disk.target), disk.target, top, _served(disk))
+        text = _on(text, disk, _otherwise(disk.overlay_path, running.get(disk.target, "")))
     return text
 
 
@@ -71,6 +69,10 @@ def stand_of(disk: Disk | None, known: BootDisk) -> Stand:
         return Stand.OTHER
     served = any(source.socket == known.socket for source in disk.chain[1:])
     return Stand.SNAPSHOT if served else Stand.WHOLE
+
+
+def _on(text: str, disk: BootDisk, path: str) -> str:
+    return with_source(_without_chain(text, disk.target), disk.target, _file(path), _served(disk))
 
 
 def _file(path: str) -> Source:
