@@ -27,13 +27,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
-from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
 from stillframe.capture.states import Quiesce
 from stillframe.clock import Clock
 from stillframe.errors import ConfigInvalid
@@ -42,6 +41,9 @@ from stillframe.storage.address import open_storage, scheme_of
 from stillframe.storage.model import Storage
 from stillframe.storage.wrappers import RateLimited
 from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
+
+if TYPE_CHECKING:
+    from stillframe.capture.plan import Wishes
 
 T = TypeVar("T")
 
@@ -184,6 +186,9 @@ def access_to(settings: RepositorySettings, address: str) -> Access:
 
 def wishes(settings: GuestSettings) -> Wishes:
     """Return what the settings ask for. Raises ConfigInvalid for a value that is no size or time."""
+    # It brings all of the capture with it, which only commands on guests need.
+    from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
+
     plain = Limits()
     standing_bytes, standing_share = _read(
         settings, "standing_limit", _size_or_share, (plain.standing_bytes, plain.standing_share))

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from stillframe.cli import files as files_command
 from stillframe.cli.options import plain_options, repository_options, run_command, taking
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
@@ -58,6 +57,8 @@ def ls(
     recursive: Annotated[bool, typer.Option("-R", "--recursive", help="all that is below, too")] = False,
 ) -> None:
     """List folders and files of a snapshot, or its file systems."""
+    from stillframe.cli import files as files_command
+
     wish = files_command.Wish(snapshot, tuple(paths or ()), *inside)
     run_command(
         common, lambda session: files_command.list_files(session, wish, long=long, recursive=recursive),
@@ -69,6 +70,8 @@ def cat(
     common: Common, repository: RepositorySettings, inside: FromFile, *, snapshot: Name, paths: Paths,
 ) -> None:
     """Print the content of files of a snapshot."""
+    from stillframe.cli import files as files_command
+
     if common.as_json:
         raise typer.BadParameter("files cat prints the files themselves; for JSON use files get")
     wish = files_command.Wish(snapshot, tuple(paths), *inside)
@@ -81,6 +84,8 @@ def get(
     to: Annotated[str, typer.Option("--to", help="a folder, FILE.tar, or - for a tar archive on stdout")],
 ) -> None:
     """Take files and folders out of a snapshot, into a folder or a tar archive."""
+    from stillframe.cli import files as files_command
+
     if common.as_json and to == "-":
         raise typer.BadParameter("--to - prints the archive, and --json the result: choose one")
     wish = files_command.Wish(snapshot, tuple(paths), *inside)

@@ -13,14 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from stillframe import __version__
-from stillframe.cli import backup as backup_command
-from stillframe.cli import boot as boot_command
-from stillframe.cli import doctor as doctor_command
 from stillframe.cli import files_app, repository_app
-from stillframe.cli import mirror as mirror_command
-from stillframe.cli import recover as recover_command
-from stillframe.cli import settle as settle_command
-from stillframe.cli import status as status_command
 from stillframe.cli.options import (
     Exclude,
     Guests,
@@ -73,6 +66,8 @@ def mirror(
     ] = False,
 ) -> None:
     """Make and keep a plain image of each disk in DEST/GUEST, while the guest runs on or is shut off."""
+    from stillframe.cli import mirror as mirror_command
+
     *guests, destination = arguments
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests and then the folder, or --all and the folder")
@@ -92,6 +87,8 @@ def backup(
     all_guests: AllGuests = False,
 ) -> None:
     """Make a snapshot of each guest in a repository, while the guest runs on or is shut off."""
+    from stillframe.cli import backup as backup_command
+
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests, or --all")
     run_command(
@@ -108,6 +105,8 @@ def doctor(
     exclude: Exclude = None,
 ) -> None:
     """Say whether guests can be captured, how, and what is in the way. Changes nothing."""
+    from stillframe.cli import doctor as doctor_command
+
     options = GuestSettings(
         quiesce=quiesce, overlay_dir=overlay_dir, exclude=tuple(exclude) if exclude else None)
     run_command(
@@ -128,6 +127,8 @@ def recover(
     ] = False,
 ) -> None:
     """After any crash: find what was left, bring the guest back, say what was done."""
+    from stillframe.cli import recover as recover_command
+
     if repair_status and not guests:
         raise typer.BadParameter("name the guests whose status file is to be mended")
     run_command(
@@ -165,6 +166,8 @@ def boot(
     dry_run: DryRun = False,
 ) -> None:
     """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
+    from stillframe.cli import boot as boot_command
+
     if network and no_network:
         raise typer.BadParameter("choose one: --network or --no-network")
     if name is not None:
@@ -182,6 +185,8 @@ def boot(
 @taking(host_options, repository_options)
 def land(common: Common, repository: RepositorySettings, *, name: BootedName) -> None:
     """Bring a booted guest home while it runs: from then on it needs neither snapshot nor repository."""
+    from stillframe.cli import boot as boot_command
+
     run_command(common, lambda session: boot_command.land(session, name), repository)
 
 
@@ -189,6 +194,8 @@ def land(common: Common, repository: RepositorySettings, *, name: BootedName) ->
 @taking(host_options)
 def discard(common: Common, *, name: BootedName, dry_run: DryRun = False) -> None:
     """Throw a booted guest away, with everything that it wrote, and with nothing else."""
+    from stillframe.cli import boot as boot_command
+
     run_command(common, lambda session: boot_command.discard(session, name, dry_run=dry_run))
 
 
@@ -211,6 +218,8 @@ def settle(
     ] = None,
 ) -> None:
     """Bring guests that stand on overlays back onto their own images."""
+    from stillframe.cli import settle as settle_command
+
     options = GuestSettings(standing_limit=standing_limit)
     if watch and (guests or dry_run):
         raise typer.BadParameter("--watch looks at all guests and goes with neither names nor --dry-run")
@@ -224,6 +233,8 @@ def settle(
 @taking(host_options)
 def status(common: Common) -> None:
     """Show runs, leftovers, guests on overlays, the last mirror and the last snapshot of each guest."""
+    from stillframe.cli import status as status_command
+
     run_command(common, status_command.status)
 
 

@@ -8,14 +8,6 @@ from typing import Annotated
 
 import typer
 
-from stillframe.cli import diff as diff_command
-from stillframe.cli import forget as forget_command
-from stillframe.cli import keys as keys_command
-from stillframe.cli import restore as restore_command
-from stillframe.cli import restore_guest as restore_guest_command
-from stillframe.cli import serve as serve_command
-from stillframe.cli import snapshots as snapshots_command
-from stillframe.cli import verify as verify_command
 from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
 from stillframe.cli.restore_guest import GuestOptions, guest_restore_options
 from stillframe.cli.session import Common
@@ -71,6 +63,8 @@ def init(
     label: Label = "first",
 ) -> None:
     """Make a repository. What opens it is asked for, or named by an option."""
+    from stillframe.cli import keys as keys_command
+
     if address is not None and repository.repository is not None:
         raise typer.BadParameter("name the repository once: as REPO or with --repo")
     if new_key_file is not None and repository.secrets:
@@ -85,12 +79,16 @@ def list_(
     guest: Annotated[str | None, typer.Option("--guest", help="only this guest's")] = None,
 ) -> None:
     """List the snapshots, the newest last. No key is needed."""
+    from stillframe.cli import snapshots as snapshots_command
+
     run_command(common, lambda session: snapshots_command.list_all(session, guest), repository)
 
 
 @taking(plain_options, repository_options)
 def show(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
     """Show all that is known of one snapshot."""
+    from stillframe.cli import snapshots as snapshots_command
+
     run_command(common, lambda session: snapshots_command.show(session, snapshot), repository)
 
 
@@ -102,6 +100,8 @@ def diff(
     extents: Annotated[bool, typer.Option("--extents", help="print each changed stretch")] = False,
 ) -> None:
     """Say what changed on each disk from snapshot A to snapshot B. No data is read."""
+    from stillframe.cli import diff as diff_command
+
     run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
 
 
@@ -123,6 +123,9 @@ def restore(
         bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
 ) -> None:
     """Write a snapshot's disks back (--to), or the whole guest as a new one (--as)."""
+    from stillframe.cli import restore as restore_command
+    from stillframe.cli import restore_guest as restore_guest_command
+
     if guest.is_asked_for:
         if to is not None or delta:
             raise typer.BadParameter("--as goes with neither --to nor --delta")
@@ -160,6 +163,8 @@ def serve(
     cache: Annotated[str, typer.Option("--cache", help="memory for what was read, of each disk")] = "256M",
 ) -> None:
     """Serve a snapshot's disks over NBD, until Ctrl-C."""
+    from stillframe.cli import serve as serve_command
+
     if socket is not None and port is not None:
         raise typer.BadParameter("choose one: --socket or --port")
     try:
@@ -183,6 +188,8 @@ def verify(
         str | None, typer.Option("--subset", help="only the longest unverified part: 1/30, 5%, 20G")] = None,
 ) -> None:
     """Check that what is stored is there and whole. Damage is written down, and the next backup heals it."""
+    from stillframe.cli import verify as verify_command
+
     run_command(common, lambda session: verify_command.verify(session, level.value, subset), repository)
 
 
@@ -193,12 +200,16 @@ def pin(
     why: Annotated[str, typer.Option("--why", help="a word for people, shown by show")] = "",
 ) -> None:
     """Keep a snapshot whatever the rules of forget say, until it is unpinned."""
+    from stillframe.cli import snapshots as snapshots_command
+
     run_command(common, lambda session: snapshots_command.pin_snapshot(session, snapshot, why), repository)
 
 
 @taking(plain_options, repository_options)
 def unpin(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
     """Let the rules of forget decide on a snapshot again."""
+    from stillframe.cli import snapshots as snapshots_command
+
     run_command(common, lambda session: snapshots_command.unpin_snapshot(session, snapshot), repository)
 
 
@@ -219,6 +230,8 @@ def forget(
     dry_run: DryRun = False,
 ) -> None:
     """Drop snapshots, by name or by rules (for each guest of each host). Prune gives their space back."""
+    from stillframe.cli import forget as forget_command
+
     rules = forget_command.Rules(
         keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, keep_within, guest)
     if bool(snapshots) == rules.any_given:
@@ -240,6 +253,8 @@ def prune(
         str, typer.Option(help="copy packs of which less than this is used, and drop them")] = "50%",
 ) -> None:
     """Delete what no snapshot needs. Safe while backups run."""
+    from stillframe.cli import forget as forget_command
+
     run_command(
         common,
         lambda session: forget_command.prune(session, fence_after, compact_below, dry_run=dry_run),
@@ -255,6 +270,8 @@ def key_add(
     new_key_file: NewKeyFile = None,
 ) -> None:
     """Add a key slot: a passphrase (asked for, or from a file), or a new key file."""
+    from stillframe.cli import keys as keys_command
+
     if new_key_file is not None and new_passphrase_file is not None:
         raise typer.BadParameter("choose one: a passphrase or a key file")
     run_command(
@@ -265,6 +282,8 @@ def key_add(
 @taking(plain_options, repository_options)
 def key_list(common: Common, repository: RepositorySettings) -> None:
     """List the key slots. No key is needed."""
+    from stillframe.cli import keys as keys_command
+
     run_command(common, keys_command.list_all, repository)
 
 
@@ -275,10 +294,14 @@ def key_remove(
     dry_run: DryRun = False,
 ) -> None:
     """Remove a key slot. The last one stays."""
+    from stillframe.cli import keys as keys_command
+
     run_command(common, lambda session: keys_command.remove(session, slot, dry_run=dry_run), repository)
 
 
 @taking(plain_options, repository_options)
 def key_export(common: Common, repository: RepositorySettings, *, label: Label = "recovery") -> None:
     """Make a recovery key and print it once, to be kept on paper."""
+    from stillframe.cli import keys as keys_command
+
     run_command(common, lambda session: keys_command.export(session, label), repository)
