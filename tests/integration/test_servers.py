@@ -16,7 +16,7 @@ from stillframe.errors import RepositoryExists, StorageRefused
 from tests.contract.drivers import Servers
 from tests.fault.driver import PASSPHRASE
 from tests.fault.harness import Place
-from tests.integration.repositories import Repo
+from tests.integration.repositories import Repo, make_repo
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
@@ -49,7 +49,7 @@ def repo(request: pytest.FixtureRequest, servers: Servers, place: Place, tmp_pat
     address, settings = request.param(servers, tmp_path)
     repo = Repo(tmp_path / "repository", place, address=address, settings=settings)
     passphrase = repo.path.with_suffix(".pass")
-    passphrase.write_bytes(PASSPHRASE + b"\n")
+    passphrase.write_bytes(PASSPHRASE + b" of the server\n")
     passphrase.chmod(0o600)
     made = repo.call("init")
     assert made.returncode == 0, made.stdout + made.stderr
@@ -75,6 +75,25 @@ def test_a_chain_of_snapshots_on_a_server(disk_guest: MakeGuest, repo: Repo, tmp
     assert repo.call("prune").returncode == 0
     repo.assert_restores(second, links[second], tmp_path)
     assert repo.call("init").returncode == RepositoryExists.exit_code
+
+
+def test_a_second_site(disk_guest: MakeGuest, repo: Repo, place: Place, tmp_path: Path) -> None:
+    """Snapshots of a repository in a folder are copied to a server, with another passphrase."""
+    first = make_repo(place, tmp_path / "first-site")
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+    links = []
+    for number in (1, 2):
+        guest.write("vda", number * MIB, 200 * KIB, 0xB0 + number)
+        guest.flush()
+        links.append({"vda": guest.model("vda").copy_at_moment()})
+        first.backup(guest)
+    words = ["copy", "--from", str(first.path), "--from-passphrase-file", str(first.path.with_suffix(".pass"))]
+    assert len(repo.json(*words, "--dry-run")["missing"]) == 2
+    copied = repo.json(*words)["copied"]
+    assert copied[1]["read_bytes"] < copied[0]["read_bytes"] / 2
+    for each, moment in zip(copied, links, strict=True):
+        repo.assert_restores(each["id"], moment, tmp_path)
+    assert repo.json(*words)["copied"] == []
 
 
 def test_secrets_of_a_server_are_in_no_message(repo: Repo, servers: Servers) -> None:

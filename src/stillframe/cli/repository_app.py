@@ -45,7 +45,7 @@ _key = typer.Typer(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (init, list_, show, diff, restore, serve, verify, pin, unpin, forget, prune):
+    for command in (init, list_, show, diff, restore, serve, verify, copy, pin, unpin, forget, prune):
         app.command(name=command.__name__.rstrip("_"))(command)
     for command in (key_add, key_list, key_remove, key_export):
         _key.command(name=command.__name__.removeprefix("key_"))(command)
@@ -191,6 +191,35 @@ def verify(
     from stillframe.cli import verify as verify_command
 
     run_command(common, lambda session: verify_command.verify(session, level.value, subset), repository)
+
+
+@taking(plain_options, repository_options)
+def copy(
+    common: Common, repository: RepositorySettings, *,
+    from_: Annotated[str, typer.Option("--from", help="the repository to copy from")],
+    to: Annotated[str | None, typer.Option("--to", help="the repository to copy to; or --repo")] = None,
+    from_passphrase_file: Annotated[
+        str | None, typer.Option(help="file with the passphrase of the first (default: as the other)")
+    ] = None,
+    from_passphrase_command: Annotated[
+        str | None, typer.Option(help="program that prints the passphrase of the first")] = None,
+    from_key_file: Annotated[str | None, typer.Option(help="key file of the first")] = None,
+    from_credentials_file: Annotated[
+        str | None, typer.Option(help="file that says who we are to the server of the first")] = None,
+    guest: Annotated[str | None, typer.Option("--guest", help="only this guest's")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Copy the snapshots that another repository lacks: a second site, another key, another storage."""
+    from stillframe.cli import copy as copy_command
+
+    if to is not None and repository.repository is not None:
+        raise typer.BadParameter("name the repository to copy to once: with --to or with --repo")
+    target = RepositorySettings(to).over(repository)
+    first = RepositorySettings(
+        from_, from_passphrase_file, from_passphrase_command, from_key_file, from_credentials_file)
+    run_command(
+        common, lambda session: copy_command.copy(
+            session, session.beside(first.over(target)), guest, dry_run=dry_run), target)
 
 
 @taking(plain_options, repository_options)

@@ -65,6 +65,12 @@ class Session:
         #: What a run that is ended leaves as it was.
         self.kept = "The last good mirror is as it was."
 
+    def beside(self, repository: RepositorySettings) -> Session:
+        """Return a session on another repository, for the same person."""
+        other = Session(self._common, repository)
+        other.screen = self.screen
+        return other
+
     @cached_property
     def settings(self) -> Settings:
         """The configuration file. Raises ConfigInvalid."""
