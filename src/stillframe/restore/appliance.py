@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,8 @@ from stillframe.restore.export_order import Order
 PATIENCE_S = 120.0
 _POLL_S = 0.2
 _LOG_SHOWN_BYTES = 2000
+#: What supermin says, which makes the appliance.
+_NO_KERNEL = re.compile(r"failed to find a suitable kernel|vmlinuz.*[Pp]ermission denied")
 #: What a worker may end with.
 _ERRORS = {cls.code: cls for cls in (
     ApplianceFailed, ArchiveRefused, FilesystemLocked, FilesystemUnknown, PathUnknown)}
@@ -204,9 +207,11 @@ def _died() -> ApplianceFailed:
 def _explain(error: StillframeError, exports: Sequence[Export], folder: Path) -> None:
     """Add to an error what the logs say that may be the cause."""
     said = _said(folder)
-    if isinstance(error, ApplianceFailed) and "vmlinuz" in said and "ermission denied" in said:
-        error.message = "The appliance is made with the kernel in /boot, which only root can read here."
-        error.next_command = "sudo chmod 0644 /boot/vmlinuz-*   # or run the command as root"
+    if isinstance(error, ApplianceFailed) and _NO_KERNEL.search(said):
+        error.message = "The appliance is made with a kernel of /boot, and there is none that can be read."
+        error.next_command = (
+            "apt-get install linux-image-amd64 (Debian)" if os.geteuid() == 0 else
+            "sudo chmod 0644 /boot/vmlinuz-*   # Ubuntu lets root alone read them; or be root")
         return
     damage = [line for export in exports for line in export.said().splitlines()[-3:]]
     if isinstance(error, ApplianceFailed):
