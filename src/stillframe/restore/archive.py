@@ -23,7 +23,7 @@ from stillframe.errors import ArchiveRefused, DestinationUnwritable, TargetExist
 _PRIVILEGED = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _TAR_TIMEOUT_S = 600.0
 _LOG_BYTES = 2000
-#: What an unpacked file keeps of what vendors put into headers: the rest gives rights, or is the guest's policy.
+#: What an unpacked file keeps of vendors' headers: the rest gives rights, or is the guest's policy.
 _HARMLESS = ("SCHILY.xattr.user.", "SCHILY.acl.")
 _UNWANTED = ("path", "linkpath", "hdrcharset")
 
