@@ -205,7 +205,7 @@ class GuestRoot:
         return ""
 
     def _label(self, device: str) -> str:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, UnicodeError):
             return str(self._handle.vfs_label(device))
         return ""
 
