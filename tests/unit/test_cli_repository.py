@@ -556,7 +556,10 @@ def test_verify_in_parts(call: Call, repository: Repository) -> None:
     ("forget", "--keep-last", "0"), ("restore", "web"), ("restore", "--to", "x"), ("diff", "a"),
     ("key",), ("key", "remove"), ("backup",), ("backup", "web", "--all"), ("verify", "--level", "deep"),
     ("init", "x", "--repo", "y"), ("init", "--new-key-file", "x", "--key-file", "y"), ("list", "extra"),
-    ("key", "add", "--new-key-file", "x", "--new-passphrase-file", "y"),
+    ("key", "add", "--new-key-file", "x", "--new-passphrase-file", "y"), ("files",),
+    ("files", "cat", "web", "/x", "--json"), ("files", "get", "web", "/x"),
+    ("files", "get", "web", "--to", "x"), ("files", "get", "web", "/x", "--to", "-", "--json"),
+    ("files", "ls", "web", "--timeout", "soon"),
 ])
 def test_a_call_that_makes_no_sense_shows_its_usage(call: Call, words: tuple[str, ...]) -> None:
     done = call(*words)

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +47,11 @@ from stillframe.restore.export_order import Order
 
 PATIENCE_S = 120.0
 _POLL_S = 0.2
+_END_TIMEOUT_S = 5.0
+_END_POLL_S = 0.02
 _LOG_SHOWN_BYTES = 2000
+#: What supermin says, which makes the appliance.
+_NO_KERNEL = re.compile(r"failed to find a suitable kernel|vmlinuz.*[Pp]ermission denied")
 #: What a worker may end with.
 _ERRORS = {cls.code: cls for cls in (
     ApplianceFailed, ArchiveRefused, FilesystemLocked, FilesystemUnknown, PathUnknown)}
@@ -169,7 +174,7 @@ def started(
         exports = [stack.enter_context(exported(order, clock)) for order in orders]
         folder = stack.enter_context(private_folder())
         drives = tuple(Drive(export.name, export.socket) for export in exports)
-        appliance = Appliance(stack.enter_context(_worker(folder)), person, clock, patience_s)
+        appliance = Appliance(stack.enter_context(_worker(folder, clock)), person, clock, patience_s)
         person.say("starting libguestfs's appliance (half a minute without KVM)")
         try:
             appliance.tell(Setup(drives, str(folder), person.ask is not None))
@@ -180,7 +185,7 @@ def started(
 
 
 @contextlib.contextmanager
-def _worker(folder: Path) -> Iterator[Wire]:
+def _worker(folder: Path, clock: Clock) -> Iterator[Wire]:
     """Run a worker for the length of the block."""
     own, its = socket.socketpair()
     with contextlib.ExitStack() as stack:
@@ -189,12 +194,19 @@ def _worker(folder: Path) -> Iterator[Wire]:
             log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 # -P: no module of the folder that somebody happens to be in.
-                stack.enter_context(process.running(
+                worker = stack.enter_context(process.running(
                     [sys.executable, "-P", "-m", "stillframe.restore.appliance_worker", str(its.fileno())],
                     environment=python_environment(), output=log, passing=(its.fileno(),)))
             finally:
                 os.close(log)
-        yield Wire(own)
+        try:
+            yield Wire(own)
+        finally:
+            # It ends QEMU and removes what libguestfs put elsewhere; if it hangs, QEMU ends soon after it.
+            own.close()
+            deadline = Deadline(clock, _END_TIMEOUT_S)
+            while worker.poll() is None and not deadline.passed():
+                clock.pause(_END_POLL_S)
 
 
 def _died() -> ApplianceFailed:
@@ -204,9 +216,11 @@ def _died() -> ApplianceFailed:
 def _explain(error: StillframeError, exports: Sequence[Export], folder: Path) -> None:
     """Add to an error what the logs say that may be the cause."""
     said = _said(folder)
-    if isinstance(error, ApplianceFailed) and "vmlinuz" in said and "ermission denied" in said:
-        error.message = "The appliance is made with the kernel in /boot, which only root can read here."
-        error.next_command = "sudo chmod 0644 /boot/vmlinuz-*   # or run the command as root"
+    if isinstance(error, ApplianceFailed) and _NO_KERNEL.search(said):
+        error.message = "The appliance is made with a kernel of /boot, and there is none that can be read."
+        error.next_command = (
+            "apt-get install linux-image-amd64 (Debian)" if os.geteuid() == 0 else
+            "sudo chmod 0644 /boot/vmlinuz-*   # Ubuntu lets root alone read them; or be root")
         return
     damage = [line for export in exports for line in export.said().splitlines()[-3:]]
     if isinstance(error, ApplianceFailed):

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import socket
 import stat
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from tarfile import PAX_FORMAT, REGTYPE, SYMTYPE, TarInfo
 from typing import Any
@@ -48,6 +50,8 @@ _LISTING_LIMIT_BYTES = 64 * MIB
 _NOBODY = "nobody"
 _TAR_BLOCK_BYTES = 512
 _HELP_TIMEOUT_S = 30.0
+#: Of what libguestfs, QEMU and the appliance's console say, in case it does not start.
+_LINES_KEPT = 200
 
 
 def main() -> None:
@@ -58,8 +62,9 @@ def main() -> None:
     try:
         with _launched(setup) as handle, contextlib.suppress(EOFError, ConnectionError):
             wire.say(Launched())
+            root = GuestRoot(handle, setup.drives, lambda text: wire.say(Warned(text)))
             while isinstance(task := wire.hear(), Task):
-                _do(Worker(handle, setup, task, wire), wire)
+                _do(Worker(handle, root, task, wire, can_ask=setup.can_ask), wire)
     except ApplianceFailed as error:
         wire.say(Failed(error.code, error.message, error.next_command))
 
@@ -77,6 +82,10 @@ def _launched(setup: Setup) -> Iterator[Any]:
     """Give a libguestfs whose appliance runs with the disks. Raises ApplianceFailed."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_LIMIT_BYTES, _FILE_LIMIT_BYTES))
     handle = guestfs.GuestFS(python_return_dict=True)
+    heard = deque[str](maxlen=_LINES_KEPT)
+    listener = handle.set_event_callback(
+        lambda _event, _handle, text, _numbers: heard.append(text),
+        guestfs.EVENT_APPLIANCE | guestfs.EVENT_LIBRARY | guestfs.EVENT_WARNING)
     try:
         # Not by libvirt: it would be one more daemon to count on, with rights of its own on the sockets.
         handle.set_backend("direct")
@@ -85,10 +94,12 @@ def _launched(setup: Setup) -> Iterator[Any]:
             handle.config(*_as_nobody(handle.get_hv()))
         for drive in setup.drives:
             # For reading alone: libguestfs puts an overlay above, which takes what the appliance writes.
-            handle.add_drive("", readonly=True, format="raw", protocol="nbd",
+            handle.add_drive(drive.target, readonly=True, format="raw", protocol="nbd",
                              server=[f"unix:{drive.socket}"])
         handle.launch()
+        handle.delete_event_callback(listener)
     except RuntimeError as error:
+        print("".join(heard), file=sys.stderr, flush=True)  # noqa: T201 - the log of this process
         raise ApplianceFailed(f"The appliance did not start: {said(error)}",
                               "libguestfs-test-tool   # apt-get install libguestfs-tools (Debian)") from error
     try:
@@ -101,18 +112,19 @@ def _as_nobody(hypervisor: str) -> tuple[str, str]:
     """Return the option by which QEMU, which has opened everything by then, gives root's rights up."""
     # QEMU 9.1 has another option for it, and means to drop the old one.
     known = process.run([hypervisor, "-help"], timeout_s=_HELP_TIMEOUT_S).stdout
-    return ("-run-with", f"user={_NOBODY}") if "user=" in known else ("-runas", _NOBODY)
+    is_new = re.search(r"-run-with .*\buser=", known)
+    return ("-run-with", f"user={_NOBODY}") if is_new else ("-runas", _NOBODY)
 
 
 class Worker:
     """Does a task with a launched libguestfs."""
 
-    def __init__(self, handle: Any, setup: Setup, task: Task, wire: Wire) -> None:
+    def __init__(self, handle: Any, root: GuestRoot, task: Task, wire: Wire, *, can_ask: bool) -> None:
         self._handle = handle
-        self._can_ask = setup.can_ask
+        self._root = root
+        self._can_ask = can_ask
         self._task = task
         self._wire = wire
-        self._root = GuestRoot(handle, setup.drives, lambda text: wire.say(Warned(text)))
 
     def work(self) -> None:
         """Do it. Raises what the parent is to raise."""

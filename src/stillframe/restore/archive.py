@@ -23,7 +23,7 @@ from stillframe.errors import ArchiveRefused, DestinationUnwritable, TargetExist
 _PRIVILEGED = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _TAR_TIMEOUT_S = 600.0
 _LOG_BYTES = 2000
-#: What an unpacked file keeps of its extended attributes: the others give rights, or are the guest's policy.
+#: What an unpacked file keeps of vendors' headers: the rest gives rights, or is the guest's policy.
 _HARMLESS = ("SCHILY.xattr.user.", "SCHILY.acl.")
 _UNWANTED = ("path", "linkpath", "hdrcharset")
 
@@ -87,7 +87,7 @@ def _is_wanted(member: tarfile.TarInfo, rules: Rules) -> bool:
 def _headers(member: tarfile.TarInfo, rules: Rules) -> dict[str, str]:
     return {key: value for key, value in member.pax_headers.items()
             if key not in _UNWANTED
-            and (not rules.unpacked or not key.startswith("SCHILY.") or key.startswith(_HARMLESS))}
+            and (not rules.unpacked or "." not in key or key.startswith(_HARMLESS))}
 
 
 class _Order:

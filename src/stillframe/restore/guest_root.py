@@ -21,6 +21,8 @@ _CASELESS = ("ntfs", "vfat", "exfat", "msdos")
 _WITHOUT_JOURNAL = {"ext3": "ro,noload", "ext4": "ro,noload", "xfs": "ro,norecovery,nouuid"}
 _DRIVE_LETTER = re.compile(r"([A-Za-z]):(?=[\\/]|$)")
 
+_ADVICE = re.compile(r"This usually means|To see full error messages|Do: export ")
+
 #: Asks for a key for a device; whether the last one was wrong.
 Asker = Callable[[str, bool], str | None]
 
@@ -33,12 +35,36 @@ class GuestRoot:
         self._drives = drives
         self._warn = warn
         self._caseless = False
+        self._mounted: str | None = None
+        # What takes seconds to find out, and changes only when something is unlocked.
+        self._filesystems: dict[str, str] | None = None
+        self._roots: list[str] | None = None
+
+    def _known(self) -> dict[str, str]:
+        """Return the type of each file system, by its device."""
+        if self._filesystems is None:
+            found: dict[str, str] = self._handle.list_filesystems()
+            # It leaves out what is encrypted.
+            for device in {*self._handle.list_partitions(), *self._handle.list_devices(),
+                           *self._handle.lvs()} - found.keys():
+                with contextlib.suppress(RuntimeError):
+                    if (kind := self._handle.vfs_type(device)) in _ENCRYPTED:
+                        found[device] = kind
+            self._filesystems = found
+        return self._filesystems
+
+    def _inspected(self) -> list[str]:
+        """Return the devices that operating systems have their root on."""
+        if self._roots is None:
+            roots: list[str] = self._handle.inspect_os()
+            self._roots = roots
+            self._mounted = None  # it mounts things, and unmounts all
+        return self._roots
 
     def unlock(self, keys: tuple[str, ...], ask: Asker) -> None:
         """Open what is encrypted as far as there are keys. Raises FilesystemLocked if keys are wrong."""
-        for device, kind in self._handle.list_filesystems().items():
-            if kind in _ENCRYPTED and not self._is_open(device):
-                self._unlock(device, keys, ask)
+        for device in self._locked():
+            self._unlock(device, keys, ask)
 
     def _unlock(self, device: str, keys: tuple[str, ...], ask: Asker) -> None:
         opened = any(self._opens(device, key) for key in keys)
@@ -54,12 +80,12 @@ class GuestRoot:
         if opened:
             # There may be a volume group in there; the appliance alone sees it.
             self._handle.lvm_scan(True)
+            self._filesystems = self._roots = None
 
     def _opens(self, device: str, key: str) -> bool:
         # For writing: a journal is replayed into the overlay, which is thrown away.
-        name = "stillframe-" + device.rpartition("/")[2]
         try:
-            self._handle.cryptsetup_open(device, key, name)
+            self._handle.cryptsetup_open(device, key, _opened_name(device))
         except RuntimeError:
             return False
         return True
@@ -68,27 +94,36 @@ class GuestRoot:
         """Return all file systems, and the operating systems on them."""
         mounted: dict[str, str] = {}
         systems = []
-        for root in self._handle.inspect_os():
+        for root in self._inspected():
             places = self._handle.inspect_get_mountpoints(root)
             mounted |= {device: place for place, device in places.items()}
             systems.append(f"{self._handle.inspect_get_product_name(root)} on {root}")
         return Found(tuple(
             FileSystem(device, self._disk_of(device), kind, self._label(device), self._size(device),
                        mounted.get(device, ""))
-            for device, kind in self._handle.list_filesystems().items()), tuple(systems))
+            for device, kind in self._known().items()), tuple(systems))
 
     def mount(self, device: str) -> None:
         """Mount one file system, or what inspection finds to be the guest's. Raises FilesystemUnknown."""
+        if self._mounted == device:
+            return
         self._handle.umount_all()
-        self._caseless = False
-        known = self._handle.list_filesystems()
+        self._caseless, self._mounted = False, None
+        self._mount_all(device)
+        self._mounted = device
+
+    def _mount_all(self, device: str) -> None:
+        known = self._known()
         if device:
             if device not in known:
                 raise FilesystemUnknown(f"There is no file system {device}; there are {_enumerated(known)}.",
                                         "choose one of them: --filesystem DEVICE")
             self._mount(device, "/")
             return
-        roots = self._handle.inspect_os()
+        if len(_usable(known)) == 1 and not self._locked():
+            self._mount(_usable(known)[0], "/")  # there is no other place for it: inspection takes long
+            return
+        roots = self._inspected()
         if len(roots) > 1:
             raise FilesystemUnknown(f"There are {len(roots)} operating systems: {_enumerated(roots)}.",
                                     "choose a file system: --filesystem DEVICE")
@@ -111,9 +146,7 @@ class GuestRoot:
         return text
 
     def _only(self, known: dict[str, str]) -> str:
-        usable = [device for device, kind in known.items() if kind not in (*_NO_FILES, *_ENCRYPTED)]
-        locked = [device for device, kind in known.items()
-                  if kind in _ENCRYPTED and not self._is_open(device)]
+        usable, locked = _usable(known), self._locked()
         if not usable and locked:
             raise FilesystemLocked(
                 f"{_enumerated(locked)} is encrypted, and no key was given.",
@@ -128,9 +161,11 @@ class GuestRoot:
                                     f"{_enumerated(usable)}.", "choose one: --filesystem DEVICE")
         return usable[0]
 
-    def _is_open(self, device: str) -> bool:
-        opened: list[str] = self._handle.list_dm_devices()
-        return "/dev/mapper/stillframe-" + device.rpartition("/")[2] in opened
+    def _locked(self) -> list[str]:
+        """Return the encrypted devices that no key has opened."""
+        encrypted = [device for device, kind in self._known().items() if kind in _ENCRYPTED]
+        opened = set(self._handle.list_dm_devices()) if encrypted else set()
+        return [device for device in encrypted if f"/dev/mapper/{_opened_name(device)}" not in opened]
 
     def _mount_system(self, root: str) -> None:
         places = self._handle.inspect_get_mountpoints(root)
@@ -170,7 +205,7 @@ class GuestRoot:
         return ""
 
     def _label(self, device: str) -> str:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, UnicodeError):
             return str(self._handle.vfs_label(device))
         return ""
 
@@ -180,9 +215,18 @@ class GuestRoot:
         return 0
 
 
+def _usable(known: dict[str, str]) -> list[str]:
+    return [device for device, kind in known.items() if kind not in (*_NO_FILES, *_ENCRYPTED)]
+
+
+def _opened_name(device: str) -> str:
+    """Return what an encrypted device is called once it is open."""
+    return "stillframe-" + device.rpartition("/")[2]
+
+
 def said(error: RuntimeError) -> str:
-    """Return what libguestfs said, in one line."""
-    return " ".join(str(error).split())[:600]
+    """Return what libguestfs said, in one line, without its advice to look for what it did not say."""
+    return _ADVICE.split(" ".join(str(error).split()))[0].strip()[:600]
 
 
 def _enumerated(devices: dict[str, str] | list[str]) -> str:
