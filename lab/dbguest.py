@@ -91,7 +91,7 @@ class DbGuest(Guest):
         return SOCKETS_DIR / f"{self.name}.commands"
 
     def _open_command_socket(self) -> Path:
-        """Return the command port's socket: a restored guest has another path for it, of libvirt's choosing."""
+        """Return the command port's socket: for a restored guest libvirt chose its path."""
         if self.command_socket.exists():
             return self.command_socket
         channels = ET.fromstring(self.domain().XMLDesc()).iterfind("devices/channel")

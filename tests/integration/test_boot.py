@@ -19,6 +19,7 @@ from lab.daemons import LibvirtDaemons
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
+from stillframe.clock import SystemClock
 from stillframe.errors import (
     BootFailed,
     GuestExists,
@@ -30,6 +31,8 @@ from stillframe.errors import (
     TargetExists,
     TargetSmall,
 )
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import find_domain
 from tests.fault.harness import Place, small_file_system
 from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
 
@@ -65,7 +68,11 @@ def test_a_booted_guest_reads_the_snapshot_and_keeps_what_it_writes(booting: Boo
     for target in guest.targets():
         guest.assert_disk_equals_model(target)
     origin = booting.snapshot.moment
-    assert guest.domain().UUIDString() != booting.record("b1")["origin"]  # type: ignore[index]
+    record = booting.record("b1")
+    assert record is not None
+    assert guest.domain().UUIDString() == record["uuid"] != record["origin"]
+    # What the firmware read is known for the next boot.
+    assert (booting.repo.place.state_dir / "boot-order" / f"{record['origin']}-vda").read_text()
     guest.domain().destroy()
     guest.domain().create()
     for target in guest.targets():
@@ -96,6 +103,18 @@ def test_a_guest_lands_while_it_writes(booting: Booting) -> None:
     booting.assert_landed(guest)
     guest.domain().create()
     guest.assert_disk_equals_model("vda")
+
+
+def test_qemu_is_not_asked_for_its_nodes_while_it_pulls(booting: Booting) -> None:
+    guest = booting.boot("b1")
+    guest.domain().blockPull("vda", 1)  # MiB a second
+    domain = find_domain(Connection("qemu:///system", SystemClock()), "b1")
+    view = domain.view()
+    assert view.qemu is None
+    assert view.jobs
+    assert booting.repo.json("status")["booted"][0]["trouble"] == ""
+    guest.domain().blockJobAbort("vda")
+    wait_for("the job is gone", lambda: domain.view().qemu is not None, PATIENCE_S)
 
 
 def end_servers() -> None:

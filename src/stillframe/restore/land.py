@@ -20,6 +20,7 @@ from stillframe.errors import (
     GuestState,
     GuestUnfit,
     GuestUnknown,
+    HypervisorError,
     ImageShared,
     LandFailed,
     TargetSmall,
@@ -132,10 +133,14 @@ def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
 
 
 def _job(way: BootWay, target: str) -> BlockJob | None:
-    view = way.tools.domain(way.known).view()
-    if not view.power.has_qemu:
-        raise _failed(way.known, f"it is {view.power.value} now", way.tools)
-    return (view.jobs or {}).get(target)
+    domain = way.tools.domain(way.known)
+    try:
+        return domain.pull_of(target)
+    except HypervisorError as error:
+        power = domain.power()
+        if power.has_qemu:
+            raise
+        raise _failed(way.known, f"it is {power.value} now", way.tools) from error
 
 
 def _stand(way: BootWay, target: str) -> Stand:
