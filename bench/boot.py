@@ -4,8 +4,8 @@
 
 The lab's database guest is backed up. In each round, in turns: the guest is started on its own qcow2, and its
 snapshot is booted by the command; measured until the guest agent answers, from before the start of libvirt's
-call or of the command. The first boot has nothing to fetch ahead by. Kernel and initramfs come from the host in
-both cases; of the disk, the guest reads its file system and its database.
+call or of the command. The first boot has nothing to fetch ahead by. Kernel and initramfs come from the
+host in both cases; of the disk, the guest reads its file system and its database.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def main() -> int:
         repo = make_repo(Place(Path(place), Path(place) / "state", IMAGES_DIR), Path(place))
         guest.wait_ready()
         guest.wait_acknowledged(_ROWS)
-        sid = str(repo.json("backup", "bench", "--quiesce", "agent", "--method", "overlay", "--min-free", "64M")[
-            "guests"][0]["snapshot"])
+        words = ("--quiesce", "agent", "--method", "overlay", "--min-free", "64M")
+        sid = str(repo.json("backup", "bench", *words)["guests"][0]["snapshot"])
         guest.destroy()
         guest.domain().undefineFlags(UNDEFINE_WHOLLY)
         measure(guest, repo, sid, options.rounds)
@@ -60,7 +60,8 @@ def measure(guest: DbGuest, repo: Repo, sid: str, rounds: int) -> None:
         for seconds, way in ways[:: 1 - number % 2 * 2]:
             seconds.append(way())
     for name, seconds in (("local qcow2", local), ("boot", served)):
-        print(f"  {name:12} {statistics.median(seconds):6.2f} s   {' '.join(f'{each:.2f}' for each in seconds)}")
+        print(f"  {name:12} {statistics.median(seconds):6.2f} s   "
+              + " ".join(f"{each:.2f}" for each in seconds))
     print(f"  the first boot, with nothing to fetch ahead by: {first:.2f} s")
     target("boot to the agent's answer, of the time from a local qcow2",
            statistics.median(served) / statistics.median(local), 1.5, most=True)

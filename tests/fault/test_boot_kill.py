@@ -17,6 +17,8 @@ from lab.booted import BootedGuest
 from lab.daemons import LibvirtDaemons
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
+from stillframe.capture.lock import lock_holder
+from stillframe.errors import Interrupted
 from stillframe.restore.boot_record import BootState
 from tests.fault.harness import Place, Run
 from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
@@ -28,7 +30,7 @@ _BOOT_CELLS = [(state, phase) for state in _BOOT for phase in ("intent", "done")
                if (state, phase) not in ((BootState.PLANNED, "done"), (BootState.BOOTED, "done"))]
 #: The steps of a landing with two disks: begun; a disk is pulled, and then seen to have landed; all have.
 _LAND_CELLS = [(BootState.LANDING, "intent", 1), (BootState.LANDING, "intent", 2),
-               (BootState.LANDING, "done", 1), (BootState.LANDED, "intent", 1)]
+               (BootState.LANDING, "done", 2), (BootState.LANDED, "intent", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,47 @@ def test_qemu_is_killed_at_the_end_of_a_boot(booting: Booting) -> None:
     run.kill()
     assert_whole(booting, guest)
     assert guest.running()
+
+
+def test_the_tool_is_killed_while_a_guest_is_thrown_away(booting: Booting) -> None:
+    guest = booting.boot(_NAME)
+    run = BootRun(booting, BootState.DISCARDING, "intent", 1, "discard", _NAME)
+    assert run.wait_reached(), run.output
+    run.kill()
+    assert guest.running()
+    assert_whole(booting, guest)
+    booting.assert_nothing_is_left(_NAME)
+
+
+def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
+    guest = booting.boot(_NAME)
+    guest.write("vda", 6 * MIB + 512, 100 * 1024, 0x55)
+
+    def land_slowly() -> subprocess.Popen[bytes]:
+        guest.domain().blockPull("vda", 1)  # MiB a second: land finds it at work, and waits for it
+        process = subprocess.Popen(
+            booting.repo.command("land", _NAME, "-q"), env=booting.repo.environment(), cwd=booting.repo.root)
+        uuid = guest.domain().UUIDString()
+        wait_for("it lands", lambda: str(process.pid) in lock_holder(booting.repo.place.state_dir, uuid),
+                 PATIENCE_S)
+        return process
+
+    killed = land_slowly()
+    killed.kill()
+    killed.wait()
+    assert guest.domain().blockJobInfo("vda")
+    said = booting.repo.json("recover")["guests"][0]["did"]
+    assert said == [f"it has not landed yet: stillframe land {_NAME}"]
+    guest.domain().blockJobAbort("vda")
+    wait_for("the job is gone", lambda: not guest.domain().blockJobInfo("vda"), PATIENCE_S)
+
+    interrupted = land_slowly()
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(PATIENCE_S) == Interrupted.exit_code
+    wait_for("the job is gone", lambda: not guest.domain().blockJobInfo("vda"), PATIENCE_S)
+    assert guest.disk_xml("vda", inactive=True).find("backingStore/source") is not None
+    booting.repo.json("land", _NAME)
+    booting.assert_landed(guest)
 
 
 @pytest.mark.parametrize("victim", ["tool", "servers", "qemu", "libvirtd", "all"])

@@ -221,6 +221,9 @@ def test_what_is_asked_wrongly_is_refused_and_leaves_nothing(booting: Booting) -
     booting.repo.json("land", "nobody", code=GuestUnknown.exit_code)
     error = booting.repo.json("backup", "b1", code=GuestUnfit.exit_code)["guests"][0]["error"]
     assert "stillframe land b1" in error["next_command"]
+    kept = booting.repo.json("forget", booting.snapshot.sid)
+    assert not kept["dropped"]
+    assert "b1 runs from it" in kept["kept"][0]["reasons"][0]
     guest.domain().destroy()
     booting.repo.json("land", "b1", code=GuestShutOff.exit_code)
     assert len(list(booting.repo.place.state_dir.glob("booted/*"))) == 1

@@ -1,4 +1,4 @@
-"""The database guest runs from its snapshot at once and lands while it writes: no acknowledged row is lost."""
+"""The database guest runs from its snapshot and lands while it writes: no acknowledged row is lost."""
 
 from __future__ import annotations
 

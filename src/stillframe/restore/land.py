@@ -113,8 +113,9 @@ def _check(record: BootRecord, tools: BootTools) -> None:
 def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
     """Have QEMU pull a disk, and wait until it has written everything down."""
     tools, domain = way.tools, way.tools.domain(way.known)
+    way.record = tools.store.note(way.known, detail=f"pulling {target}")
+    way.keep((target,))
     if _job(way, target) is None:
-        way.keep((target,))
         domain.start_pull(target)
     while (job := _job(way, target)) is not None:
         report(target, job.cur, job.end)
