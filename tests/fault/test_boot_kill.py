@@ -137,11 +137,13 @@ def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
         process = subprocess.Popen(
             booting.repo.command("land", _NAME, "-q"), env=booting.repo.environment(), cwd=booting.repo.root)
         uuid = guest.domain().UUIDString()
-        wait_for("it lands", lambda: str(process.pid) in lock_holder(booting.repo.place.state_dir, uuid),
-                 PATIENCE_S)
+        wait_for("it holds the guest", lambda: str(process.pid) in lock_holder(
+            booting.repo.place.state_dir, uuid), PATIENCE_S)
+        wait_for("it lands", lambda: (booting.record(_NAME) or {})["detail"] == "pulling vda", PATIENCE_S)
         return process
 
     killed = land_slowly()
+    assert booting.repo.json("status")["booted"][0]["trouble"] == ""
     killed.kill()
     killed.wait()
     assert guest.domain().blockJobInfo("vda")
