@@ -100,6 +100,8 @@ def test_a_guest_lands_while_it_writes(booting: Booting) -> None:
         over.set()
         writer.join()
     assert [disk["target"] for disk in said["disks"]] == ["vda", "vdb"]
+    # It is a guest like any other now.
+    booting.repo.json("backup", "b1", "--quiesce", "none", "--min-free", "32M", "--method", "overlay")
     booting.assert_landed(guest)
     guest.domain().create()
     guest.assert_disk_equals_model("vda")

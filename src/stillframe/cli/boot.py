@@ -20,7 +20,6 @@ from stillframe.restore.boot_steps import BootTools, BootWay
 from stillframe.restore.land import discard_guest, land_guest
 from stillframe.storage.address import open_storage
 
-
 #: Of a server's log, in `status`.
 _SHOWN_LINES = 3
 
