@@ -71,18 +71,21 @@ def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of
     as_: Annotated[
         str | None, typer.Option("--as", help="restore the whole guest as a new one of this name")] = None,
     pool: Annotated[
-        str | None, typer.Option("--pool", help="--as: folder, or libvirt's pool, for disks (default: default)")
+        str | None, typer.Option("--pool", help="--as: folder or pool of libvirt for disks (else its default)")
     ] = None,
     disk: Annotated[
-        list[str] | None, typer.Option("--disk", help="--as: write a disk to a block device: vda=/dev/x")] = None,
+        list[str] | None, typer.Option("--disk", help="--as: write a disk to a block device: vda=/dev/x")
+    ] = None,
     same_identity: Annotated[
         bool, typer.Option("--same-identity", help="--as: keep the guest's UUID and MAC addresses")] = False,
     network: Annotated[
-        str | None, typer.Option("--network", help="--as: put all interfaces on this network of libvirt")] = None,
+        str | None, typer.Option("--network", help="--as: put all interfaces on this network of libvirt")
+    ] = None,
     no_network: Annotated[
         bool, typer.Option("--no-network", help="--as: leave all interfaces out")] = False,
     nearest: Annotated[
-        bool, typer.Option("--nearest", help="--as: take what the host has instead of what it lacks")] = False,
+        bool, typer.Option("--nearest", help="--as: take what the host has instead of what it lacks")
+    ] = False,
     start: Annotated[bool, typer.Option("--start", help="--as: start the guest")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="--as: show the definition's changes and the space, do nothing")
@@ -97,10 +100,10 @@ def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of
     for each in disk or ():
         target, _, path = each.partition("=")
         if not (target and path.startswith("/dev/")) or target in devices:
-            raise typer.BadParameter(f"--disk names a target and a block device, once each: vda=/dev/x, not {each}")
+            raise typer.BadParameter(f"--disk is TARGET=DEVICE, each target once: vda=/dev/x, not {each}")
         devices[target] = path
-    return GuestOptions(as_, pool or "", devices, same_identity, "" if no_network else network, nearest, start,
-                        dry_run)
+    chosen_network = "" if no_network else network
+    return GuestOptions(as_, pool or "", devices, same_identity, chosen_network, nearest, start, dry_run)
 
 
 def check_name(name: str) -> None:
@@ -110,12 +113,13 @@ def check_name(name: str) -> None:
 
 
 def restore_guest(session: Session, order: Order) -> int:
-    """Restore a whole guest; return the exit code: RepositoryDamaged's if something was lost and skipped."""
+    """Restore a whole guest; return the exit code: RepositoryDamaged's if anything was lost and skipped."""
     name = find(session, order.snapshot)
     manifest = read_snapshot(session.repository, name)
     session.kept = "Nothing of the new guest is left."
     claims = Claims(session.state_folder, session.clock)
-    head: dict[str, object] = {"snapshot": name_body(name), "guest": order.wish.name, "dry_run": order.dry_run}
+    head: dict[str, object] = {
+        "snapshot": name_body(name), "guest": order.wish.name, "dry_run": order.dry_run}
     if order.dry_run:
         return _show(session, _plan(session, manifest, order, claims), head)
     with claims.held(order.wish.name), session.signals_as_stop("what was made is being removed"):
@@ -150,10 +154,8 @@ def _show(session: Session, plan: GuestPlan, head: dict[str, object]) -> int:
     """Say what would be done; raises what would stop it."""
     session.screen.result(plan.difference().rstrip("\n"))
     for disk in plan.disks:
-        room = "nothing (a device)" if disk.is_device else "nothing (it is there already)" if disk.is_done else (
-            f"up to {size_text(disk.entry.data_bytes)}")
         session.screen.result(f"{disk.entry.target}: {disk.wishes.path} ({disk.wishes.format}, "
-                              f"{size_text(disk.entry.size_bytes)}): takes {room}")
+                              f"{size_text(disk.entry.size_bytes)}): takes {size_text(disk.needed_bytes)}")
     for target in plan.files:
         session.screen.result(f"{target.entry.role}: {target.path}")
     for words in _notes(plan):
@@ -161,7 +163,7 @@ def _show(session: Session, plan: GuestPlan, head: dict[str, object]) -> int:
     plan.check()
     session.screen.json({**head, **_body(plan), "difference": plan.difference(), "disks": [
         {"target": disk.entry.target, "path": disk.wishes.path, "format": disk.wishes.format,
-         "size_bytes": disk.entry.size_bytes, "needed_bytes": 0 if disk.is_device else disk.entry.data_bytes}
+         "size_bytes": disk.entry.size_bytes, "needed_bytes": disk.needed_bytes}
         for disk in plan.disks], "files": [target.path for target in plan.files]})
     return EXIT_OK
 

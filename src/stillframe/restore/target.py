@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import stat
@@ -197,6 +198,12 @@ class Naming:
             if os.path.lexists(self._path):
                 raise exists(self._path, "It appeared while the disk was being restored.") from error
             os.rename(self.temporary, self._path)
+
+
+def unfinished(path: str) -> list[str]:
+    """Return the files that were made under temporary names to become *path*; those of live runs, too."""
+    folder, name = os.path.split(path)
+    return glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name[:200])}.*.unfinished"))
 
 
 @contextlib.contextmanager
