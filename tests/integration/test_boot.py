@@ -15,7 +15,9 @@ import libvirt
 import pytest
 
 from lab.booted import BootedGuest
-from lab.daemons import LibvirtDaemons
+from lab.daemons import UNDEFINE_WHOLLY, LibvirtDaemons
+from lab.diskguest import DiskGuest
+from lab.disks import DiskSpec
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
@@ -33,6 +35,7 @@ from stillframe.errors import (
 )
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain
+from stillframe.repository.manifest import TPM_FOLDER
 from tests.fault.harness import Place, small_file_system
 from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
 
@@ -239,6 +242,36 @@ def test_a_guest_that_is_thrown_away_leaves_nothing(booting: Booting) -> None:
     assert guest.running()
     booting.repo.json("discard", "b1")
     booting.assert_nothing_is_left("b1")
+
+
+def test_a_guest_has_variables_and_a_tpm_of_its_own(booting: Booting, images_dir: Path) -> None:
+    nvram = images_dir / "uefi_VARS.fd"
+    nvram.write_bytes(Path("/usr/share/OVMF/OVMF_VARS_4M.fd").read_bytes()[:-4096] + b"\xab" * 4096)
+    guest = DiskGuest(
+        booting.daemons, images_dir, "uefi", (DiskSpec("vda", size_bytes=8 * MIB),), memory_mib=128,
+        devices="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
+    firmware = ("<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
+    booting.daemons.connect().defineXML(guest.xml().replace("</os>", firmware))
+    guest.start()
+    state = TPM_FOLDER / guest.domain().UUIDString() / "tpm2/tpm2-00.permall"
+    sid = str(booting.repo.backup(guest, "--method", "overlay")["snapshot"])
+    guest.destroy()
+    before = nvram.read_bytes(), state.read_bytes()
+    done = booting.repo.json("boot", sid, "--as", "b1", "--pool", booting.pool)
+    record = booting.record("b1")
+    assert record is not None
+    own = next(Path(path) for path in record["files"] if "VARS" in path)
+    assert own.read_bytes()[-4096:] == before[0][-4096:]
+    assert (TPM_FOLDER / done["uuid"] / "tpm2/tpm2-00.permall").exists()
+    assert booting.guest("b1").running()
+    booting.repo.json("discard", "b1")
+    booting.assert_nothing_is_left("b1")
+    assert not own.exists()
+    assert not (TPM_FOLDER / done["uuid"]).exists()
+    assert (nvram.read_bytes(), state.read_bytes()) == before
+    guest.domain().undefineFlags(UNDEFINE_WHOLLY)
+    guest.remove()
 
 
 def test_what_somebody_else_made_is_not_thrown_away(booting: Booting) -> None:
