@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from lab.booted import BootedGuest
-from lab.daemons import LibvirtDaemons
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.lock import lock_holder
 from stillframe.errors import Interrupted
 from stillframe.restore.boot_record import BootState
-from tests.fault.harness import Place, Run
-from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
+from tests.fault.harness import Run
+from tests.integration.booting import Booting, end_servers
 
 _NAME = "b1"
 _BOOT = (BootState.PLANNED, BootState.MAKING, BootState.SERVING, BootState.DEFINING, BootState.STARTING,
@@ -31,21 +25,6 @@ _BOOT_CELLS = [(state, phase) for state in _BOOT for phase in ("intent", "done")
 #: The steps of a landing with two disks: begun; a disk is pulled, and then seen to have landed; all have.
 _LAND_CELLS = [(BootState.LANDING, "intent", 1), (BootState.LANDING, "intent", 2),
                (BootState.LANDING, "done", 2), (BootState.LANDED, "intent", 1)]
-
-
-@pytest.fixture(scope="module")
-def snapshot(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    """Give a snapshot for all tests here: none of them changes it."""
-    session_daemons.start()
-    return take_snapshot(session_daemons, tmp_path_factory.mktemp("boot"))
-
-
-@pytest.fixture
-def booting(daemons: LibvirtDaemons, snapshot: Snapshot, place: Place, tmp_path: Path) -> Iterator[Booting]:
-    """Give a test's own places."""
-    yield Booting(daemons, snapshot, replace(snapshot.repo, place=place), place.overlays, tmp_path)
-    end_servers()
-    shutil.rmtree("/run/stillframe", ignore_errors=True)
 
 
 class BootRun(Run):
@@ -58,12 +37,6 @@ class BootRun(Run):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=booting.repo.root,
             env=booting.repo.environment(), stdin=subprocess.DEVNULL)
         self.output = ""
-
-
-def end_servers() -> None:
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    wait_for("the servers are gone", lambda: not servers(), PATIENCE_S)
 
 
 def boot_words(booting: Booting) -> list[str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import libvirt
 import pytest
 
 from lab.booted import BootedGuest
-from lab.daemons import UNDEFINE_WHOLLY, LibvirtDaemons
+from lab.daemons import UNDEFINE_WHOLLY
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec
 from lab.images import MIB
@@ -36,24 +33,8 @@ from stillframe.errors import (
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain
 from stillframe.repository.manifest import TPM_FOLDER
-from tests.fault.harness import Place, small_file_system
-from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
-
-
-@pytest.fixture(scope="module")
-def snapshot(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    """Give a snapshot for all tests here: none of them changes it."""
-    session_daemons.start()
-    return take_snapshot(session_daemons, tmp_path_factory.mktemp("boot"))
-
-
-@pytest.fixture
-def booting(daemons: LibvirtDaemons, snapshot: Snapshot, place: Place, tmp_path: Path) -> Iterator[Booting]:
-    """Give a test's own places."""
-    yield Booting(daemons, snapshot, replace(snapshot.repo, place=place), place.overlays, tmp_path)
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    shutil.rmtree("/run/stillframe", ignore_errors=True)
+from tests.fault.harness import small_file_system
+from tests.integration.booting import Booting, end_servers
 
 
 def write_here_and_there(guest: BootedGuest, pattern: int) -> None:
@@ -122,12 +103,6 @@ def test_qemu_is_not_asked_for_its_nodes_while_it_pulls(booting: Booting) -> Non
     wait_for("the job is gone", lambda: domain.view().qemu is not None, PATIENCE_S)
 
 
-def end_servers() -> None:
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    wait_for("the servers are gone", lambda: not servers(), PATIENCE_S)
-
-
 def read_by_the_guest_itself(guest: BootedGuest) -> None:
     """Have the guest's firmware read the first sector, by its device and so under its error policy."""
     guest.domain().reset(0)
@@ -161,7 +136,6 @@ def test_after_a_restart_of_the_host_recover_makes_the_guest_startable(booting: 
     guest.flush()
     booting.daemons.kill_qemu("b1")
     end_servers()
-    shutil.rmtree("/run/stillframe")
     wait_for("the guest is off", lambda: not guest.running(), PATIENCE_S)
     with pytest.raises(libvirt.libvirtError):
         guest.domain().create()

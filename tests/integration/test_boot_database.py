@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,9 +11,8 @@ import pytest
 from lab.daemons import UNDEFINE_WHOLLY
 from lab.dbguest import DbGuest, check_image
 from lab.images import run
-from stillframe.hypervisor.model import BOOT_SOCKETS
 from tests.fault.harness import Place
-from tests.integration.booting import servers
+from tests.integration.booting import end_servers, servers
 from tests.integration.repositories import Repo, make_repo
 
 pytestmark = pytest.mark.timeout(300)
@@ -26,9 +22,7 @@ pytestmark = pytest.mark.timeout(300)
 def repo(place: Place, tmp_path: Path) -> Iterator[Repo]:
     """Give an empty repository; whatever serves from it ends with the test."""
     yield make_repo(place, tmp_path)
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(BOOT_SOCKETS, ignore_errors=True)
+    end_servers()
 
 
 def test_a_database_is_booted_and_lands_while_it_writes(repo: Repo, db_guest: Callable[..., DbGuest]) -> None:
