@@ -106,7 +106,7 @@ def _check(record: BootRecord, tools: BootTools) -> None:
             free = free_bytes(folder)
             if free < needed[device]:
                 raise TargetSmall(
-                    f"{folder} has {size_text(free)} free, and {record.name} needs up to "
+                    f"{folder} has {size_text(free)} free, and {record.name} needs at least "
                     f"{size_text(needed[device])} to land there.", f"df {folder}", GuestState.OVERLAID)
 
 
