@@ -50,7 +50,7 @@ def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: boo
     """Drop the named snapshots, or those that no rule keeps; return the exit code."""
     read_parameters(session.storage)
     known = list_snapshots(session.storage)
-    verdicts = _verdicts(session, known, texts, rules)
+    verdicts = [_kept_if_booted(verdict, session) for verdict in _verdicts(session, known, texts, rules)]
     plan = plan_forget(verdict.snapshot for verdict in verdicts if not verdict.keep)
     for verdict in verdicts:
         word = "keep" if verdict.keep else ("would drop" if dry_run else "drop")
@@ -111,6 +111,13 @@ def _verdicts(
         raise SnapshotUnknown(f"There is no snapshot of {rules.guest}.",
                               f"stillframe list --repo {session.storage.address}")
     return judge(subject, rules.policy(), session.storage.now(), pins)
+
+
+def _kept_if_booted(verdict: Verdict[SnapshotName], session: Session) -> Verdict[SnapshotName]:
+    """Return the verdict, or one that keeps a snapshot that a guest of this host reads from."""
+    guest = next((each.name for each in session.boot_store.known() if each.sid == verdict.snapshot.sid), "")
+    return verdict if verdict.keep or not guest else Verdict(
+        verdict.snapshot, keep=True, reasons=(f"{guest} runs from it: stillframe land {guest}",))
 
 
 def _exit_code(plan: CollectionPlan) -> int:
