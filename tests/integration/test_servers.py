@@ -87,7 +87,8 @@ def test_a_second_site(disk_guest: MakeGuest, repo: Repo, place: Place, tmp_path
         guest.flush()
         links.append({"vda": guest.model("vda").copy_at_moment()})
         first.backup(guest)
-    words = ["copy", "--from", str(first.path), "--from-passphrase-file", str(first.path.with_suffix(".pass"))]
+    passphrase = first.path.with_suffix(".pass")
+    words = ["copy", "--from", str(first.path), "--from-passphrase-file", str(passphrase)]
     assert len(repo.json(*words, "--dry-run")["missing"]) == 2
     copied = repo.json(*words)["copied"]
     assert copied[1]["read_bytes"] < copied[0]["read_bytes"] / 2

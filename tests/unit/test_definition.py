@@ -196,7 +196,8 @@ def test_a_log_file_whose_folder_is_not_there_becomes_a_terminal() -> None:
     found = [each for each in lacking(domain_for(GUEST, original), HOST) if each.what == "folder"]
     assert [(each.named, each.is_fatal) for each in found] == [("/var/log/shop.log", False)]
     root = ET.fromstring(domain_for(GUEST, accept(original, found)))
-    assert [(serial.get("type"), serial.find("source")) for serial in root.iterfind("devices/serial")] == [("pty", None)]
+    serials = root.findall("devices/serial")
+    assert [(serial.get("type"), serial.find("source")) for serial in serials] == [("pty", None)]
 
 
 def test_another_architecture_is_all_that_is_said() -> None:
