@@ -12,9 +12,11 @@ from stillframe.cli import diff as diff_command
 from stillframe.cli import forget as forget_command
 from stillframe.cli import keys as keys_command
 from stillframe.cli import restore as restore_command
+from stillframe.cli import restore_in_place as in_place_command
 from stillframe.cli import snapshots as snapshots_command
 from stillframe.cli import verify as verify_command
-from stillframe.cli.options import plain_options, repository_options, run_command, taking
+from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
+from stillframe.cli.restore_in_place import InPlaceOptions, in_place_options
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
 
@@ -98,23 +100,32 @@ def diff(
     run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
 
 
-@taking(plain_options, repository_options)
+@taking(host_options, repository_options, in_place_options)
 def restore(
-    common: Common, repository: RepositorySettings, *,
+    common: Common, repository: RepositorySettings, in_place: InPlaceOptions, *,
     snapshot: Annotated[
         str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
     to: Annotated[
-        str, typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")],
+        str | None,
+        typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")] = None,
     format_: Annotated[
         Format | None, typer.Option("--format", help="else raw, or qcow2 if PATH ends so")] = None,
     delta: Annotated[
         bool, typer.Option("--delta", help="write only what differs into an image that is there")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="overwrite a file that is there, or a block device")] = False,
+        bool, typer.Option("--force", help="overwrite what is there; --in-place: cut the guest's power")
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
 ) -> None:
-    """Write a snapshot's disks back to files or to a block device."""
+    """Write a snapshot's disks back (--to), or over the guest that is there (--in-place)."""
+    if in_place.is_asked_for:
+        if to is not None or delta or format_ is not None:
+            raise typer.BadParameter("--in-place goes with neither --to nor --delta nor --format")
+        order = in_place_command.Order(snapshot, in_place, force, skip_bad)
+        run_command(common, lambda session: in_place_command.restore_over(session, order), repository)
+    if to is None:
+        raise typer.BadParameter("say what is to be restored to: --to PATH, or --in-place")
     # Path would drop the slash by which a folder is told from a file.
     wish = restore_command.Wish(
         snapshot, Path(to).absolute(), to.endswith("/"), format_.value if format_ else "",

@@ -52,7 +52,7 @@ def restore(session: Session, wish: Wish) -> int:
     text, target = split_name(wish.name)
     name = find(session, text)
     manifest = read_snapshot(session.repository, name)
-    disks = _chosen(manifest, target, display_name(name))
+    disks = chosen_disks(manifest, target, display_name(name))
     into_folder = len(disks) > 1 or wish.into_folder or wish.to.is_dir()
     places = Places(session.repository)
     session.kept = "The repository is as it was."
@@ -85,7 +85,8 @@ def split_name(text: str) -> tuple[str, str]:
     return (snapshot, disk) if colon and disk and not disk.rstrip("Z").isdigit() else (text, "")
 
 
-def _chosen(manifest: Manifest, target: str, name: str) -> Sequence[DiskEntry]:
+def chosen_disks(manifest: Manifest, target: str, name: str) -> Sequence[DiskEntry]:
+    """Return the disk called *target*, all disks if it is "". Raises SnapshotUnknown."""
     chosen = [disk for disk in manifest.disks if target in ("", disk.target)]
     if not chosen:
         there = ", ".join(disk.target for disk in manifest.disks)
@@ -102,7 +103,7 @@ def _one(session: Session, places: Places, disk: DiskEntry, to: Path, wish: Wish
 
     result = restore_disk(
         places, disk, Wishes(str(to.absolute()), wish.format, wish.force, wish.delta), clock=session.clock,
-        skip_bad=wish.skip_bad, stop=lambda: _stop(session), report=report)
+        skip_bad=wish.skip_bad, stop=lambda: stop_of(session), report=report)
     session.screen.result(
         f"{disk.target}: {result.path}: {size_text(result.data_bytes)} data, "
         f"{size_text(result.written_bytes)} written")
@@ -112,7 +113,8 @@ def _one(session: Session, places: Places, disk: DiskEntry, to: Path, wish: Wish
     return result
 
 
-def _stop(session: Session) -> StillframeError | None:
+def stop_of(session: Session) -> StillframeError | None:
+    """Return the error to end a restore with once a signal came."""
     error = session.stop()
     if error is not None:
         error.guest = GuestState.UNTOUCHED

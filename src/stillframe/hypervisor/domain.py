@@ -197,6 +197,10 @@ class Domain:
         how = libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT if by_agent else libvirt.VIR_DOMAIN_SHUTDOWN_DEFAULT
         self._act(lambda domain: domain.shutdownFlags(how))
 
+    def destroy(self) -> None:
+        """End the domain at once, as if its power were cut."""
+        self._act(lambda domain: domain.destroy())
+
     # --- checkpoints and backup jobs -------------------------------------------------------------
 
     def glance_at_power(self) -> Power | None:

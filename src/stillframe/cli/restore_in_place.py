@@ -1,0 +1,248 @@
+"""`stillframe restore --in-place`: a snapshot over the guest that is there; only what differs is written."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillframe.backup.run import BackupJob, BackupResult, backup_guest
+from stillframe.capture.limits import Limits
+from stillframe.capture.lock import domain_lock
+from stillframe.capture.method import Method
+from stillframe.capture.restoring import Restoring, RestoringStore, attention
+from stillframe.cli.address import local_folder
+from stillframe.cli.restore import chosen_disks, split_name, stop_of
+from stillframe.cli.session import Session
+from stillframe.cli.snapshots import find, name_body, short_id
+from stillframe.config import GuestSettings, for_guest
+from stillframe.errors import EXIT_OK, GuestUnfit, GuestUnknown, RepositoryDamaged, TargetInUse
+from stillframe.hypervisor.advice import is_bare
+from stillframe.hypervisor.domain import Domain, find_domain
+from stillframe.hypervisor.model import Power
+from stillframe.repository.catalog import display_name
+from stillframe.repository.manifest import Manifest
+from stillframe.repository.places import Places
+from stillframe.repository.snapshots import read_snapshot
+from stillframe.restore.in_place import (
+    InPlace,
+    InPlaceTools,
+    compare_in_place,
+    finish_untorn,
+    restore_in_place,
+    turn_off,
+)
+from stillframe.restore.in_place_plan import InPlaceWish, begin, go_on, refuse_busy
+from stillframe.units import duration_text, size_text
+
+
+@dataclass(frozen=True)
+class InPlaceOptions:
+    """The options of `restore` that are for a restore in place."""
+
+    in_place: bool = False
+    guest: str | None = None
+    shutdown: bool = False
+    shutdown_timeout: str | None = None
+    backup_first: bool = True
+    with_definition: bool = False
+    dry_run: bool = False
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether a restore in place is wanted. Raises BadParameter for options of no use without it."""
+        if not self.in_place and self != InPlaceOptions():
+            raise typer.BadParameter("--guest, --shutdown, --shutdown-timeout, --no-backup-first, "
+                                     "--with-definition and --dry-run go with --in-place")
+        return self.in_place
+
+
+def in_place_options(  # typer makes an option of each parameter
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="over the guest that is there; only what differs is written")
+    ] = False,
+    guest: Annotated[
+        str | None, typer.Option("--guest", help="--in-place: not the snapshot's own guest, but this one")
+    ] = None,
+    shutdown: Annotated[
+        bool, typer.Option("--shutdown", help="--in-place: ask a running guest to shut down first")] = False,
+    shutdown_timeout: Annotated[
+        str | None, typer.Option("--shutdown-timeout", help="--in-place: longest wait for that (default 2m)")
+    ] = None,
+    backup_first: Annotated[
+        bool, typer.Option("--backup-first/--no-backup-first",
+                           help="--in-place: back the present state up before it is overwritten")] = True,
+    with_definition: Annotated[
+        bool, typer.Option("--with-definition", help="--in-place: the guest's definition, too")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="--in-place: say what would be written, and write nothing")
+    ] = False,
+) -> InPlaceOptions:
+    """Return how a guest is to be restored in place."""
+    return InPlaceOptions(
+        in_place, guest, shutdown, shutdown_timeout, backup_first, with_definition, dry_run)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be restored, and how. *force* cuts the guest's power."""
+
+    name: str
+    options: InPlaceOptions
+    force: bool
+    skip_bad: bool
+
+
+def restore_over(session: Session, order: Order) -> int:
+    """Restore in place; return the exit code: RepositoryDamaged's if something was lost and skipped."""
+    text, target = split_name(order.name)
+    name = find(session, text)
+    manifest = read_snapshot(session.repository, name)
+    disks = tuple(chosen_disks(manifest, target, display_name(name)))
+    wish = InPlaceWish(manifest, display_name(name), session.address, disks, not target,
+                       order.options.with_definition)
+    domain = _guest(session, manifest, order)
+    call = _Call(session, order, wish, domain)
+    session.kept = f"The disks of {domain.name} are as they were."
+    with session.signals_as_stop("what was begun can be finished by the same command"):
+        done = call.compared() if order.options.dry_run else call.restored()
+    _tell(session, domain.name, done, dry_run=order.options.dry_run)
+    session.screen.json({
+        "snapshot": name_body(name), "guest": domain.name, "dry_run": order.options.dry_run,
+        "whole": done.is_whole, "state_before": call.before, "disks": [asdict(disk) for disk in done.disks],
+        "files": done.files, "lost_files": done.lost, "warnings": done.warnings})
+    return EXIT_OK if done.is_whole else RepositoryDamaged.exit_code
+
+
+def _guest(session: Session, manifest: Manifest, order: Order) -> Domain:
+    """Return the guest to restore over. Raises GuestUnknown, GuestUnfit."""
+    asked = order.options.guest
+    if is_bare(asked or ""):
+        raise GuestUnfit("A guest without libvirt has no definition that says which images are its own.",
+                         f"stillframe restore {order.name} --to PATH --delta --repo REPO   # with QEMU ended")
+    try:
+        return find_domain(session.connection, asked or manifest.uuid)
+    except GuestUnknown as error:
+        if asked:
+            raise
+        raise GuestUnknown(
+            f"The guest of the snapshot, {manifest.guest} ({manifest.uuid}), is not on this host.",
+            f"stillframe restore {order.name} --in-place --guest NAME --repo REPO   # over another guest",
+        ) from error
+
+
+class _Call:
+    """One call of the command. *before* is the snapshot of the state before, "" if none was made."""
+
+    def __init__(self, session: Session, order: Order, wish: InPlaceWish, domain: Domain) -> None:
+        self._session = session
+        self._order = order
+        self._wish = wish
+        self._domain = domain
+        self._store = RestoringStore(session.journal.folder)
+        self.before = ""
+
+    def compared(self) -> InPlace:
+        """Say what would be written. Raises TargetInUse for a guest that runs."""
+        with self._locked():
+            found = self._store.read(self._domain.uuid)
+            return compare_in_place(self._record(found), self._wish.manifest, self._tools())
+
+    def restored(self) -> InPlace:
+        """Shut the guest down if that is asked for, back it up, restore it."""
+        with self._locked():
+            found = self._unfinished()
+            if found is None:
+                refuse_busy(self._domain, self._session.journal, self._wish)
+                self._turn_off()
+                begin(self._domain, self._wish, self._session.clock)  # refuse before a long backup
+        if found is not None:
+            self.before = found.before
+            self._session.screen.say(f"{found.words()}: going on")
+        elif self._order.options.backup_first:
+            self.before = self._back_up().snapshot
+        with self._locked():
+            self._session.screen.say(f"restoring {self._domain.name} in place from {self._wish.name}")
+            return restore_in_place(
+                self._record(self._unfinished()), self._wish.manifest, self._tools(),
+                skip_bad=self._order.skip_bad)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return domain_lock(self._session.journal.folder, self._domain.uuid, self._domain.name,
+                           "restore in place", self._session.clock)
+
+    def _unfinished(self) -> Restoring | None:
+        """Return what an earlier call left half written; what is not so is ended here."""
+        found = self._store.read(self._domain.uuid)
+        if found is not None and not found.phase.is_torn:
+            finish_untorn(found, self._store, self._domain)
+            return None
+        return found
+
+    def _record(self, found: Restoring | None) -> Restoring:
+        if found is not None:
+            if not found.phase.is_torn:
+                raise attention(found)  # a dry run ends nothing
+            return go_on(found, self._wish)
+        refuse_busy(self._domain, self._session.journal, self._wish)
+        return begin(self._domain, self._wish, self._session.clock, self.before)
+
+    def _turn_off(self) -> None:
+        if self._domain.power() is Power.OFF or not (self._order.options.shutdown or self._order.force):
+            return
+        if self._domain.power() is not Power.RUNNING and not self._order.force:
+            raise TargetInUse(f"{self._domain.name} is paused, and can't shut down by itself.",
+                              f"{self._domain.advice.resume}   # or --force, which cuts its power")
+        self._session.screen.say(f"shutting {self._domain.name} down")
+        turn_off(self._domain, self._limits(), self._session.clock, force=self._order.force)
+
+    def _limits(self) -> Limits:
+        options = GuestSettings(shutdown_timeout=self._order.options.shutdown_timeout)
+        return for_guest(self._session.settings, self._domain.name, options).limits
+
+    def _back_up(self) -> BackupResult:
+        session = self._session
+        session.screen.say(f"backing {self._domain.name} up first, to {session.address}")
+        wishes = for_guest(session.settings, self._domain.name, GuestSettings(method=Method.OFFLINE))
+        folder: Path | None = local_folder(session.address)
+        result = backup_guest(
+            BackupJob(
+                self._domain, lambda: session.repository, folder, session.host, session.hints_folder, wishes,
+                session.stop,
+                lambda target, done, total: session.screen.bar(f"{target}: backup first", done, total)),
+            session.tools)
+        session.screen.result(
+            f"{self._domain.name}: the state before is in snapshot {short_id(result.snapshot)}, "
+            f"{size_text(result.stored_bytes)} stored, took {duration_text(result.seconds)}")
+        return result
+
+    def _tools(self) -> InPlaceTools:
+        session = self._session
+
+        def report(target: str, doing: str, done: int, total: int) -> None:
+            session.screen.bar(f"{target}: {doing}", done, total)
+
+        return InPlaceTools(Places(session.repository), self._domain, self._store, session.clock,
+                            lambda: stop_of(session), report)
+
+
+def _tell(session: Session, name: str, done: InPlace, *, dry_run: bool) -> None:
+    screen = session.screen
+    for disk in done.disks:
+        what = (f"{size_text(disk.differing_bytes)} would be written" if dry_run else
+                f"{size_text(disk.written_bytes)} written, {size_text(disk.zeroed_bytes)} made zero")
+        skipped = f", {size_text(disk.skipped_bytes)} done before" if disk.skipped_bytes else ""
+        screen.result(f"{name} {disk.target}: {disk.path}: {size_text(disk.size_bytes)}, "
+                      f"{size_text(disk.read_bytes)} compared{skipped}, {what}")
+        for lost in disk.lost:
+            screen.result(f"{name} {disk.target}: lost: {lost.length_bytes} bytes at {lost.offset_bytes} "
+                          f"({lost.why})")
+    for path in done.files:
+        screen.result(f"{path}: written")
+    for words in done.lost:
+        screen.result(f"lost: {words}")
+    for words in done.warnings:
+        screen.warn(words)
