@@ -24,9 +24,9 @@ from tests.kinds import disks
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 32 * MIB
-_TORN = ("writing#1", "wrote#1", "wrote#3", "writing#2", "wrote#5", "writing#3")
+_TORN = ("writing#1", "wrote#1", "wrote#2", "writing#2", "wrote#4", "writing#3")
 _UNTORN = ("renamed#1", "renamed#2", "protected#1", "written#1", "unmarked#1")
-_SERVER = ("server:wrote#2", "server:wrote#4")
+_SERVER = ("server:wrote#3", "server:wrote#4")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def struck(repo: Repo, step: str, *words: str) -> int:
 
 def assert_cant_start(guest: DiskGuest) -> None:
     for _ in range(2):
-        with pytest.raises(libvirt.libvirtError, match="restor"):
+        with pytest.raises(libvirt.libvirtError, match="unfinished-stillframe-restore"):
             guest.domain().create()
         # Nor may a restart of libvirt forget it.
         guest.daemons.restart_libvirtd()
@@ -81,6 +81,7 @@ def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, tmp_path: 
     guest, snapshot, then, now = torn
     kept = {path: shutil.copy(path, tmp_path / path.name)
             for path in (disk.path for disk in guest.disks.values())}
+    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     for number, step in enumerate((*_TORN, *_SERVER)):
         code = struck(repo, step, "restore", snapshot, "--in-place", "--no-backup-first")
         assert code == (DestinationLost.exit_code if step in _SERVER else -9), step
@@ -88,11 +89,17 @@ def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, tmp_path: 
         if number % 4 == 0:
             assert_named(repo, place, guest, snapshot)
         # It may be killed again, and go on from there.
-        struck(repo, "wrote#2", "restore", snapshot, "--in-place")
+        assert struck(repo, "writing#1", "restore", snapshot, "--in-place") == -9
         assert_cant_start_now(guest)
+        if number % 2:
+            # Nor by a definition that somebody keeps elsewhere.
+            guest.daemons.connect().defineXML(text)
+            with pytest.raises(libvirt.libvirtError, match="No such file"):
+                guest.domain().create()
         done = in_place(repo, snapshot)
         assert done["state_before"] == ""
         put_back(guest, then)
+        assert guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) == text
         assert not list(guest.folder.glob(f"*{MARK}"))
         assert repo.json("status")["restoring"] == []
         run("qemu-img", "check", "-q", guest.disks["vdb"].path)
@@ -102,7 +109,7 @@ def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, tmp_path: 
 
 
 def assert_cant_start_now(guest: DiskGuest) -> None:
-    with pytest.raises(libvirt.libvirtError, match="restor"):
+    with pytest.raises(libvirt.libvirtError, match="unfinished-stillframe-restore"):
         guest.domain().create()
 
 

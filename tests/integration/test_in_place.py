@@ -242,7 +242,7 @@ def test_a_disk_that_was_replaced_is_written_whole(guest: DiskGuest, repo: Repo)
         disk.path.unlink()
         run("qemu-img", "create", "-q", "-f", disk.image_format, disk.path, str(_SIZE_BYTES))
     done = in_place(repo, snapshot, "--no-backup-first")
-    assert [disk["read_bytes"] for disk in done["disks"]] == [0, 0]
+    assert all(disk["read_bytes"] <= 64 * 1024 for disk in done["disks"])
     put_back(guest, then)
 
 
@@ -383,7 +383,8 @@ def test_the_machines_files_go_back_with_its_disks(
     guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES), started=False)
     nvram = tmp_path / "vars.fd"
     text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    firmware = f"<loader readonly='yes' type='pflash'>{tmp_path}/code.fd</loader><nvram>{nvram}</nvram></os>"
+    firmware = f"<loader readonly='yes' type='pflash'>{tmp_path}/code.fd</loader><nvram>{nvram}</nvram></os>" \
+        "<features><acpi/></features>"
     connect = guest.daemons.connect()
     connect.defineXML(text.replace("</os>", firmware))
     nvram.write_bytes(b"boot from vda")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import typer
@@ -19,7 +19,14 @@ from stillframe.cli.restore import chosen_disks, split_name, stop_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find, name_body, short_id
 from stillframe.config import GuestSettings, for_guest
-from stillframe.errors import EXIT_OK, GuestUnfit, GuestUnknown, RepositoryDamaged, TargetInUse
+from stillframe.errors import (
+    EXIT_OK,
+    GuestUnfit,
+    GuestUnknown,
+    RepositoryDamaged,
+    StillframeError,
+    TargetInUse,
+)
 from stillframe.hypervisor.advice import is_bare
 from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.hypervisor.model import Power
@@ -28,6 +35,7 @@ from stillframe.repository.manifest import Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.in_place import (
+    WRITING,
     InPlace,
     InPlaceTools,
     compare_in_place,
@@ -186,7 +194,7 @@ class _Call:
         if found is not None:
             if not found.phase.is_torn:
                 raise attention(found)  # a dry run ends nothing
-            return go_on(found, self._wish)
+            return go_on(found, self._domain, self._wish)
         refuse_busy(self._domain, self._session.journal, self._wish)
         return begin(self._domain, self._wish, self._session.clock, self.before)
 
@@ -207,13 +215,19 @@ class _Call:
         session = self._session
         session.screen.say(f"backing {self._domain.name} up first, to {session.address}")
         wishes = for_guest(session.settings, self._domain.name, GuestSettings(method=Method.OFFLINE))
-        folder: Path | None = local_folder(session.address)
-        result = backup_guest(
-            BackupJob(
-                self._domain, lambda: session.repository, folder, session.host, session.hints_folder, wishes,
-                session.stop,
-                lambda target, done, total: session.screen.bar(f"{target}: backup first", done, total)),
-            session.tools)
+        command = f"stillframe backup {shlex.quote(self._domain.name)} --repo REPO"
+        try:
+            result = backup_guest(
+                BackupJob(
+                    self._domain, lambda: session.repository, local_folder(session.address), session.host,
+                    session.hints_folder, replace(wishes, command=command), session.stop,
+                    lambda target, done, total: session.screen.bar(f"{target}: backup first", done, total)),
+                session.tools)
+        except StillframeError as error:
+            error.message = f"The state before was not backed up, and nothing was restored. {error.message}"
+            error.args = (error.message,)
+            error.next_command += "   # or --no-backup-first, which gives that state up"
+            raise
         session.screen.result(
             f"{self._domain.name}: the state before is in snapshot {short_id(result.snapshot)}, "
             f"{size_text(result.stored_bytes)} stored, took {duration_text(result.seconds)}")
@@ -223,6 +237,8 @@ class _Call:
         session = self._session
 
         def report(target: str, doing: str, done: int, total: int) -> None:
+            if doing == WRITING:
+                session.kept = ""  # given_up says what is to be said
             session.screen.bar(f"{target}: {doing}", done, total)
 
         return InPlaceTools(Places(session.repository), self._domain, self._store, session.clock,

@@ -49,6 +49,9 @@ _KEEP_BYTES = 256 * MIB
 _CHECKED_BYTES = 4 * GIB
 _POLL_S = 0.25
 
+#: What is done with a disk once its image is being changed.
+WRITING = "write"
+
 #: Told of a disk what is done with it, how many of its bytes are done, and how many there are.
 Report = Callable[[str, str, int, int], None]
 
@@ -233,7 +236,7 @@ class _Run:
             block_tools.resize(disk.meanwhile, -(-entry.size_bytes // 512) * 512)
         kept = done.written_bytes
         with self._target(disk, entry) as target:
-            for part in self._parts(disk.target, found, "write"):
+            for part in self._parts(disk.target, found, WRITING):
                 self._put(target, part, done)
                 if done.written_bytes - kept >= _KEEP_BYTES:
                     target.flush()

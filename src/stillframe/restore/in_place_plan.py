@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -28,9 +28,9 @@ from stillframe.errors import (
     TargetInUse,
     TargetSmall,
 )
-from stillframe.hypervisor.domain_xml import with_source
+from stillframe.hypervisor.domain_xml import read_domain_xml, with_source
 from stillframe.hypervisor.guest import Guest
-from stillframe.hypervisor.model import Disk, DomainView, DomainXml, Power
+from stillframe.hypervisor.model import DomainView, DomainXml, Power
 from stillframe.repository.manifest import DiskEntry, Manifest
 from stillframe.restore.protect import is_marked
 from stillframe.units import size_text
@@ -99,7 +99,7 @@ def begin(domain: Guest, wish: InPlaceWish, clock: Clock, before: str = "") -> R
             f"{domain.name} is {view.power.value}; its disks can be restored in place only while it is off.",
             f"{wish.again()} --shutdown   # asks it to shut down; --force cuts its power")
     targets = {disk.target for disk in wish.disks}
-    chosen = _refuse_other_disks(view.inactive, wish)
+    _refuse_other_disks(view.inactive, wish)
     plan = _planned(domain, view, targets, wish)
     for record in plan:
         _refuse_size(domain, record, wish)
@@ -107,10 +107,10 @@ def begin(domain: Guest, wish: InPlaceWish, clock: Clock, before: str = "") -> R
         uuid=domain.uuid, name=domain.name, sid=wish.manifest.sid, snapshot=wish.name,
         repository=wish.repository, began_at=utc_text(clock.now()), phase=RestorePhase.PROTECTING,
         disks=tuple(_disk(record) for record in plan), whole=wish.whole, before=before,
-        definition=_definition(domain, view.inactive, wish, chosen) if wish.with_definition else "")
+        definition=_definition(domain, view.inactive, wish))
 
 
-def go_on(found: Restoring, wish: InPlaceWish) -> Restoring:
+def go_on(found: Restoring, domain: Guest, wish: InPlaceWish) -> Restoring:
     """Return the record to go on with, of a restore that was broken off while images were being written.
 
     Another snapshot may take the place of the first: then all is compared again. Raises NeedsAttention.
@@ -120,9 +120,11 @@ def go_on(found: Restoring, wish: InPlaceWish) -> Restoring:
     same = found.sid == wish.manifest.sid
     disks = tuple(msgspec.structs.replace(
         disk, done_bytes=disk.done_bytes if same and _is_there(disk) else 0) for disk in found.disks)
+    definition = found.definition if same and not wish.with_definition else _definition(
+        domain, domain.view().inactive, wish)
     return msgspec.structs.replace(
         found, sid=wish.manifest.sid, snapshot=wish.name, repository=wish.repository, disks=disks,
-        whole=wish.whole)
+        whole=wish.whole, definition=definition)
 
 
 def _is_there(disk: RestoringDisk) -> bool:
@@ -133,8 +135,8 @@ def _is_there(disk: RestoringDisk) -> bool:
     return now is not None and disk.identity is not None and disk.identity.same_file(now)
 
 
-def _refuse_other_disks(definition: DomainXml, wish: InPlaceWish) -> list[Disk]:
-    """Raise GuestUnfit if the guest has not got the disks, or would start without them; return them."""
+def _refuse_other_disks(definition: DomainXml, wish: InPlaceWish) -> None:
+    """Raise GuestUnfit if the guest has not got the disks, or would start without them."""
     missing = [disk.target for disk in wish.disks if disk.target not in definition.disks]
     if missing:
         there = ", ".join(definition.disks) or "none"
@@ -153,7 +155,6 @@ def _refuse_other_disks(definition: DomainXml, wish: InPlaceWish) -> list[Disk]:
                 f"{disk.top.place} is kept away for a restore in place that this state folder does not know.",
                 f"ls -l {disk.top.place}*; run the command again with the --state-dir that it was begun with",
                 GuestState.RESTORING)
-    return chosen
 
 
 def _planned(
@@ -216,10 +217,15 @@ def _why_not_resized(image: ImageInfo) -> str:
     return f"its bitmap {lost[0]} was not closed well (qemu-img bitmap --remove)" if lost else ""
 
 
-def _definition(domain: Guest, now: DomainXml, wish: InPlaceWish, chosen: Iterable[Disk]) -> str:
-    """Return the snapshot's definition for this guest, whose name, UUID and images stay as they are."""
+def _definition(domain: Guest, now: DomainXml | None, wish: InPlaceWish) -> str:
+    """Return the snapshot's definition for this guest, whose name, UUID and images stay as they are.
+
+    "" if it is not wanted. What names the images while they are restored is put right in the end.
+    """
+    if not wish.with_definition:
+        return ""
     text = wish.manifest.inactive_xml or wish.manifest.live_xml
-    if not text:
+    if not text or now is None:
         raise GuestUnfit(f"The snapshot {wish.name} has no definition.", f"{wish.again()}   # without it")
     root = ET.fromstring(text)
     for tag, value in (("name", domain.name), ("uuid", domain.uuid)):
@@ -228,6 +234,6 @@ def _definition(domain: Guest, now: DomainXml, wish: InPlaceWish, chosen: Iterab
             element = ET.SubElement(root, tag)
         element.text = value
     text = ET.tostring(root, encoding="unicode")
-    for disk in chosen:
-        text = with_source(text, disk.target, now.disks[disk.target].top)
+    for target in read_domain_xml(text).disks.keys() & now.disks.keys():
+        text = with_source(text, target, now.disks[target].top)
     return text

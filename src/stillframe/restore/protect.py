@@ -1,13 +1,12 @@
 """Keeping a guest from being started while its disks are partly restored, and letting go of it again.
 
-An image in a file gets another name for that time, and a link that leads nowhere lies where it was. So every
-start fails, whoever makes it: libvirt now or after a reboot, a definition from elsewhere, a QEMU by hand. No
-lock of ours would outlive us, and a definition can be made anew at any time; the file's name can't be gone
-around by accident. `ls` shows why.
+For that time the definition names images that are not there, in words that say why: whoever starts the guest
+is told them. No lock of ours would outlive us, and a hook of libvirt's is not ours.
 
-A block device or an image behind a network has no name that is ours to change: there the definition names,
-until the restore is over, something that is not there. Whoever defines the guest anew meanwhile takes that
-away.
+A definition can be made anew at any time, though, by a person or a tool that keeps it elsewhere. So an image
+in a file gets another name, too, and a link that leads nowhere lies where it was: every start fails, by
+whatever definition, and a QEMU by hand. `ls` shows why. A block device or an image behind a network has no
+name that is ours to change.
 
 Both can be done again from wherever they were broken off, and both are undone by looking at what is there.
 """
@@ -30,8 +29,12 @@ from stillframe.hypervisor.model import Power, Source
 from stillframe.restore.files import sync_folder
 from stillframe.restore.target import opened, write_errors
 
+#: What the definition names meanwhile: the image's name, then this. There is no such image.
+UNFINISHED = ".unfinished-stillframe-restore"
 #: Where the link leads that lies in the image's place. There is no such folder, so nothing is made there.
 SIGN = "/unfinished-restore-in-place/see-stillframe-status"
+#: The attribute of a source that names the image, by its kind.
+_NAMES = {"file": "file", "block": "dev"}
 
 
 def prove_off(domain: Guest) -> None:
@@ -120,27 +123,24 @@ def _refuse_other(disk: RestoringDisk) -> None:
 
 
 def _define(restoring: Restoring, domain: Guest, *, marked: bool) -> None:
-    """Define the guest with those images that can't have another name marked, or as they are called."""
+    """Define the guest with images that are not there, or with its own."""
     found = domain.view().inactive
     if found is None:
-        raise NeedsAttention(f"{restoring.name} is not defined any more.",
-                             f"virsh define XML   # the guest's definition; then {restoring.again()}",
-                             GuestState.RESTORING)
+        raise NeedsAttention(f"{restoring.name} (UUID {restoring.uuid}) is not defined any more.",
+                             f"virsh define XML   # the guest's definition, with that UUID; then "
+                             f"{restoring.again()}", GuestState.RESTORING)
     text = found.text
     if not marked and restoring.definition:
         text = restoring.definition
     for disk in restoring.disks:
-        if not disk.is_file:
-            wanted = _marked_source(disk) if marked else disk.source()
-            text = with_source(text, disk.target, wanted)
-    if text != found.text:
-        domain.define(text)
-        fsync_definition(domain)
+        text = with_source(text, disk.target, _marked_source(disk) if marked else disk.source())
+    domain.define(text)
+    fsync_definition(domain)
 
 
 def _marked_source(disk: RestoringDisk) -> Source:
     """Return a source like the disk's that is not there."""
     element = ET.fromstring(disk.source_xml)
-    name = "dev" if disk.source_kind == "block" else "name"
-    element.set(name, element.get(name, "") + MARK)
+    name = _NAMES.get(disk.source_kind, "name")
+    element.set(name, element.get(name, "") + UNFINISHED)
     return Source(disk.source_kind, disk.source_format, "", xml=ET.tostring(element, encoding="unicode"))
