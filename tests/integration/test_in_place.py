@@ -383,8 +383,8 @@ def test_the_machines_files_go_back_with_its_disks(
     guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES), started=False)
     nvram = tmp_path / "vars.fd"
     text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    firmware = f"<loader readonly='yes' type='pflash'>{tmp_path}/code.fd</loader><nvram>{nvram}</nvram></os>" \
-        "<features><acpi/></features>"
+    firmware = (f"<loader readonly='yes' type='pflash'>{tmp_path}/code.fd</loader>"
+                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
     connect = guest.daemons.connect()
     connect.defineXML(text.replace("</os>", firmware))
     nvram.write_bytes(b"boot from vda")
