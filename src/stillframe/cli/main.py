@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from stillframe import __version__
-from stillframe.cli import files_app, repository_app
+from stillframe.cli import files_app, repository_app, restore_app
 from stillframe.cli.options import (
     Exclude,
     Guests,
@@ -26,12 +26,10 @@ from stillframe.cli.options import (
     taking,
 )
 from stillframe.cli.repository_app import DryRun, Snapshot
-from stillframe.cli.restore_guest import check_name
+from stillframe.cli.restore_app import check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.errors import EXIT_OK, EXIT_USAGE
-from stillframe.restore.boot_plan import BootWish
-from stillframe.restore.guest_plan import GuestWish
 
 
 class OnError(enum.Enum):
@@ -167,6 +165,8 @@ def boot(
 ) -> None:
     """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
     from stillframe.cli import boot as boot_command
+    from stillframe.restore.boot_plan import BootWish
+    from stillframe.restore.guest_plan import GuestWish
 
     if network and no_network:
         raise typer.BadParameter("choose one: --network or --no-network")
@@ -239,6 +239,7 @@ def status(common: Common) -> None:
 
 
 repository_app.add_to(app)
+restore_app.add_to(app)
 files_app.add_to(app)
 
 

@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
-from stillframe.cli.restore_guest import GuestOptions, guest_restore_options
+from stillframe.cli.options import plain_options, repository_options, run_command, taking
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
-from stillframe.restore.export import Serving
 from stillframe.units import parse_size_bytes
 
 Count = int | None
@@ -22,13 +20,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done,
 Label = Annotated[str, typer.Option("--label", help="a word for people, to know the key slot by")]
 NewKeyFile = Annotated[
     Path | None, typer.Option("--new-key-file", help="make this key file, and let it open the repository")]
-
-
-class Format(enum.Enum):
-    """What a disk is restored as."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 class Level(enum.Enum):
@@ -45,7 +36,7 @@ _key = typer.Typer(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (init, list_, show, diff, restore, serve, verify, copy, pin, unpin, forget, prune):
+    for command in (init, list_, show, diff, serve, verify, copy, pin, unpin, forget, prune):
         app.command(name=command.__name__.rstrip("_"))(command)
     for command in (key_add, key_list, key_remove, key_export):
         _key.command(name=command.__name__.removeprefix("key_"))(command)
@@ -105,41 +96,6 @@ def diff(
     run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
 
 
-@taking(host_options, repository_options, guest_restore_options)
-def restore(
-    common: Common, repository: RepositorySettings, guest: GuestOptions, *,
-    snapshot: Annotated[
-        str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
-    to: Annotated[
-        str | None,
-        typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")] = None,
-    format_: Annotated[
-        Format | None, typer.Option("--format", help="else raw, or qcow2 if PATH ends so")] = None,
-    delta: Annotated[
-        bool, typer.Option("--delta", help="write only what differs into an image that is there")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="overwrite a file that is there, or a block device")] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
-) -> None:
-    """Write a snapshot's disks back (--to), or the whole guest as a new one (--as)."""
-    from stillframe.cli import restore as restore_command
-    from stillframe.cli import restore_guest as restore_guest_command
-
-    if guest.is_asked_for:
-        if to is not None or delta:
-            raise typer.BadParameter("--as goes with neither --to nor --delta")
-        order = guest.order(snapshot, format_.value if format_ else "", force=force, skip_bad=skip_bad)
-        run_command(common, lambda session: restore_guest_command.restore_guest(session, order), repository)
-    if to is None:
-        raise typer.BadParameter("say what is to be restored to: --to PATH, or --as NAME for a new guest")
-    # Path would drop the slash by which a folder is told from a file.
-    wish = restore_command.Wish(
-        snapshot, Path(to).absolute(), to.endswith("/"), format_.value if format_ else "",
-        delta, force, skip_bad)
-    run_command(common, lambda session: restore_command.restore(session, wish), repository)
-
-
 @taking(plain_options, repository_options)
 def serve(
     common: Common, repository: RepositorySettings, *,
@@ -164,6 +120,7 @@ def serve(
 ) -> None:
     """Serve a snapshot's disks over NBD, until Ctrl-C."""
     from stillframe.cli import serve as serve_command
+    from stillframe.restore.export import Serving
 
     if socket is not None and port is not None:
         raise typer.BadParameter("choose one: --socket or --port")

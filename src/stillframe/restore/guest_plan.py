@@ -164,8 +164,8 @@ def plan_guest(
                       for disk in disks)
     warnings = [*_left_out(original, definition), *_unreachable(folder, disks)]
     if _ARGUMENTS in definition and not place.is_original:
-        warnings.append("the definition has arguments for QEMU itself (qemu:commandline): they are as they were, "
-                        "whatever of the original they name")
+        warnings.append("the definition has arguments for QEMU itself (qemu:commandline): they are as they "
+                        "were, whatever of the original they name")
     return GuestPlan(claim, earlier, original, definition, disks, files, tuple(findings), tuple(left),
                      tuple(warnings))
 
