@@ -21,8 +21,8 @@ LABS ?= 3
 ARGS ?=
 
 APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
-       qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2
-APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod
+       qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python
+APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin
 # What `make bench` compares with, and nothing else needs.
 APT_BENCH := restic borgbackup virtnbdbackup
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.
@@ -65,6 +65,7 @@ bench: develop apt-bench boot ## measure, side by side with other tools in the s
 	$(LAB) $(RUN) -m bench.freeze
 	$(LAB) $(RUN) -m bench.repository $(ARGS)
 	$(LAB) $(RUN) -m bench.incremental $(ARGS)
+	$(LAB) $(RUN) -m bench.restore
 	$(RUN) -m bench.standing
 	$(LAB) $(RUN) -m bench.prune --folder /var/tmp
 

@@ -149,7 +149,7 @@ class Disk:
         """Start the NBD server of this disk (again), for as many clients as come."""
         where = ["--socket", str(self.socket_path)]
         if self.spec.kind is Kind.NBD_TCP:
-            self.nbd_port = self.nbd_port or _free_port()
+            self.nbd_port = self.nbd_port or free_port()
             where = ["--bind", "127.0.0.1", "--port", str(self.nbd_port)]
         with (self.folder / f"{self.spec.target}.nbd.log").open("ab") as log:
             self._server = subprocess.Popen(
@@ -242,7 +242,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -15,7 +15,8 @@
     │       ├── RepositoryUnknown, RepositoryExists, RepositoryNewer, RepositoryUnsafe
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous
-    │       └── TargetExists, TargetSmall, TargetInUse
+    │       ├── TargetExists, TargetSmall, TargetInUse
+    │       └── ExportExposed, ExportFailed
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
@@ -354,6 +355,20 @@ class TargetInUse(RepositoryRefused):
 
     code = "target-in-use"
     exit_code = 91
+
+
+class ExportExposed(RepositoryRefused):
+    """A disk would be served to whoever reaches the port."""
+
+    code = "export-exposed"
+    exit_code = 100
+
+
+class ExportFailed(RepositoryRefused):
+    """The server for a disk did not start, or ended by itself."""
+
+    code = "export-failed"
+    exit_code = 101
 
 
 class RunFailed(StillframeError):

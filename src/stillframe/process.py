@@ -62,27 +62,38 @@ def run(
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, told: bytes | None = None,
+    output: int = subprocess.PIPE,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Keep *command* running for the length of the block, then end it.
 
-    It dies with stillframe even if stillframe is killed. Raises ProgramMissing.
+    It dies with stillframe even if stillframe is killed. What it is *told* it reads from its standard
+    input: the way for what others must not see. Its output can be read from `stdout`, or goes
+    into the file open as *output*. Raises ProgramMissing.
     """
     # Not SIGTERM: a server that is busy answers it late, and holds its locks meanwhile.
-    process = _start(["setpriv", "--pdeathsig", "KILL", *command], environment or {}, None)
+    process = _start(["setpriv", "--pdeathsig", "KILL", *command], environment or {},
+                     subprocess.DEVNULL if told is None else subprocess.PIPE, output)
+    _tell(process, told)
     try:
         yield process
     finally:
         stop(process)
 
 
-def start_detached(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_detached(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, told: bytes | None = None,
+    output: int = subprocess.PIPE,
+) -> subprocess.Popen[bytes]:
     """Start *command* in a session of its own, so that it outlives stillframe.
 
-    Its standard input is a pipe: end of file there tells it that stillframe died.
+    Its standard input is a pipe: end of file there tells it that stillframe died, or, if it is *told*
+    something, that this was all. *environment*, *told* and *output* are as for `running`.
     Raises ProgramMissing.
     """
-    return _start(command, {}, subprocess.PIPE)
+    process = _start(command, environment or {}, subprocess.PIPE, output)
+    _tell(process, told)
+    return process
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -145,16 +156,21 @@ def boot_id() -> str:
 
 
 def _start(
-    command: Sequence[str], environment: Mapping[str, str], stdin: int | None
+    command: Sequence[str], environment: Mapping[str, str], stdin: int, output: int
 ) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            list(command), stdin=stdin if stdin is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment(environment),
-            start_new_session=True,
+            list(command), stdin=stdin, stdout=output, stderr=subprocess.STDOUT,
+            env=_environment(environment), start_new_session=True,
         )
     except FileNotFoundError as error:
         raise ProgramMissing(command[0]) from error
+
+
+def _tell(process: subprocess.Popen[bytes], told: bytes | None) -> None:
+    if told is not None and process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # it ended; its output says why
+            process.stdin.write(told)
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: A slot that opens fast: what it costs to guess the passphrase is not what these tests are about.
 CHEAP = Kdf("", memory_kib=64, iterations=1, lanes=1)
 _TIMEOUT_S = 200.0
-#: They touch no guest; starting Python for each would be most of what they take.
-_IN_THIS_PROCESS = {"restore", "list", "show", "diff", "verify", "forget", "prune"}
+#: They touch no guest; starting Python for each would be most of what they take. (A `serve` that is not
+#: refused never returns here.)
+_IN_THIS_PROCESS = {"restore", "serve", "list", "show", "diff", "verify", "forget", "prune"}
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +79,11 @@ def test_programs_speak_the_c_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.run(["sh", "-c", "echo $LC_ALL"], timeout_s=10).stdout == "C\n"
 
 
+@contextlib.contextmanager
+def _detached(command: list[str], **options: Any) -> Iterator[process.Helper]:
+    yield process.start_detached(command, **options)
+
+
 def test_running_ends_the_program_with_the_block() -> None:
     with process.running(["sleep", "60"]) as child:
         assert process.start_mark(child.pid) != ""
@@ -94,6 +101,20 @@ def test_running_passes_on_its_environment() -> None:
     with process.running(["sh", "-c", "echo $WORD"], environment={"WORD": "heard"}) as child:
         assert child.stdout is not None
         assert child.stdout.read() == b"heard\n"
+
+
+@pytest.mark.parametrize("start", [process.running, _detached])
+def test_a_helper_reads_what_it_is_told_and_writes_where_it_should(start: Any, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log, \
+            start(["cat"], told=b"the secret", output=log.fileno()) as child:
+        assert child.wait(60) == 0  # at the end of file: that was all
+        assert child.stdout is None
+    assert (tmp_path / "log").read_bytes() == b"the secret"
+
+
+def test_a_helper_that_ends_before_it_is_told_is_no_error() -> None:
+    with process.running(["true"], told=bytes(1024 * 1024)) as child:
+        assert child.wait(60) == 0
 
 
 def test_stop_kills_what_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:

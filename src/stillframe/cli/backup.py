@@ -8,13 +8,13 @@ from pathlib import Path
 
 from stillframe.backup.run import BackupJob, BackupResult, backup_guest
 from stillframe.backup.snapshot import DiskResult
-from stillframe.cli.address import local_folder
 from stillframe.cli.find import find_guest
 from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import short_id
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
+from stillframe.storage.address import local_folder
 from stillframe.units import duration_text, size_text
 
 #: What a message tells people to type again, with another option.

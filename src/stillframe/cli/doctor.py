@@ -13,7 +13,6 @@ from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
 from stillframe.capture.plan import Plan
 from stillframe.capture.standing import how_it_stands
-from stillframe.cli.address import local_folder
 from stillframe.cli.find import find_guest
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
@@ -24,6 +23,7 @@ from stillframe.hypervisor.domain import all_domains
 from stillframe.hypervisor.guest import Guest
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.opened import read_parameters
+from stillframe.storage.address import local_folder
 from stillframe.units import size_text
 
 _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")

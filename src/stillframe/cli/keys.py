@@ -6,7 +6,6 @@ import contextlib
 import os
 from pathlib import Path
 
-from stillframe.cli.address import local_folder, open_storage
 from stillframe.cli.secret import make_key_file, read_secret
 from stillframe.cli.session import Session
 from stillframe.clock import utc_text
@@ -14,6 +13,7 @@ from stillframe.config import RepositorySettings
 from stillframe.errors import EXIT_OK, RepositoryExists, RepositoryRefused
 from stillframe.repository.keyslots import KeySlot, SlotKind, new_recovery_key, recovery_secret, wrap
 from stillframe.repository.opened import Secret, init_repository, key_slots, read_parameters
+from stillframe.storage.address import local_folder, open_storage
 from stillframe.storage.local import UNFINISHED
 
 _MAY_BE_THERE = (UNFINISHED, "lost+found")

@@ -12,11 +12,14 @@ from stillframe.cli import diff as diff_command
 from stillframe.cli import forget as forget_command
 from stillframe.cli import keys as keys_command
 from stillframe.cli import restore as restore_command
+from stillframe.cli import serve as serve_command
 from stillframe.cli import snapshots as snapshots_command
 from stillframe.cli import verify as verify_command
 from stillframe.cli.options import plain_options, repository_options, run_command, taking
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
+from stillframe.restore.export import Serving
+from stillframe.units import parse_size_bytes
 
 Count = int | None
 Snapshot = Annotated[
@@ -48,7 +51,7 @@ _key = typer.Typer(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (init, list_, show, diff, restore, verify, forget, prune):
+    for command in (init, list_, show, diff, restore, serve, verify, forget, prune):
         app.command(name=command.__name__.rstrip("_"))(command)
     for command in (key_add, key_list, key_remove, key_export):
         _key.command(name=command.__name__.removeprefix("key_"))(command)
@@ -120,6 +123,41 @@ def restore(
         snapshot, Path(to).absolute(), to.endswith("/"), format_.value if format_ else "",
         delta, force, skip_bad)
     run_command(common, lambda session: restore_command.restore(session, wish), repository)
+
+
+@taking(plain_options, repository_options)
+def serve(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Annotated[
+        str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
+    writable: Annotated[
+        bool, typer.Option("--writable", help="let clients write; it is thrown away in the end")] = False,
+    socket: Annotated[
+        str | None, typer.Option("--socket", help="Unix socket to make (else one in a private folder)")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="TCP port, with TLS or on loopback")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="IP address to listen at (with TLS: all)")] = None,
+    tls_certificates: Annotated[
+        str | None, typer.Option(help="folder with ca-cert.pem, server-cert.pem and server-key.pem; "
+                                      "clients need a certificate of the same CA")] = None,
+    tls_psk: Annotated[
+        str | None, typer.Option(help="file with pre-shared keys, as psktool makes it")] = None,
+    cache: Annotated[str, typer.Option("--cache", help="memory for what was read, of each disk")] = "256M",
+) -> None:
+    """Serve a snapshot's disks over NBD, until Ctrl-C."""
+    if socket is not None and port is not None:
+        raise typer.BadParameter("choose one: --socket or --port")
+    try:
+        tcp = serve_command.tcp_place(port, address, tls_certificates, tls_psk)
+        cache_bytes = parse_size_bytes(cache)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    serving = Serving(writable, str(Path(socket).absolute()) if socket else "", tcp)
+    wish = serve_command.Wish(snapshot, serving, cache_bytes)
+    run_command(common, lambda session: serve_command.serve(session, wish), repository)
 
 
 @taking(plain_options, repository_options)

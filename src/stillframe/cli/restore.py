@@ -52,7 +52,7 @@ def restore(session: Session, wish: Wish) -> int:
     text, target = split_name(wish.name)
     name = find(session, text)
     manifest = read_snapshot(session.repository, name)
-    disks = _chosen(manifest, target, display_name(name))
+    disks = chosen_disks(manifest, target, display_name(name))
     into_folder = len(disks) > 1 or wish.into_folder or wish.to.is_dir()
     places = Places(session.repository)
     session.kept = "The repository is as it was."
@@ -85,7 +85,8 @@ def split_name(text: str) -> tuple[str, str]:
     return (snapshot, disk) if colon and disk and not disk.rstrip("Z").isdigit() else (text, "")
 
 
-def _chosen(manifest: Manifest, target: str, name: str) -> Sequence[DiskEntry]:
+def chosen_disks(manifest: Manifest, target: str, name: str) -> Sequence[DiskEntry]:
+    """Return the disk called *target*, all disks if it is "". Raises SnapshotUnknown."""
     chosen = [disk for disk in manifest.disks if target in ("", disk.target)]
     if not chosen:
         there = ", ".join(disk.target for disk in manifest.disks)

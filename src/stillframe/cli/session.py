@@ -14,7 +14,6 @@ from types import FrameType
 
 from stillframe.capture.journal import Journal
 from stillframe.capture.run import Tools
-from stillframe.cli.address import open_storage
 from stillframe.cli.screen import Screen
 from stillframe.cli.secret import must_be_asked, read_secret
 from stillframe.clock import SystemClock
@@ -22,6 +21,7 @@ from stillframe.config import RepositorySettings, Settings, read_settings, repos
 from stillframe.errors import ConfigInvalid, Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection
 from stillframe.repository.opened import Repository, Secret, open_repository
+from stillframe.storage.address import open_storage
 from stillframe.storage.model import Storage
 
 

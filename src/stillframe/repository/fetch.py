@@ -20,7 +20,7 @@ from stillframe.repository.places import Places
 from stillframe.repository.slots import Chunks
 from stillframe.units import KIB, MIB
 
-_KEPT_BYTES = 48 * MIB
+KEPT_BYTES = 48 * MIB
 #: Stored bytes of one request, and what may lie unused between two slots that are read at once.
 _REQUEST_BYTES = 4 * MIB
 _GAP_BYTES = 64 * KIB
@@ -34,12 +34,13 @@ _Order = tuple[SlotRef, SlotRef, Coming]
 class SlotFetcher:
     """Fetches data slots. For several threads. Close it, or use it as a block."""
 
-    def __init__(self, places: Places, threads: int = 2, kept_bytes: int = _KEPT_BYTES) -> None:
+    def __init__(self, places: Places, threads: int = 2, kept_bytes: int = KEPT_BYTES) -> None:
         keep_freed_memory()
         self._places = places
         self._repository = places.repository
         parameters = places.repository.parameters
-        self._most = max(4, kept_bytes // (parameters.slot_chunks * parameters.chunk_bytes))
+        #: How many slots are kept.
+        self.most = max(4, kept_bytes // (parameters.slot_chunks * parameters.chunk_bytes))
         self._pool = ThreadPoolExecutor(threads, "fetch")
         self._kept: OrderedDict[tuple[PackName, int], Coming] = OrderedDict()
         self._lock = threading.Lock()
@@ -62,11 +63,24 @@ class SlotFetcher:
                 else:
                     self._kept.move_to_end(at)
                 wanted[place] = coming
-            while len(self._kept) > self._most:
+            while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
         for request in _requests(self._located(orders)):
             self._pool.submit(partial(self._fetch, request))
         return wanted
+
+    def at_hand(self, place: SlotRef) -> Chunks | None:
+        """Return a slot if it is kept and there, else None."""
+        at = (place.pack, place.slot)
+        with self._lock:
+            coming = self._kept.get(at)
+            if coming is None:
+                return None
+            self._kept.move_to_end(at)
+        try:
+            return coming.result(0)  # one lock, where asking first whether it is there would take three
+        except (TimeoutError, StillframeError):
+            return None
 
     def _located(self, orders: Iterable[tuple[SlotRef, Coming]]) -> Iterator[_Order]:
         for place, coming in orders:

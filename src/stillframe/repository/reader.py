@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Self
 
 from stillframe.block.reader import Connection, OneByOne
 from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent, Kind, merged
-from stillframe.repository.fetch import Coming, SlotFetcher
+from stillframe.repository.fetch import KEPT_BYTES, Coming, SlotFetcher
 from stillframe.repository.heal import read_heals
 from stillframe.repository.manifest import Content
 from stillframe.repository.nodes import ChunkRef
@@ -24,28 +26,37 @@ from stillframe.repository.pack import SlotRef
 from stillframe.repository.pieces import Piece, Pieces
 from stillframe.repository.places import Places
 from stillframe.repository.slots import Chunks
-from stillframe.repository.tree import Tree
+from stillframe.repository.tree import KEPT_LEAVES, Tree
 
 #: Chunks that are read at once within a large request, and slots that are fetched ahead of them.
 _PORTION_CHUNKS = 16
 _AHEAD_SLOTS = 16
+_STREAMS = 16
 
 
 class DiskView:
-    """A disk of a snapshot; also a DiskReader. For several threads. Close it, or use it as a block."""
+    """A disk of a snapshot; also a DiskReader. For several threads. Close it, or use it as a block.
 
-    def __init__(self, places: Places, content: Content, threads: int = 2) -> None:
+    *kept_bytes* bounds the opened slots that are kept; *kept_leaves* those of the tree.
+    """
+
+    def __init__(self, places: Places, content: Content, threads: int = 2, *,
+                 kept_bytes: int = KEPT_BYTES, kept_leaves: int = KEPT_LEAVES) -> None:
         self._places = places
-        self._tree = Tree(places, content.size_bytes, content.place)
+        self._tree = Tree(places, content.size_bytes, content.place, kept_leaves)
         self._chunk_bytes = places.repository.parameters.chunk_bytes
         self._leaf_chunks = places.repository.parameters.leaf_chunks
         self.size_bytes = content.size_bytes
         self._chunks = places.repository.parameters.chunks(content.size_bytes)
-        self._fetcher = SlotFetcher(places, threads)
+        # The tree never changes; by its number a leaf is found without hashing the places above it.
+        self._leaf_at = lru_cache(kept_leaves)(self._tree.leaf_at)
+        self._zeroes = memoryview(bytes(self._chunk_bytes))
+        self._fetcher = SlotFetcher(places, threads, kept_bytes)
         self._leaves = ThreadPoolExecutor(1, "leaves")
         self._heals: Mapping[bytes, ChunkRef] | None = None
         self._lock = threading.Lock()
-        self._expected = 0
+        #: Where the last reads ended: several readers may go through the disk at a time.
+        self._ends: deque[int] = deque(maxlen=_STREAMS)
 
     def __enter__(self) -> Self:
         return self
@@ -61,20 +72,43 @@ class DiskView:
     def read_into(self, buffer: memoryview, offset_bytes: int) -> None:
         """Fill the whole *buffer* from *offset_bytes*. Raises SlotDamaged, StorageError.
 
-        A read that begins where another ended fetches ahead of itself.
+        A read that begins where one of the last ended fetches ahead of itself, once for each chunk.
         """
         end = offset_bytes + len(buffer)
         if not 0 <= offset_bytes <= end <= self.size_bytes:
             raise ValueError(f"{len(buffer)} bytes at {offset_bytes} are not within the disk")
         first, last = offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes)
+        within = end < (first + 1) * self._chunk_bytes
         with self._lock:
-            onward = offset_bytes == self._expected and offset_bytes > 0
-            self._expected = end
+            onward = not within and offset_bytes in self._ends
+            self._ends.append(end)
+        at_hand = self._at_hand(first) if within else None
+        if at_hand is not None:
+            begin = offset_bytes - first * self._chunk_bytes
+            buffer[:] = at_hand[begin : begin + len(buffer)]
+            return
         until = self._chunks if onward else last
         for chunk in range(first, last, _PORTION_CHUNKS):
             portion = range(chunk, min(chunk + _PORTION_CHUNKS, last))
             ahead = range(portion.stop, min(portion.stop + self._leaf_chunks, until))
             self._read_portion(buffer, offset_bytes, portion, ahead)
+
+    def fetch(self, offset_bytes: int, length_bytes: int, *, wait: bool = False) -> None:
+        """Begin to fetch a stretch, no more of it than half of what is kept; *wait* until it is there.
+
+        Raises SlotDamaged, StorageError.
+        """
+        end = min(offset_bytes + length_bytes, self.size_bytes)
+        wanted: dict[SlotRef, None] = {}
+        chunks = range(offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes))
+        for first in range(chunks.start, chunks.stop, self._leaf_chunks):
+            portion = range(first, min(first + self._leaf_chunks, chunks.stop))
+            wanted.update(dict.fromkeys(_places(self._entries(portion))))
+            if len(wanted) >= self._fetcher.most // 2:
+                break
+        coming = self._fetcher.want(list(wanted)[: self._fetcher.most // 2])
+        for each in coming.values() if wait else ():
+            each.result()
 
     def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
         """Yield the extents of a stretch (to the end if no length), in order, without gaps.
@@ -105,16 +139,28 @@ class DiskView:
         return iter(Pieces(
             self._tree, self._fetcher, self._leaves, self._chunk, first_byte // leaf_bytes, end))
 
+    def _at_hand(self, number: int) -> memoryview | None:
+        """Return a chunk that needs no waiting: what a small read mostly finds, by the shortest way.
+
+        None: there may be one all the same. Raises SlotDamaged, StorageError.
+        """
+        index, at = divmod(number, self._leaf_chunks)
+        leaf = self._leaf_at(index)
+        entry = None if leaf is None else leaf.entries[at]
+        if entry is None:
+            return self._zeroes
+        chunks = self._fetcher.at_hand(entry.place)
+        return None if chunks is None or not _is_right(entry, chunks) else chunks.chunk(entry.position)
+
     def _read_portion(self, buffer: memoryview, offset: int, portion: range, ahead: range) -> None:
         entries = self._entries(portion)
-        needed = dict.fromkeys(entry.place for entry in entries if entry is not None)
-        wanted = dict(needed)
+        wanted = dict.fromkeys(_places(entries))
+        most = len(wanted) + _AHEAD_SLOTS
         with contextlib.suppress(SlotDamaged):  # whoever reads that part will see it
-            for entry in self._entries(ahead):
-                if len(wanted) >= len(needed) + _AHEAD_SLOTS:
+            for place in _places(self._entries(ahead)):
+                if len(wanted) >= most:
                     break
-                if entry is not None:
-                    wanted[entry.place] = None
+                wanted[place] = None
         coming = self._fetcher.want(wanted)
         end = offset + len(buffer)
         for number, entry in zip(portion, entries, strict=True):
@@ -149,7 +195,7 @@ class DiskView:
         while len(found) < len(chunks):
             index, at = divmod(chunks.start + len(found), self._leaf_chunks)
             count = min(self._leaf_chunks - at, len(chunks) - len(found))
-            leaf = self._tree.leaf_at(index)
+            leaf = self._leaf_at(index)
             found += [None] * count if leaf is None else leaf.entries[at : at + count]
         return found
 
@@ -191,8 +237,21 @@ class _ViewConnection(OneByOne):
         self._view.read_into(buffer, offset_bytes)
 
 
+def _places(entries: Iterable[ChunkRef | None]) -> Iterator[SlotRef]:
+    """Yield the slots of *entries*, not each as often as neighbours are in it: hashing one takes long."""
+    last: SlotRef | None = None
+    for entry in entries:
+        if entry is not None and entry.place is not last:
+            last = entry.place
+            yield last
+
+
+def _is_right(entry: ChunkRef, chunks: Chunks) -> bool:
+    return entry.position < len(chunks.ids) and chunks.ids[entry.position] == entry.id
+
+
 def _checked(entry: ChunkRef, chunks: Chunks) -> memoryview:
     """Return the chunk of an opened slot if it is the one that the leaf names. Raises SlotDamaged."""
-    if entry.position >= len(chunks.ids) or chunks.ids[entry.position] != entry.id:
+    if not _is_right(entry, chunks):
         raise SlotDamaged(entry.place, f"the chunk at {entry.position} is not the one that the tree names")
     return chunks.chunk(entry.position)

@@ -1,12 +1,15 @@
 """Sessions: whoever writes packs has one, so that no collector takes them for rubbish.
 
+Who reads a snapshot for so long that it may be forgotten meanwhile has one, too, with no key to commit at:
+what is condemned after it was registered stays until it ends.
+
     main/s/<sid>   sealed JSON: version, sid, generation, host, manifest_key, pid, mark, space,
                    began_at, beat
 
 `generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
-it may commit ("" for a collector: that one commits by creating a generation). `space` says who can see
-its process (boot and namespace), `mark` tells that process from any other there. The object is replaced
-every minute with a higher `beat`; its time of change, by the storage's own clock, is what a collector
+it may commit ("" for a collector, which commits by creating a generation, and for a reader). `space` says
+who can see its process (boot and namespace), `mark` tells that process from any other there. The object is
+replaced every minute with a higher `beat`; its time of change, by the storage's clock, is what a collector
 goes by when it takes a session for dead. Being wrong there costs a backup, never data: see `fence`.
 """
 

@@ -25,7 +25,7 @@ from stillframe.repository.pack import SlotRef
 from stillframe.repository.places import Places
 
 _KEPT_INNER = 128
-_KEPT_LEAVES = 16
+KEPT_LEAVES = 16
 
 Entries = Sequence[ChunkRef | None]
 
@@ -33,14 +33,15 @@ Entries = Sequence[ChunkRef | None]
 class Tree:
     """The tree of one disk of one snapshot. For several threads."""
 
-    def __init__(self, places: Places, size_bytes: int, root: SlotRef | None) -> None:
+    def __init__(self, places: Places, size_bytes: int, root: SlotRef | None,
+                 kept_leaves: int = KEPT_LEAVES) -> None:
         self.places = places
         self.parameters: Parameters = places.repository.parameters
         self.size_bytes = size_bytes
         self.root = root
         self.height = self.parameters.height(size_bytes)
         self._inner = lru_cache(_KEPT_INNER)(self._read_inner)
-        self._leaf = lru_cache(_KEPT_LEAVES)(self._read_leaf)
+        self._leaf = lru_cache(kept_leaves)(self._read_leaf)
 
     @property
     def leaf_count(self) -> int:
