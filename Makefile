@@ -22,7 +22,7 @@ ARGS ?=
 
 APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
        qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python
-APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin
+APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin ovmf swtpm swtpm-tools
 # What `make bench` compares with, and nothing else needs.
 APT_BENCH := restic borgbackup virtnbdbackup
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.

@@ -16,13 +16,16 @@
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous
     │       ├── TargetExists, TargetSmall, TargetInUse
-    │       └── ExportExposed, ExportFailed
+    │       ├── ExportExposed, ExportFailed
+    │       └── GuestExists, HostLacks, DefinitionMissing
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
     │   ├── OverlayFull              the watermark was reached
     │   ├── FreezeFailed, ShutdownTimedOut, SnapshotFailed
     │   ├── Interrupted
     │   ├── ApplyFailed              the new mirror is durable as image + redo file
+    │   ├── BootFailed               nothing is left of the guest that was to be booted
+    │   ├── LandFailed               the guest runs on from its snapshot
     │   └── SessionFenced            a collector took this run for dead
     ├── RepositoryDamaged            something kept is missing or not what was stored
     │   └── SlotDamaged              one slot of a pack
@@ -371,6 +374,27 @@ class ExportFailed(RepositoryRefused):
     exit_code = 101
 
 
+class GuestExists(RepositoryRefused):
+    """A guest of that name or UUID is there already."""
+
+    code = "guest-exists"
+    exit_code = 110
+
+
+class HostLacks(RepositoryRefused):
+    """The host has not got what the guest's definition names."""
+
+    code = "host-lacks"
+    exit_code = 111
+
+
+class DefinitionMissing(RepositoryRefused):
+    """The snapshot has no definition of its guest."""
+
+    code = "definition-missing"
+    exit_code = 112
+
+
 class RunFailed(StillframeError):
     """The run was given up after it had begun; the guest was brought back."""
 
@@ -448,6 +472,22 @@ class SessionFenced(RunFailed):
 
     code = "session-fenced"
     exit_code = 50
+
+
+class BootFailed(RunFailed):
+    """A guest could not be booted from a snapshot; what was made for it was removed."""
+
+    code = "boot-failed"
+    exit_code = 51
+    guest = GuestState.UNTOUCHED
+
+
+class LandFailed(RunFailed):
+    """A booted guest still reads from its snapshot: not everything could be pulled."""
+
+    code = "land-failed"
+    exit_code = 52
+    guest = GuestState.OVERLAID
 
 
 class RepositoryDamaged(StillframeError):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.backup.machine import NVRAM, TPM, Machine, take_machine
+from stillframe.backup.machine import Machine, take_machine
 from stillframe.clock import SystemClock
+from stillframe.repository.manifest import NVRAM, TPM
 
 _UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
 _TPM = "<devices><tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices>"

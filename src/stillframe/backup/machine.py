@@ -17,12 +17,9 @@ from pathlib import Path
 from stillframe import __version__
 from stillframe.clock import Clock, utc_text
 from stillframe.hypervisor.guest import Link
-from stillframe.repository.manifest import Versions
+from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, Versions
 from stillframe.units import MIB
 
-TPM_FOLDER = Path("/var/lib/libvirt/swtpm")
-NVRAM = "nvram"
-TPM = "tpm"
 _READ_TRIES = 5
 _PAUSE_S = 0.05
 #: An NVRAM has half a megabyte, a TPM's state less. What is larger is something else.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
+from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words
 from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotUnknown
@@ -16,7 +17,7 @@ from stillframe.repository.collection import Collected, CollectionPlan
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
 from stillframe.retention import Policy, Verdict, judge
-from stillframe.units import parse_duration_s, parse_share, size_text
+from stillframe.units import parse_share, size_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Rules:
 
     def policy(self) -> Policy:
         """Return the rules. Raises ConfigInvalid."""
-        within = None if self.within is None else timedelta(seconds=_seconds("keep_within", self.within))
+        within = None if self.within is None else timedelta(seconds=seconds_of("keep_within", self.within))
         return Policy(self.last or 0, self.hourly or 0, self.daily or 0, self.weekly or 0, self.monthly or 0,
                       self.yearly or 0, within)
 
@@ -68,7 +69,7 @@ def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: boo
 
 def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bool) -> int:
     """Delete what no snapshot needs, or say what would be; return the exit code."""
-    fence_after_s = _seconds("fence_after", fence_after)
+    fence_after_s = seconds_of("fence_after", fence_after)
     try:
         below = parse_share(compact_below)
     except ValueError as error:
@@ -167,11 +168,3 @@ def _done_body(done: Collected) -> dict[str, object]:
         "waiting": [asdict(each) for each in done.waiting],
         "damaged": [{"pack": pack.text, "slot": slot} for pack, slot in done.damaged],
     }
-
-
-def _seconds(name: str, text: str) -> float:
-    try:
-        return parse_duration_s(text)
-    except ValueError as error:
-        option = f"--{name.replace('_', '-')}"
-        raise ConfigInvalid(f"{name} is {error}.", f"correct the option {option}") from error

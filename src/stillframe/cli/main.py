@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ import typer
 
 from stillframe import __version__
 from stillframe.cli import backup as backup_command
+from stillframe.cli import boot as boot_command
 from stillframe.cli import doctor as doctor_command
 from stillframe.cli import mirror as mirror_command
 from stillframe.cli import recover as recover_command
@@ -30,9 +32,21 @@ from stillframe.cli.options import (
     run_command,
     taking,
 )
+from stillframe.cli.repository_app import DryRun, Snapshot
+from stillframe.cli.restore_guest import check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.errors import EXIT_OK, EXIT_USAGE
+from stillframe.restore.boot_plan import BootWish
+from stillframe.restore.guest_plan import GuestWish
+
+
+class OnError(enum.Enum):
+    """What comes of a booted guest while its repository can't be read."""
+
+    PAUSE = "pause"
+    REPORT = "report"
+
 
 app = typer.Typer(
     name="stillframe", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -42,6 +56,7 @@ app = typer.Typer(
 # How long the process waits in the end for a thread that may only be slow.
 _LAST_WAIT_S = 5.0
 
+BootedName = Annotated[str, typer.Argument(metavar="NAME", help="a guest that was booted from a snapshot")]
 AllGuests = Annotated[bool, typer.Option("--all", help="all guests, running and shut off")]
 
 
@@ -100,9 +115,9 @@ def doctor(
 
 
 @app.command()
-@taking(host_options)
+@taking(host_options, repository_options)
 def recover(
-    common: Common, *,
+    common: Common, repository: RepositorySettings, *,
     guests: Guests = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and do nothing")
@@ -120,7 +135,61 @@ def recover(
         lambda session: recover_command.recover(
             session, guests or [], dry_run=dry_run, repair_status=repair_status
         ),
+        repository,
     )
+
+
+@app.command()
+@taking(host_options, repository_options)
+def boot(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    name: Annotated[str | None, typer.Option("--as", help="the new guest's name")] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option("--pool", help="folder, or libvirt's pool, for what it writes (default: default)"),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option("--network", help="put all interfaces on this network of libvirt")] = None,
+    no_network: Annotated[bool, typer.Option("--no-network", help="leave all interfaces out")] = False,
+    same_identity: Annotated[
+        bool, typer.Option("--same-identity", help="keep UUID and MACs; the original must not be here"),
+    ] = False,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="where the repository can't be read: pause the guest, or "
+                                                 "report I/O errors to it")] = OnError.PAUSE,
+    patience: Annotated[
+        str, typer.Option(help="how long a read waits for a repository that can't be read")] = "60s",
+    dry_run: DryRun = False,
+) -> None:
+    """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
+    if network and no_network:
+        raise typer.BadParameter("choose one: --network or --no-network")
+    if name is not None:
+        check_name(name)
+    guest = GuestWish(
+        name or "", pool or "", format="qcow2", keeps_identity=same_identity,
+        network="" if no_network else network, nearest=nearest)
+    wish = BootWish(guest, on_error is OnError.PAUSE)
+    run_command(
+        common, lambda session: boot_command.boot(session, snapshot, wish, patience, dry_run=dry_run),
+        repository)
+
+
+@app.command()
+@taking(host_options, repository_options)
+def land(common: Common, repository: RepositorySettings, *, name: BootedName) -> None:
+    """Bring a booted guest home while it runs: from then on it needs neither snapshot nor repository."""
+    run_command(common, lambda session: boot_command.land(session, name), repository)
+
+
+@app.command()
+@taking(host_options)
+def discard(common: Common, *, name: BootedName, dry_run: DryRun = False) -> None:
+    """Throw a booted guest away, with everything that it wrote, and with nothing else."""
+    run_command(common, lambda session: boot_command.discard(session, name, dry_run=dry_run))
 
 
 @app.command()

@@ -20,7 +20,8 @@ from stillframe.capture.states import Quiesce
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Common, Session
 from stillframe.config import GuestSettings, RepositorySettings
-from stillframe.errors import StillframeError
+from stillframe.errors import ConfigInvalid, StillframeError
+from stillframe.units import parse_duration_s
 
 StateDir = Annotated[
     Path | None, typer.Option("--state-dir", help="folder of the journal (default /var/lib/stillframe)")
@@ -154,6 +155,15 @@ def run_command(
     finally:
         session.screen.close()
     sys.exit(code)
+
+
+def seconds_of(name: str, text: str) -> float:
+    """Return the duration that option *name* (in Python's spelling) was given. Raises ConfigInvalid."""
+    try:
+        return parse_duration_s(text)
+    except ValueError as error:
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigInvalid(f"{name} is {error}.", f"correct the option {option}") from error
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -11,6 +11,7 @@ from stillframe.capture.lock import domain_lock
 from stillframe.capture.recover import next_steps, recover_domain
 from stillframe.capture.status_file import repair_status_file
 from stillframe.cli.find import find_guest, guest_of
+from stillframe.cli.recover_boot import booted_ones, recover_booted
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
@@ -35,9 +36,13 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
     """Recover the named guests, or all with something left; return the exit code."""
     if repair_status:
         return _repair(session, names)
+    booted = [(Outcome(record.name), record) for record in booted_ones(session, names)]
+    # Of a guest that still reads from a snapshot there is no run: it can't be captured.
+    others = [name for name in names if all(name not in (each.name, each.uuid) for _, each in booted)]
     outcomes = [
         (Outcome(domain.name), domain, folders)
-        for domain, folders in _domains(session, names).items()
+        for domain, folders in (_domains(session, others).items() if others or not names else ())
+        if all(domain.uuid != each.uuid for _, each in booted)
     ]
     with session.signals_as_stop("it ends by itself once the guests are back"):
         for outcome, domain, _folders in outcomes:
@@ -45,13 +50,17 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
             for word in standing_words(session, domain.uuid):
                 session.screen.result(f"{domain.name}: {word}")
             show_outcome(session, outcome, "nothing was left of a run")
+        for outcome, record in booted:
+            outcome.did, outcome.error = recover_booted(session, record, dry_run=dry_run, lock_s=_LOCK_S)
+            show_outcome(session, outcome, f"it was booted from {record.snapshot}, and all is well")
         # Only when all guests are back: a destination may hang.
         for outcome, _domain, folders in outcomes if not dry_run else ():
             _mirrors(session, outcome, folders)
-    if not outcomes:
+    told = [*(outcome for outcome, _, _ in outcomes), *(outcome for outcome, _ in booted)]
+    if not told:
         session.screen.result("nothing was left by any run")
-    session.screen.json({"dry_run": dry_run, "guests": [outcome_body(outcome) for outcome, _, _ in outcomes]})
-    return exit_code([outcome for outcome, _, _ in outcomes])
+    session.screen.json({"dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in told]})
+    return exit_code(told)
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

@@ -12,10 +12,12 @@ from stillframe.cli import diff as diff_command
 from stillframe.cli import forget as forget_command
 from stillframe.cli import keys as keys_command
 from stillframe.cli import restore as restore_command
+from stillframe.cli import restore_guest as restore_guest_command
 from stillframe.cli import serve as serve_command
 from stillframe.cli import snapshots as snapshots_command
 from stillframe.cli import verify as verify_command
-from stillframe.cli.options import plain_options, repository_options, run_command, taking
+from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
+from stillframe.cli.restore_guest import GuestOptions, guest_restore_options
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
 from stillframe.restore.export import Serving
@@ -101,13 +103,14 @@ def diff(
     run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
 
 
-@taking(plain_options, repository_options)
+@taking(host_options, repository_options, guest_restore_options)
 def restore(
-    common: Common, repository: RepositorySettings, *,
+    common: Common, repository: RepositorySettings, guest: GuestOptions, *,
     snapshot: Annotated[
         str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
     to: Annotated[
-        str, typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")],
+        str | None,
+        typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")] = None,
     format_: Annotated[
         Format | None, typer.Option("--format", help="else raw, or qcow2 if PATH ends so")] = None,
     delta: Annotated[
@@ -117,7 +120,14 @@ def restore(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
 ) -> None:
-    """Write a snapshot's disks back to files or to a block device."""
+    """Write a snapshot's disks back (--to), or the whole guest as a new one (--as)."""
+    if guest.is_asked_for:
+        if to is not None or delta:
+            raise typer.BadParameter("--as goes with neither --to nor --delta")
+        order = guest.order(snapshot, format_.value if format_ else "", force=force, skip_bad=skip_bad)
+        run_command(common, lambda session: restore_guest_command.restore_guest(session, order), repository)
+    if to is None:
+        raise typer.BadParameter("say what is to be restored to: --to PATH, or --as NAME for a new guest")
     # Path would drop the slash by which a folder is told from a file.
     wish = restore_command.Wish(
         snapshot, Path(to).absolute(), to.endswith("/"), format_.value if format_ else "",

@@ -103,17 +103,23 @@ def _one(session: Session, places: Places, disk: DiskEntry, to: Path, wish: Wish
 
     result = restore_disk(
         places, disk, Wishes(str(to.absolute()), wish.format, wish.force, wish.delta), clock=session.clock,
-        skip_bad=wish.skip_bad, stop=lambda: _stop(session), report=report)
-    session.screen.result(
-        f"{disk.target}: {result.path}: {size_text(result.data_bytes)} data, "
-        f"{size_text(result.written_bytes)} written")
-    for lost in result.lost:
-        session.screen.result(
-            f"{disk.target}: lost: {lost.length_bytes} bytes at {lost.offset_bytes} ({lost.why})")
+        skip_bad=wish.skip_bad, stop=lambda: stop_of(session), report=report)
+    say_restored(session, disk.target, result)
     return result
 
 
-def _stop(session: Session) -> StillframeError | None:
+def say_restored(session: Session, target: str, result: Restored) -> None:
+    """Say what was restored of a disk, and what was lost."""
+    session.screen.result(
+        f"{target}: {result.path}: {size_text(result.data_bytes)} data, "
+        f"{size_text(result.written_bytes)} written")
+    for lost in result.lost:
+        session.screen.result(
+            f"{target}: lost: {lost.length_bytes} bytes at {lost.offset_bytes} ({lost.why})")
+
+
+def stop_of(session: Session) -> StillframeError | None:
+    """Return the error to end a restore with once a signal came: it touches no guest."""
     error = session.stop()
     if error is not None:
         error.guest = GuestState.UNTOUCHED

@@ -21,6 +21,7 @@ from stillframe.config import RepositorySettings, Settings, read_settings, repos
 from stillframe.errors import ConfigInvalid, Interrupted, StillframeError
 from stillframe.hypervisor.connection import Connection
 from stillframe.repository.opened import Repository, Secret, open_repository
+from stillframe.restore.boot_record import BootStore
 from stillframe.storage.address import open_storage
 from stillframe.storage.model import Storage
 
@@ -72,6 +73,11 @@ class Session:
     def journal(self) -> Journal:
         """The journal. Raises StateFolderUnusable."""
         return Journal(self.state_folder, self.clock)
+
+    @cached_property
+    def boot_store(self) -> BootStore:
+        """The records of guests that were booted from a snapshot."""
+        return BootStore(self.state_folder)
 
     @cached_property
     def connection(self) -> Connection:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
@@ -68,6 +69,16 @@ class Connection:
         libvirt_number = self.look(lambda connect: int(connect.getLibVersion()))
         qemu_number = self.look(lambda connect: int(connect.getVersion()))
         return _version(libvirt_number), _version(qemu_number)
+
+    def qemu_owner(self) -> tuple[int, int] | None:
+        """Return the user and the group that libvirt runs QEMU as, None if it does not say."""
+        text = self.look(lambda connect: str(connect.getCapabilities()))
+        for model in ET.fromstring(text).iterfind("./host/secmodel"):
+            if model.findtext("model") == "dac":
+                label = model.findtext("baselabel", "")
+                user, _, group = label.replace("+", "").partition(":")
+                return (int(user), int(group)) if user.isdigit() and group.isdigit() else None
+        return None
 
     def act(self, step: Callable[[libvirt.virConnect], T]) -> T:
         """Return what *step* returns; it is made once.

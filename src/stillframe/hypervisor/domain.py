@@ -40,6 +40,12 @@ _SNAPSHOT_FLAGS = (
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
 _COMMIT_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+_UNDEFINE_FLAGS = (
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+)
 _PID_FOLDER = Path("/run/libvirt/qemu")
 _DEFINITIONS = Path("/etc/libvirt/qemu")
 _ENDINGS = {
@@ -174,9 +180,13 @@ class Domain:
         """End the commit of *target* by making the base its image again."""
         self._act(lambda domain: domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT))
 
-    def abort_commit(self, target: str) -> None:
+    def abort_block_job(self, target: str) -> None:
         """End the commit of *target*; the guest stays on its overlay, and nothing is lost."""
         self._act(lambda domain: domain.blockJobAbort(target, 0))
+
+    def start_pull(self, target: str) -> None:
+        """Start pulling all that is below the image of *target* into it."""
+        self._act(lambda domain: domain.blockPull(target, 0, 0))
 
     def suspend(self) -> None:
         """Stop the guest's CPUs."""
@@ -189,6 +199,14 @@ class Domain:
     def start(self) -> None:
         """Start the domain."""
         self._act(lambda domain: domain.create())
+
+    def destroy(self) -> None:
+        """End the domain's QEMU, as if its power was cut."""
+        self._act(lambda domain: domain.destroy())
+
+    def undefine(self) -> None:
+        """Remove the definition, and what libvirt keeps with it: NVRAM, TPM state, saved memory."""
+        self._act(lambda domain: domain.undefineFlags(_UNDEFINE_FLAGS))
 
     def ask_to_shut_down(self, agent_timeout_s: int) -> None:
         """Ask the guest to shut down, by its agent if it answers in time, else by ACPI."""

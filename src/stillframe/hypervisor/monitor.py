@@ -102,6 +102,19 @@ def delete_bitmap(qmp: Qmp, files: Container[str], name: str) -> None:
             qmp("block-dirty-bitmap-remove", {"node": node.name, "name": name})
 
 
+def flush_node(qmp: Qmp, node: str) -> None:
+    """Have QEMU write down all that it keeps of a node in memory. Raises HypervisorError."""
+    # QMP has no command for it. Without quotes, the words would be taken for further arguments.
+    said = qmp("human-monitor-command", {"command-line": f'qemu-io {node} "flush"'})
+    if said.strip():
+        raise HypervisorError(f"QEMU said of a flush of {node}: {said.strip()}", 0)
+
+
+def poke_node(qmp: Qmp, node: str) -> None:
+    """Have QEMU begin to read a little from a node; what comes of it is not said. Raises HypervisorError."""
+    qmp("human-monitor-command", {"command-line": f'qemu-io {node} "aio_read -q 1M 512"'})
+
+
 def qemu_major(qmp: Qmp) -> int:
     """Return the first number of the version of the QEMU that runs."""
     return int(qmp("query-version", {})["qemu"]["major"])

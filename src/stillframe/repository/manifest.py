@@ -8,6 +8,8 @@ A manifest is always longer than 64 bytes, so a listing tells one from the other
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from stillframe.block.anchor import Anchor
@@ -16,6 +18,11 @@ from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import FORMAT_VERSION, PackKind, PackName, check_version
 from stillframe.repository.pack import SlotRef
 
+#: What a machine's files are.
+NVRAM = "nvram"
+TPM = "tpm"
+#: Where libvirt keeps the state of TPMs, each in a folder named by the guest's UUID.
+TPM_FOLDER = Path("/var/lib/libvirt/swtpm")
 TOMBSTONE_BYTES = 64
 _TOMBSTONE_MAGIC = b"SFTB"
 
