@@ -16,7 +16,7 @@
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous
     │       ├── TargetExists, TargetSmall, TargetInUse
-    │       ├── ExportExposed, ExportFailed
+    │       ├── ExportExposed, ExportFailed, DrillExposed
     │       └── GuestExists, HostLacks, DefinitionMissing
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
@@ -32,6 +32,7 @@
     ├── StorageError                 the storage below a repository said no
     │   ├── ObjectMissing, ObjectExists, ObjectTruncated
     │   └── StorageFull, StorageLost
+    ├── DrillFailed                  a snapshot did not boot, or a check in it failed
     ├── NeedsAttention               the guest runs, but something is left that only a person may decide
     ├── ProgramFailed, ProgramTimedOut
     └── HypervisorError              libvirt said no; carries its code
@@ -374,6 +375,13 @@ class ExportFailed(RepositoryRefused):
     exit_code = 101
 
 
+class DrillExposed(RepositoryRefused):
+    """A drilled guest would reach more than its own network."""
+
+    code = "drill-exposed"
+    exit_code = 102
+
+
 class GuestExists(RepositoryRefused):
     """A guest of that name or UUID is there already."""
 
@@ -557,6 +565,14 @@ class StorageLost(StorageError):
     code = "storage-lost"
     exit_code = 98
     retry = True
+
+
+class DrillFailed(StillframeError):
+    """A snapshot was booted and did not come up, or a check failed; what was booted is gone."""
+
+    code = "drill-failed"
+    exit_code = 103
+    guest = GuestState.UNTOUCHED
 
 
 class NeedsAttention(StillframeError):

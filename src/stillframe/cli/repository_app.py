@@ -87,9 +87,15 @@ def list_(
 
 
 @taking(plain_options, repository_options)
-def show(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
-    """Show all that is known of one snapshot."""
-    run_command(common, lambda session: snapshots_command.show(session, snapshot), repository)
+def show(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    screenshot: Annotated[
+        Path | None, typer.Option("--screenshot", help="write the screen of its last drill there, as PNG")
+    ] = None,
+) -> None:
+    """Show all that is known of one snapshot, and its last drill."""
+    run_command(common, lambda session: snapshots_command.show(session, snapshot, screenshot), repository)
 
 
 @taking(plain_options, repository_options)

@@ -6,6 +6,7 @@
     main/p/<sid>/<n>                 data packs                                   (pack.py, slots.py)
     main/t/<sid>/<n>                 tree packs                                   (pack.py, nodes.py)
     main/m/<host>/<vm>/<utc>-<sid>   manifests and tombstones                     (manifest.py)
+    main/d/<host>/<vm>/<utc>-<sid>-<verdict>   drills                            (drills.py)
     main/g/<n>                       generations of the collector                 (generation.py)
     main/v/...                       what verifying found and what healed         (heal.py, verify.py)
 
@@ -202,6 +203,7 @@ def generation_number(key: str) -> int:
 SESSIONS = f"{DOMAIN}/s/"
 GENERATIONS = f"{DOMAIN}/g/"
 MANIFESTS = f"{DOMAIN}/m/"
+DRILLS = f"{DOMAIN}/d/"
 KEY_SLOTS = f"{DOMAIN}/keys/"
 BAD = f"{DOMAIN}/v/bad/"
 HEALED = f"{DOMAIN}/v/heal/"
