@@ -3,7 +3,7 @@
     main/d/<host>/<guest>/<utc>-<sid>-<verdict>      verdict: passed | failed
 
 The key says when which snapshot of which guest was drilled and what came of it, so that listing needs no
-secret; the object (canonical JSON, sealed as a manifest is, its full key authenticated) says the rest. Nothing
+secret; the object (canonical JSON, sealed as a manifest is, its key authenticated) says the rest. Nothing
 refers to a drill, and a drill refers to no chunk: the collector never looks at one. A prune drops those
 whose snapshot is gone, but for the newest of each guest that has a snapshot.
 """

@@ -42,7 +42,7 @@ from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootStore
 from stillframe.restore.boot_server import Owner, boot_order, hand_over
-from stillframe.restore.drill_place import DRILL_SOCKETS, DrillPlace, Made, drill_place
+from stillframe.restore.drill_place import DrillPlace, Made, drill_place
 from stillframe.restore.drill_screen import as_png
 from stillframe.restore.drill_watch import AGENT, NotPassed, Proof, Watch
 from stillframe.restore.drill_xml import has_agent, isolated, reaches_beyond
@@ -58,7 +58,7 @@ _OF_NETWORK = ("network", "bridge")
 
 @dataclass(frozen=True, slots=True)
 class DrillWish:
-    """What a user asked for. *network* is an isolated one of libvirt, "" for none; *nearest*: see GuestWish."""
+    """What a user asked for. *network* is an isolated one, "" for none; *nearest*: see GuestWish."""
 
     proof: Proof
     network: str = ""
@@ -110,9 +110,9 @@ def plan_drill(
     name = f"{_NAME_PREFIX}{manifest.guest}-{chance.getrandbits(4 * _ID_SHOWN):0{_ID_SHOWN}x}"
     if wish.network:
         _check_network(wish.network, tools.connection)
-    # Its disks are served: the folder stands for where they would be, and is not used.
+    # Its disks are served: the folder stands for where images would be, and nobody makes it.
     guest = plan_guest(
-        manifest, GuestWish(name, str(DRILL_SOCKETS / name), network=wish.network, nearest=wish.nearest),
+        manifest, GuestWish(name, f"/run/{name}", network=wish.network, nearest=wish.nearest),
         tools.connection, None, chance)
     guest.check(room=False)
     if AGENT in wish.proof.waits_for and not has_agent(guest.definition):
@@ -125,8 +125,7 @@ def plan_drill(
                  content=disk.entry, data_bytes=disk.entry.data_bytes) for disk in guest.disks)
     definition, left_out = isolated(guest.definition, disks, str(place.console), wish.network)
     findings = tuple(each.text for each in guest.findings if wish.network or each.what not in _OF_NETWORK)
-    in_the_way = [text for text in guest.warnings if str(DRILL_SOCKETS) not in text]
-    return DrillPlan(snapshot, manifest, guest, definition, disks, place, (*in_the_way, *findings, *left_out))
+    return DrillPlan(snapshot, manifest, guest, definition, disks, place, (*guest.warnings, *findings, *left_out))
 
 
 def run_drill(plan: DrillPlan, wish: DrillWish, tools: DrillTools) -> Drill:
