@@ -21,7 +21,7 @@ from lab.disks import DiskSpec
 from lab.enter import IMAGES_DIR
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
-from stillframe.errors import DrillExposed, DrillFailed
+from stillframe.errors import ConnectionLost, DrillExposed, DrillFailed, Interrupted
 from stillframe.repository.layout import PackKind, packs_prefix
 from stillframe.restore.drill_place import DRILL_SOCKETS
 from stillframe.storage.local import LocalStorage
@@ -81,12 +81,16 @@ def original(drilled: Drilled) -> Iterator[Drilled]:
     """Give the guest; whatever the test did, it runs on untouched, and nothing else is left."""
     session_daemons = drilled.guest.daemons
     session_daemons.start()
-    before = (session_daemons.qemu_pid(drilled.guest.name), drilled.guest.domain().XMLDesc(),
-              drilled.guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+    def look() -> tuple[object, ...]:
+        domain = drilled.guest.domain()
+        return (session_daemons.qemu_pid(drilled.guest.name),
+                domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), drilled.guest.disk_source("vda"))
+
+    before = look()
     yield drilled
-    after = (session_daemons.qemu_pid(drilled.guest.name), drilled.guest.domain().XMLDesc(),
-             drilled.guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-    assert after == before
+    assert drilled.guest.running()
+    assert look() == before
     assert_nothing_left(drilled)
 
 
@@ -227,18 +231,26 @@ def test_a_killed_drill_leaves_no_guest(original: Drilled, *, with_libvirtd: boo
         daemons.start()
     else:
         wait_for("libvirt ends the guest", lambda: drills_running(daemons) == [], PATIENCE_S)
-    told = original.repo.json("recover")["drills"]
-    assert len(told) == 1
-    assert ("which still ran" in told[0]) is with_libvirtd
+    told, = original.repo.json("recover")["drills"]
+    assert told.startswith("removed what a killed drill left (drill-drilled-")
     wait_for("its processes are gone", lambda: not processes_of_drills(), PATIENCE_S)
     assert original.repo.json("recover")["drills"] == []
+
+
+def test_a_restart_of_libvirt_is_not_held_against_the_snapshot(original: Drilled) -> None:
+    before = original.repo.json("list")["drills"]
+    with drill_that_waits(original) as tool:
+        original.guest.daemons.kill_libvirtd()
+        original.guest.daemons.start()
+        assert tool.wait(PATIENCE_S) == ConnectionLost.exit_code
+    assert original.repo.json("list")["drills"] == before
 
 
 def test_a_signal_ends_a_drill_and_nothing_is_written_down(original: Drilled) -> None:
     before = original.repo.json("list")["drills"]
     with drill_that_waits(original) as tool:
         tool.send_signal(signal.SIGTERM)
-        assert tool.wait(60) == 48
+        assert tool.wait(PATIENCE_S) == Interrupted.exit_code
     assert original.repo.json("list")["drills"] == before
 
 

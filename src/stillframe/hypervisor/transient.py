@@ -1,7 +1,7 @@
 """A guest that is never defined: it runs for as long as the connection that started it, at the longest.
 
-libvirt ends it when the connection breaks (autodestroy), so it can't outlive a tool that is killed. A libvirt
-that was killed meanwhile has forgotten that: then somebody has to look (`TransientGuest.end`).
+libvirt ends it when the connection breaks (autodestroy), so it can't outlive a tool that is killed. After a
+restart, libvirt may have ended it, or may not know any more that it should (`TransientGuest.is_cut_off`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,16 @@ class TransientGuest:
         self._connection = connection
         self._domain = Domain(connection, uuid, name)
         self._uuid = uuid
+        self._connections = 0
 
     def start(self, text: str) -> None:
         """Start it, for as long as the connection lasts. Raises HypervisorError."""
+        self._connections = self._connection.count()
         self._connection.act(lambda connect: connect.createXML(text, libvirt.VIR_DOMAIN_START_AUTODESTROY))
+
+    def is_cut_off(self) -> bool:
+        """Return whether the connection that it belongs to is not the one that there is now."""
+        return self._connection.count() != self._connections
 
     def power(self) -> Power:
         """Return whether it runs."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillframe import process
 from stillframe.clock import Clock, Deadline
-from stillframe.errors import HypervisorError, StillframeError
+from stillframe.errors import ConnectionLost, HypervisorError, StillframeError
 from stillframe.hypervisor.model import Power
 from stillframe.hypervisor.transient import TransientGuest
 from stillframe.repository.drills import CheckResult
@@ -115,6 +115,9 @@ class Watch:
         if stopped is not None:
             raise stopped
         power = self.guest.power()
+        if self.guest.is_cut_off():
+            raise ConnectionLost("libvirt was restarted in the middle of the drill, which is nothing that the "
+                                 "snapshot is to blame for. Drill it again.", 0)
         if power is Power.RUNNING:
             return
         said = "".join(f"; {line}" for line in self.server_logs()[-3:])
@@ -134,6 +137,9 @@ class Watch:
                     break
                 self._look()
                 self.clock.pause(_LOOK_S)
+        except ConnectionLost:
+            self._look()
+            raise
         except HypervisorError as error:
             output = error.message
         self._note(command, code, output, began_s)
