@@ -17,6 +17,9 @@ commit_timeout = "1h"
 method = "auto"
 full_read_every = "30d"
 standing_limit = "50%"
+drill_check = ["systemctl is-system-running --wait"]     # commands inside the guest, for `drill`
+drill_expect = "login:"
+drill_timeout = "10m"
 
 [guests.NAME]              # the same keys, for one guest, and
 exclude = ["vdb"]          # its disks to leave out
@@ -25,7 +28,9 @@ exclude = ["vdb"]          # its disks to leave out
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -50,6 +55,7 @@ T = TypeVar("T")
 DEFAULT_FILE = Path("/etc/stillframe/stillframe.toml")
 DEFAULT_STATE_FOLDER = Path("/var/lib/stillframe")
 DEFAULT_URI = "qemu:///system"
+DRILL_TIMEOUT_S = 600.0
 
 
 class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,6 +73,9 @@ class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method: Method | None = None
     full_read_every: str | None = None
     standing_limit: str | None = None
+    drill_check: tuple[str, ...] | None = None
+    drill_expect: str | None = None
+    drill_timeout: str | None = None
 
     def over(self, other: GuestSettings) -> GuestSettings:
         """Return these settings, completed by *other* where nothing was said."""
@@ -215,6 +224,30 @@ def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
     """Return the wishes for guest *name*: options over its own section over the defaults."""
     own = settings.guests.get(name, GuestSettings())
     return wishes(options.over(own.over(settings.defaults)))
+
+
+@dataclass(frozen=True, slots=True)
+class DrillSettings:
+    """What is to show that a guest works. Without *expect* and a script, its agent must answer."""
+
+    checks: tuple[str, ...]
+    expect: re.Pattern[str] | None
+    timeout_s: float
+
+
+def drill_settings(settings: Settings, name: str, options: GuestSettings) -> DrillSettings:
+    """Return how guest *name* is drilled, by the rules of `for_guest`. Raises ConfigInvalid."""
+    chosen = options.over(settings.guests.get(name, GuestSettings()).over(settings.defaults))
+    return DrillSettings(
+        chosen.drill_check or (), _read(chosen, "drill_expect", _pattern, None),
+        _read(chosen, "drill_timeout", _positive_s, DRILL_TIMEOUT_S))
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {text!r} ({error})") from error
 
 
 def _positive_s(text: str) -> float:

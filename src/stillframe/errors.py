@@ -16,7 +16,7 @@
     │       ├── KeyWrong, KeyNeeded
     │       ├── SnapshotUnknown, SnapshotAmbiguous, SnapshotPinned
     │       ├── TargetExists, TargetSmall, TargetInUse
-    │       ├── ExportExposed, ExportFailed
+    │       ├── ExportExposed, ExportFailed, DrillExposed
     │       ├── LibguestfsMissing, ApplianceFailed, FilesystemUnknown, FilesystemLocked, PathUnknown,
     │       │   ArchiveRefused
     │       └── GuestExists, HostLacks, DefinitionMissing
@@ -34,6 +34,7 @@
     ├── StorageError                 the storage below a repository said no
     │   ├── ObjectMissing, ObjectExists, ObjectTruncated
     │   └── StorageFull, StorageLost, StorageRefused
+    ├── DrillFailed                  a snapshot did not boot, or a check in it failed
     ├── NeedsAttention               the guest runs, but something is left that only a person may decide
     ├── ProgramFailed, ProgramTimedOut
     └── HypervisorError              libvirt said no; carries its code
@@ -384,6 +385,13 @@ class ExportFailed(RepositoryRefused):
     exit_code = 101
 
 
+class DrillExposed(RepositoryRefused):
+    """A drilled guest would reach more than its own network."""
+
+    code = "drill-exposed"
+    exit_code = 105
+
+
 class GuestExists(RepositoryRefused):
     """A guest of that name or UUID is there already."""
 
@@ -621,6 +629,14 @@ class StorageRefused(StorageError):
 
     code = "storage-refused"
     exit_code = 120
+
+
+class DrillFailed(StillframeError):
+    """A snapshot was booted and did not come up, or a check failed; what was booted is gone."""
+
+    code = "drill-failed"
+    exit_code = 106
+    guest = GuestState.UNTOUCHED
 
 
 class NeedsAttention(StillframeError):

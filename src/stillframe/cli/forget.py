@@ -14,6 +14,7 @@ from stillframe.repository.catalog import display_name, list_snapshots, plan_for
 from stillframe.repository.catalog import forget as forget_snapshots
 from stillframe.repository.collect import collect, plan_collection
 from stillframe.repository.collection import Collected, CollectionPlan
+from stillframe.repository.drills import drop_drills
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
 from stillframe.repository.pins import pinned
@@ -79,7 +80,8 @@ def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bo
         plan = plan_collection(
             session.repository, session.clock, fence_after_s=fence_after_s, compact_below=below)
         _show_plan(session, plan)
-        session.screen.json({"dry_run": True, "plan": _plan_body(plan)})
+        drills = _drop_drills(session, dry_run=True)
+        session.screen.json({"dry_run": True, "plan": _plan_body(plan), "old_drills": drills})
         return _exit_code(plan)
 
     def shown(plan: CollectionPlan) -> bool:
@@ -91,8 +93,19 @@ def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bo
         approve=shown)
     _show_done(session, done)
     plan = done.plans[0]
-    session.screen.json({"dry_run": False, "plan": _plan_body(plan), "done": _done_body(done)})
+    drills = _drop_drills(session, dry_run=False)
+    session.screen.json({
+        "dry_run": False, "plan": _plan_body(plan), "done": _done_body(done), "old_drills": drills})
     return RepositoryDamaged.exit_code if done.damaged else _exit_code(plan)
+
+
+def _drop_drills(session: Session, *, dry_run: bool) -> int:
+    """Delete records of drills whose snapshot is gone; return how many there are."""
+    count = drop_drills(session.storage, dry_run=dry_run)
+    if count:
+        session.screen.result(
+            f"{'to delete' if dry_run else 'deleted'}: {count} records of drills whose snapshots are gone")
+    return count
 
 
 def _verdicts(

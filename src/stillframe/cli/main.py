@@ -200,6 +200,47 @@ def discard(common: Common, *, name: BootedName, dry_run: DryRun = False) -> Non
 
 
 @app.command()
+@taking(host_options, repository_options)
+def drill(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Annotated[
+        str | None, typer.Argument(metavar="[SNAPSHOT]", help="a snapshot as for restore; or --all-latest")
+    ] = None,
+    all_latest: Annotated[
+        bool, typer.Option("--all-latest", help="the newest snapshot of each guest of each host")] = False,
+    script: Annotated[
+        Path | None, typer.Option("--script", help="program on this host that must end with 0")] = None,
+    check: Annotated[
+        list[str] | None, typer.Option("--check", help="command in the guest, by its agent, that must end "
+                                                       "with 0; may be repeated")] = None,
+    expect: Annotated[
+        str | None, typer.Option("--expect", help="regular expression that its first serial port must print")
+    ] = None,
+    timeout: Annotated[str | None, typer.Option(help="longest wait for the guest (default 10m)")] = None,
+    check_timeout: Annotated[str, typer.Option(help="longest wait for a check, or for the script")] = "5m",
+    network: Annotated[
+        str | None, typer.Option("--network", help="isolated network of libvirt (else none)")] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
+    screenshot: Annotated[
+        Path | None, typer.Option("--screenshot", help="write the screen there, as PNG")] = None,
+) -> None:
+    """Boot a snapshot, apart from everything, and see that it works. What was found is written down."""
+    if (snapshot is None) is not all_latest:
+        raise typer.BadParameter("name a snapshot, or --all-latest")
+    if script is not None and not (script.is_file() and os.access(script, os.X_OK)):
+        raise typer.BadParameter(f"{script} is no program that could be run")
+    if screenshot is not None and all_latest:
+        raise typer.BadParameter("--screenshot goes with one snapshot (later: stillframe show --screenshot)")
+    options = GuestSettings(
+        drill_check=tuple(check) if check else None, drill_expect=expect, drill_timeout=timeout)
+    order = drill_command.Order(
+        snapshot, options, str(script.absolute()) if script else "", check_timeout, network or "", nearest,
+        screenshot)
+    run_command(common, lambda session: drill_command.drill(session, order), repository)
+
+
+@app.command()
 @taking(host_options)
 def settle(
     common: Common, *,

@@ -20,6 +20,7 @@ from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestState, GuestUnknown, N
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.guest import Guest
 from stillframe.mirror.recover import recover_folder
+from stillframe.restore.drill_place import clear_left_drills, left_drills
 from stillframe.restore.in_place import finish_untorn
 
 #: Longer than the guard holds a domain whose run was killed in the pivot.
@@ -59,11 +60,25 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
         # Only when all guests are back: a destination may hang.
         for outcome, _domain, folders in outcomes if not dry_run else ():
             _mirrors(session, outcome, folders)
+    drills = [] if names else _drills(session, dry_run=dry_run)
     told = [*(outcome for outcome, _, _ in outcomes), *(outcome for outcome, _ in booted)]
-    if not told:
+    if not told and not drills:
         session.screen.result("nothing was left by any run")
-    session.screen.json({"dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in told]})
+    session.screen.json({
+        "dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in told], "drills": drills})
     return exit_code(told)
+
+
+def _drills(session: Session, *, dry_run: bool) -> list[str]:
+    """Remove what drills left that were killed; return in words what was done."""
+    left = left_drills(session.state_folder)
+    if dry_run or not left:
+        did = [f"would remove what a killed drill left ({made.name})" for made in left]
+    else:
+        did = clear_left_drills(session.state_folder, session.connection)
+    for words in did:
+        session.screen.result(words)
+    return did
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

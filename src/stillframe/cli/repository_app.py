@@ -76,11 +76,17 @@ def list_(
 
 
 @taking(plain_options, repository_options)
-def show(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
-    """Show all that is known of one snapshot."""
+def show(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    screenshot: Annotated[
+        Path | None, typer.Option("--screenshot", help="write the screen of its last drill there, as PNG")
+    ] = None,
+) -> None:
+    """Show all that is known of one snapshot, and its last drill."""
     from stillframe.cli import snapshots as snapshots_command
 
-    run_command(common, lambda session: snapshots_command.show(session, snapshot), repository)
+    run_command(common, lambda session: snapshots_command.show(session, snapshot, screenshot), repository)
 
 
 @taking(plain_options, repository_options)

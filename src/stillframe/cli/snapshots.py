@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
+from stillframe.cli.drilled import (
+    drill_body,
+    drill_name_body,
+    last_drill_of,
+    last_of_guests,
+    name_line,
+    save_picture,
+    show_lines,
+)
 from stillframe.cli.session import Session
 from stillframe.clock import utc_text
 from stillframe.errors import EXIT_OK, StillframeError
@@ -59,8 +69,13 @@ def list_all(session: Session, guest: str | None) -> int:
     standing = _standing(session, {name.guest for name in names})
     for name_, run in standing.items():
         session.screen.result(f"{name_} stands on the overlays of run {run} by intention")
-    bodies = [{**name_body(name), "pinned": name.sid in pins} for name in names]
-    session.screen.json({"repository": session.storage.address, "snapshots": bodies, "standing": standing})
+    drills = last_of_guests(session, guest)
+    for drill in drills:
+        session.screen.result(name_line(drill))
+    session.screen.json({
+        "repository": session.storage.address, "standing": standing,
+        "snapshots": [{**name_body(name), "pinned": name.sid in pins} for name in names],
+        "drills": [drill_name_body(drill) for drill in drills]})
     return EXIT_OK
 
 
@@ -93,17 +108,24 @@ def _standing(session: Session, guests: set[str]) -> dict[str, str]:
     return {run.name: run.id for run in runs if run.name in guests}
 
 
-def show(session: Session, text: str) -> int:
-    """Show one snapshot in full; return the exit code."""
+def show(session: Session, text: str, screenshot: Path | None) -> int:
+    """Show one snapshot in full, and its last drill; return the exit code.
+
+    *screenshot* is the file that the screen in that drill is written to.
+    """
     name = find(session, text)
     manifest = read_snapshot(session.repository, name)
     held = read_pin(session.storage, name.sid) if name.sid in pinned(session.storage) else None
-    for line in _lines(name, manifest):
+    drill = last_drill_of(session, name)
+    for line in (*_lines(name, manifest), *show_lines(drill)):
         session.screen.result(line)
     if held is not None:
         session.screen.result(f"pinned at {held.at}" + (f": {held.why}" if held.why else ""))
-    session.screen.json({"snapshot": {
-        **name_body(name), "pinned": held is not None, **msgspec.to_builtins(manifest)}})
+    if screenshot is not None:
+        save_picture(session, drill, screenshot)
+    session.screen.json({
+        "snapshot": {**name_body(name), "pinned": held is not None, **msgspec.to_builtins(manifest)},
+        "last_drill": None if drill is None else drill_body(drill)})
     return EXIT_OK
 
 

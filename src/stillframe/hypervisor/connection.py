@@ -116,6 +116,10 @@ class Connection:
         """Return what is another value once the domain was started, or its start may have been missed."""
         return self._opened, self._starts[uuid]
 
+    def count(self) -> int:
+        """Return how many times the connection was made by now."""
+        return self._opened
+
     def close(self) -> None:
         """End the connection."""
         with contextlib.suppress(libvirt.libvirtError):

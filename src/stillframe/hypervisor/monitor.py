@@ -222,19 +222,22 @@ def read_disk(inserted: Mapping[str, Any]) -> QemuDisk:
 
 def fsfreeze_status(look: Callable[[Callable[[Any], str]], str], timeout_s: int) -> str:
     """Return the guest agent's fsfreeze status ("thawed" or "frozen"), asked through *look*."""
-    return look(lambda domain: str(_agent(domain, "guest-fsfreeze-status", timeout_s)))
+    return look(lambda domain: str(agent_command(domain, "guest-fsfreeze-status", timeout_s)))
 
 
 def agent_ping(look: Callable[[Callable[[Any], bool]], bool], timeout_s: int) -> bool:
     """Return True once the guest agent answered, asked through *look*."""
 
     def ping(domain: Any) -> bool:
-        _agent(domain, "guest-ping", timeout_s)
+        agent_command(domain, "guest-ping", timeout_s)
         return True
 
     return look(ping)
 
 
-def _agent(domain: Any, command: str, timeout_s: int) -> Any:
-    text = json.dumps({"execute": command})
+def agent_command(
+    domain: Any, command: str, timeout_s: int, arguments: Mapping[str, object] | None = None
+) -> Any:
+    """Return what the guest agent answers to a command. Raises libvirtError."""
+    text = json.dumps({"execute": command, "arguments": arguments or {}})
     return json.loads(libvirt_qemu.qemuAgentCommand(domain, text, timeout_s, 0))["return"]

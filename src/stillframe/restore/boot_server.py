@@ -21,7 +21,7 @@ from stillframe.hypervisor.model import BOOT_SOCKETS
 from stillframe.repository.opened import Repository
 from stillframe.restore.boot_record import BootDisk, BootRecord, BootStore
 from stillframe.restore.export import Export, Serving, end_export, start_export
-from stillframe.restore.export_order import CACHE_BYTES, order_for
+from stillframe.restore.export_order import CACHE_BYTES, Order, order_for
 from stillframe.units import MIB
 
 _LEAST_CACHE_BYTES = 64 * MIB
@@ -79,15 +79,27 @@ def serve(
     except OSError as error:
         raise BootFailed(f"The folder for the socket {socket} can't be made: {error}.",
                          f"ls -ld {BOOT_SOCKETS}") from error
-    order = msgspec.structs.replace(
-        order_for(repository, disk.target, disk.content),
-        cache_bytes=max(_LEAST_CACHE_BYTES, CACHE_BYTES // len(record.disks)), patience_s=record.patience_s,
-        trace=str(store.order_of_boot(record.origin, disk.target)))
+    order = boot_order(store, record.origin, repository, disk, len(record.disks), record.patience_s)
     export = start_export(order, folder, clock, Serving(socket=disk.socket))
-    if owner is not None:
-        os.chown(socket, owner.uid, owner.gid)
-    socket.chmod(_SOCKET_MODE)
+    hand_over(disk, owner)
     return export
+
+
+def boot_order(
+    store: BootStore, origin: str, repository: Repository, disk: BootDisk, disks: int, patience_s: float,
+) -> Order:
+    """Return what a server of one of so many disks is told: it learns what the guest *origin* reads first."""
+    return msgspec.structs.replace(
+        order_for(repository, disk.target, disk.content),
+        cache_bytes=max(_LEAST_CACHE_BYTES, CACHE_BYTES // disks), patience_s=patience_s,
+        trace=str(store.order_of_boot(origin, disk.target)))
+
+
+def hand_over(disk: BootDisk, owner: Owner | None) -> None:
+    """Let whom QEMU runs as, and nobody else, connect to a disk's server."""
+    if owner is not None:
+        os.chown(disk.socket, owner.uid, owner.gid)
+    os.chmod(disk.socket, _SOCKET_MODE)
 
 
 def end_servers(store: BootStore, record: BootRecord, clock: Clock) -> None:

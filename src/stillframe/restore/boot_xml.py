@@ -72,14 +72,15 @@ def stand_of(disk: Disk | None, known: BootDisk) -> Stand:
 
 
 def _on(text: str, disk: BootDisk, path: str) -> str:
-    return with_source(_without_chain(text, disk.target), disk.target, _file(path), _served(disk))
+    return with_source(_without_chain(text, disk.target), disk.target, _file(path), served_source(disk))
 
 
 def _file(path: str) -> Source:
     return Source("file", "qcow2", path, xml=f"<source file={quoteattr(path)}/>")
 
 
-def _served(disk: BootDisk) -> Source:
+def served_source(disk: BootDisk) -> Source:
+    """Return what is served for a disk, as a source for QEMU."""
     host = f"<host transport='unix' socket={quoteattr(disk.socket)}/><reconnect delay='{_RECONNECT_S}'/>"
     return Source(
         "network", "raw", "", protocol="nbd", socket=disk.socket, export=disk.target,
