@@ -226,6 +226,8 @@ def drill(
         Path | None, typer.Option("--screenshot", help="write the screen there, as PNG")] = None,
 ) -> None:
     """Boot a snapshot, apart from everything, and see that it works. What was found is written down."""
+    from stillframe.cli import drill as drill_command
+
     if (snapshot is None) is not all_latest:
         raise typer.BadParameter("name a snapshot, or --all-latest")
     if script is not None and not (script.is_file() and os.access(script, os.X_OK)):

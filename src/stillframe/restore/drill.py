@@ -125,7 +125,8 @@ def plan_drill(
                  content=disk.entry, data_bytes=disk.entry.data_bytes) for disk in guest.disks)
     definition, left_out = isolated(guest.definition, disks, str(place.console), wish.network)
     findings = tuple(each.text for each in guest.findings if wish.network or each.what not in _OF_NETWORK)
-    return DrillPlan(snapshot, manifest, guest, definition, disks, place, (*guest.warnings, *findings, *left_out))
+    warnings = (*guest.warnings, *findings, *left_out)
+    return DrillPlan(snapshot, manifest, guest, definition, disks, place, warnings)
 
 
 def run_drill(plan: DrillPlan, wish: DrillWish, tools: DrillTools) -> Drill:
@@ -169,7 +170,7 @@ def _served(disk: BootDisk, plan: DrillPlan, tools: DrillTools) -> Iterator[Expo
 
 def _write_machine(guest: GuestPlan, repository: Repository) -> None:
     places = Places(repository)
-    for folder in guest.folders:
+    for folder in guest.claim.folders:
         if Path(folder).is_relative_to(TPM_FOLDER):
             make_folder(folder)
     for target in guest.files:

@@ -116,8 +116,8 @@ class Watch:
             raise stopped
         power = self.guest.power()
         if self.guest.is_cut_off():
-            raise ConnectionLost("libvirt was restarted in the middle of the drill, which is nothing that the "
-                                 "snapshot is to blame for. Drill it again.", 0)
+            raise ConnectionLost("libvirt was restarted in the middle of the drill, which is nothing that "
+                                 "the snapshot is to blame for. Drill it again.", 0)
         if power is Power.RUNNING:
             return
         said = "".join(f"; {line}" for line in self.server_logs()[-3:])
