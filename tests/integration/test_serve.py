@@ -123,7 +123,7 @@ def serving(stock: Stock, *words: str | Path) -> Iterator[tuple[subprocess.Popen
             body = "".join(iter(tool.stdout.readline, "}\n")) + "}"
             yield tool, json.loads(body)["exports"]
         finally:
-            tool.kill()
+            tool.terminate()  # it clears up; a killed one leaves that to the next
 
 
 def refused(stock: Stock, *words: str | Path, code: int) -> str:
