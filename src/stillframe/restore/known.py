@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from stillframe.block.marked import stretches
 from stillframe.block.reader import DiskReader
 from stillframe.block.tools import image_info
 from stillframe.capture.journal import DiskRecord
@@ -18,11 +19,14 @@ from stillframe.capture.offline_bitmap import usable_bitmap
 from stillframe.capture.plan import FULL_READ_EVERY_S, why_due
 from stillframe.clock import Clock
 from stillframe.errors import SlotDamaged
-from stillframe.extent import Extent, Kind
+from stillframe.extent import Extent
 from stillframe.repository.difference import changed_extents
 from stillframe.repository.manifest import DiskEntry, Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.tree import Tree
+
+#: Of so many stretches between two snapshots it is asked what the image has there; of more, some are joined.
+_ASKED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,11 @@ def may_differ(
         return None
     try:
         trees = [Tree(places, each.size_bytes, each.place) for each in (known.then, disk)]
-        between = [Extent(each.offset_bytes, each.length_bytes, Kind.DATA)
-                   for each in changed_extents(*trees)]
+        between = stretches(changed_extents(*trees), _ASKED)
     except SlotDamaged:
         return None
-    marked = (Extent(offset, length, Kind.DATA) for offset, length in known.marked)
-    return [*between, *marked, *changed]
+    # One after the other: a reader has one stream of extents.
+    found = list(changed)
+    for offset, length in (*known.marked, *between):
+        found += source.extents(offset, length)
+    return found
