@@ -379,7 +379,7 @@ class DrillExposed(RepositoryRefused):
     """A drilled guest would reach more than its own network."""
 
     code = "drill-exposed"
-    exit_code = 102
+    exit_code = 122
 
 
 class GuestExists(RepositoryRefused):
@@ -571,7 +571,7 @@ class DrillFailed(StillframeError):
     """A snapshot was booted and did not come up, or a check failed; what was booted is gone."""
 
     code = "drill-failed"
-    exit_code = 103
+    exit_code = 123
     guest = GuestState.UNTOUCHED
 
 

@@ -25,6 +25,7 @@ from stillframe.clock import Clock, utc_text
 from stillframe.errors import (
     ConfigInvalid,
     DrillExposed,
+    DrillFailed,
     GuestUnknown,
     HostLacks,
     HypervisorError,
@@ -44,7 +45,7 @@ from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootStore
 from stillframe.restore.boot_server import Owner, boot_order, hand_over
 from stillframe.restore.drill_place import DrillPlace, Made, drill_place
 from stillframe.restore.drill_screen import as_png
-from stillframe.restore.drill_watch import AGENT, NotPassed, Proof, Watch
+from stillframe.restore.drill_watch import AGENT, Proof, Watch
 from stillframe.restore.drill_xml import has_agent, isolated, reaches_beyond
 from stillframe.restore.export import Export, Serving, exported
 from stillframe.restore.guest_plan import GuestPlan, GuestWish, plan_guest
@@ -148,8 +149,8 @@ def run_drill(plan: DrillPlan, wish: DrillWish, tools: DrillTools) -> Drill:
             watch = Watch(guest, place.console, tools.clock, tools.stop,
                           lambda: [line for export in exports for line in export.said().splitlines()])
             watch.prove(wish.proof, place.script_log, _facts(plan, tools, place))
-        except NotPassed as failure:
-            reason = str(failure)
+        except DrillFailed as failure:
+            reason = failure.message
         except SlotDamaged as damage:
             reason = f"a file of the machine is lost: {damage.message}"
         return _found(plan, wish, tools, began_at, reason, watch)
