@@ -2,6 +2,8 @@
 
 repository = "/srv/repository"
 passphrase_file = "/etc/stillframe/passphrase"   # or passphrase_command, or key_file
+credentials_file = "/etc/stillframe/credentials" # who we are to the repository's server
+limit_rate = "50M"         # bytes a second, to the repository and from it
 
 [defaults]                 # for all guests
 quiesce = "auto"
@@ -30,16 +32,23 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
-from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
 from stillframe.capture.states import Quiesce
+from stillframe.clock import Clock
 from stillframe.errors import ConfigInvalid
+from stillframe.storage.access import NOBODY, Access, read_credentials, s3_access, smb_access
+from stillframe.storage.address import open_storage, scheme_of
+from stillframe.storage.model import Storage
+from stillframe.storage.wrappers import RateLimited
 from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
+
+if TYPE_CHECKING:
+    from stillframe.capture.plan import Wishes
 
 T = TypeVar("T")
 
@@ -81,16 +90,22 @@ class RepositorySettings(msgspec.Struct, frozen=True):
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     key_file: str | None = None
+    credentials_file: str | None = None
+    limit_rate: str | None = None
 
     @property
-    def has_secret(self) -> bool:
-        """Whether anything is said about what opens the repository."""
-        return any((self.passphrase_file, self.passphrase_command, self.key_file))
+    def secrets(self) -> dict[str, str]:
+        """What is said about what opens the repository, by the setting's name."""
+        named = {name: getattr(self, name) for name in ("passphrase_file", "passphrase_command", "key_file")}
+        return {name: value for name, value in named.items() if value}
 
     def over(self, other: RepositorySettings) -> RepositorySettings:
         """Return these settings, completed by *other*. Whoever names a secret names all of it."""
-        secret = self if self.has_secret else other
-        return msgspec.structs.replace(secret, repository=self.repository or other.repository)
+        secret = self if self.secrets else other
+        return msgspec.structs.replace(
+            secret, repository=self.repository or other.repository,
+            credentials_file=self.credentials_file or other.credentials_file,
+            limit_rate=self.limit_rate or other.limit_rate)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,6 +117,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     key_file: str | None = None
+    credentials_file: str | None = None
+    limit_rate: str | None = None
     defaults: GuestSettings = GuestSettings()
     guests: Mapping[str, GuestSettings] = {}
 
@@ -141,15 +158,46 @@ def repository_settings(settings: Settings, options: RepositorySettings) -> Repo
     ))
     file = RepositorySettings(*(getattr(settings, name) for name in RepositorySettings.__struct_fields__))
     found = options.over(environment.over(file))
-    named = [name for name in RepositorySettings.__struct_fields__[1:] if getattr(found, name)]
+    named = found.secrets
     if len(named) > 1:
         raise ConfigInvalid(f"{' and '.join(named)} are both given; one secret opens a repository.",
                             "keep one of them in the options, the environment or the configuration file")
     return found
 
 
+def storage_of(settings: RepositorySettings, address: str, clock: Clock, *, make: bool = False) -> Storage:
+    """Return the storage of the repository at *address*; *make* makes its folder.
+
+    Raises ConfigInvalid, RepositoryRefused, StorageError.
+    """
+    storage = open_storage(address, access_to(settings, address), make=make, clock=clock)
+    if settings.limit_rate is None:
+        return storage
+    try:
+        rate = parse_size_bytes(settings.limit_rate)
+    except ValueError as error:
+        raise ConfigInvalid(
+            f"limit_rate is {error}.", "correct the option --limit-rate or the configuration file") from error
+    return RateLimited(storage, clock, write_bytes_per_s=rate, read_bytes_per_s=rate)
+
+
+def access_to(settings: RepositorySettings, address: str) -> Access:
+    """Return who we are to the server of *address*: the credentials file's, else the field's own places.
+
+    Raises ConfigInvalid.
+    """
+    given = read_credentials(Path(settings.credentials_file)) if settings.credentials_file else {}
+    kind = scheme_of(address)
+    if kind == "s3":
+        return s3_access(given, os.environ, Path.home())
+    return smb_access(given, os.environ) if kind == "smb" else NOBODY
+
+
 def wishes(settings: GuestSettings) -> Wishes:
     """Return what the settings ask for. Raises ConfigInvalid for a value that is no size or time."""
+    # It brings all of the capture with it, which only commands on guests need.
+    from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
+
     plain = Limits()
     standing_bytes, standing_share = _read(
         settings, "standing_limit", _size_or_share, (plain.standing_bytes, plain.standing_share))

@@ -14,9 +14,11 @@
     │   └── RepositoryRefused        a repository command did not begin
     │       ├── RepositoryUnknown, RepositoryExists, RepositoryNewer, RepositoryUnsafe
     │       ├── KeyWrong, KeyNeeded
-    │       ├── SnapshotUnknown, SnapshotAmbiguous
+    │       ├── SnapshotUnknown, SnapshotAmbiguous, SnapshotPinned
     │       ├── TargetExists, TargetSmall, TargetInUse
     │       ├── ExportExposed, ExportFailed, DrillExposed
+    │       ├── LibguestfsMissing, ApplianceFailed, FilesystemUnknown, FilesystemLocked, PathUnknown,
+    │       │   ArchiveRefused
     │       └── GuestExists, HostLacks, DefinitionMissing
     ├── RunFailed                    the run was given up; the guest is back on its own images
     │   ├── CopyFailed, DestinationLost, DestinationFull
@@ -31,7 +33,7 @@
     │   └── SlotDamaged              one slot of a pack
     ├── StorageError                 the storage below a repository said no
     │   ├── ObjectMissing, ObjectExists, ObjectTruncated
-    │   └── StorageFull, StorageLost
+    │   └── StorageFull, StorageLost, StorageRefused
     ├── DrillFailed                  a snapshot did not boot, or a check in it failed
     ├── NeedsAttention               the guest runs, but something is left that only a person may decide
     ├── ProgramFailed, ProgramTimedOut
@@ -56,6 +58,7 @@ class GuestState(enum.Enum):
     SAFE = "The guest is safe: it runs on its own images and no overlay is left."
     OVERLAID = "The guest is safe but still uses an overlay that must not be deleted."
     STOPPED = "Nothing is lost, but the guest's CPUs are stopped."
+    RESTORING = "The guest is off, and is kept from starting until a restore in place is finished."
     UNKNOWN = "The state of the guest was not established."
 
 
@@ -340,6 +343,13 @@ class SnapshotAmbiguous(RepositoryRefused):
     exit_code = 88
 
 
+class SnapshotPinned(RepositoryRefused):
+    """The snapshot is pinned, and was to be dropped."""
+
+    code = "snapshot-pinned"
+    exit_code = 121
+
+
 class TargetExists(RepositoryRefused):
     """What would be restored to exists and was not asked to be overwritten."""
 
@@ -379,28 +389,75 @@ class DrillExposed(RepositoryRefused):
     """A drilled guest would reach more than its own network."""
 
     code = "drill-exposed"
-    exit_code = 122
+    exit_code = 105
 
 
 class GuestExists(RepositoryRefused):
     """A guest of that name or UUID is there already."""
 
     code = "guest-exists"
-    exit_code = 110
+    exit_code = 102
 
 
 class HostLacks(RepositoryRefused):
     """The host has not got what the guest's definition names."""
 
     code = "host-lacks"
-    exit_code = 111
+    exit_code = 103
 
 
 class DefinitionMissing(RepositoryRefused):
     """The snapshot has no definition of its guest."""
 
     code = "definition-missing"
+    exit_code = 104
+
+
+class LibguestfsMissing(RepositoryRefused):
+    """libguestfs, which looks into file systems, is not installed."""
+
+    code = "libguestfs-missing"
+    exit_code = 110
+
+    def __init__(self) -> None:
+        super().__init__("libguestfs is not installed, or its module for this Python is not.",
+                         "apt-get install python3-guestfs (Debian), then run the command again")
+
+
+class ApplianceFailed(RepositoryRefused):
+    """The small machine that looks into file systems did not start, died or went silent."""
+
+    code = "appliance-failed"
+    exit_code = 111
+    retry = True
+
+
+class FilesystemUnknown(RepositoryRefused):
+    """There is no file system to look into, there are several, or it can't be mounted."""
+
+    code = "filesystem-unknown"
     exit_code = 112
+
+
+class FilesystemLocked(RepositoryRefused):
+    """What is encrypted was not opened: no key was given, or no key opens it."""
+
+    code = "filesystem-locked"
+    exit_code = 113
+
+
+class PathUnknown(RepositoryRefused):
+    """There is no such path in the guest, or it is of another kind than the command needs."""
+
+    code = "path-unknown"
+    exit_code = 114
+
+
+class ArchiveRefused(RepositoryRefused):
+    """A file of the guest can't be read to its end, or an archive is not as it should be."""
+
+    code = "archive-refused"
+    exit_code = 115
 
 
 class RunFailed(StillframeError):
@@ -567,11 +624,18 @@ class StorageLost(StorageError):
     retry = True
 
 
+class StorageRefused(StorageError):
+    """The storage can be reached and says no: wrong credentials, no such bucket, an unknown host key."""
+
+    code = "storage-refused"
+    exit_code = 120
+
+
 class DrillFailed(StillframeError):
     """A snapshot was booted and did not come up, or a check failed; what was booted is gone."""
 
     code = "drill-failed"
-    exit_code = 123
+    exit_code = 106
     guest = GuestState.UNTOUCHED
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from lab.booted import BootedGuest
-from lab.daemons import LibvirtDaemons
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
+from stillframe.capture.lock import lock_holder
+from stillframe.errors import Interrupted
 from stillframe.restore.boot_record import BootState
-from tests.fault.harness import Place, Run
-from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
+from tests.fault.harness import Run
+from tests.integration.booting import Booting, end_servers
 
 _NAME = "b1"
 _BOOT = (BootState.PLANNED, BootState.MAKING, BootState.SERVING, BootState.DEFINING, BootState.STARTING,
@@ -28,22 +24,7 @@ _BOOT_CELLS = [(state, phase) for state in _BOOT for phase in ("intent", "done")
                if (state, phase) not in ((BootState.PLANNED, "done"), (BootState.BOOTED, "done"))]
 #: The steps of a landing with two disks: begun; a disk is pulled, and then seen to have landed; all have.
 _LAND_CELLS = [(BootState.LANDING, "intent", 1), (BootState.LANDING, "intent", 2),
-               (BootState.LANDING, "done", 1), (BootState.LANDED, "intent", 1)]
-
-
-@pytest.fixture(scope="module")
-def snapshot(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    """Give a snapshot for all tests here: none of them changes it."""
-    session_daemons.start()
-    return take_snapshot(session_daemons, tmp_path_factory.mktemp("boot"))
-
-
-@pytest.fixture
-def booting(daemons: LibvirtDaemons, snapshot: Snapshot, place: Place, tmp_path: Path) -> Iterator[Booting]:
-    """Give a test's own places."""
-    yield Booting(daemons, snapshot, replace(snapshot.repo, place=place), place.overlays, tmp_path)
-    end_servers()
-    shutil.rmtree("/run/stillframe", ignore_errors=True)
+               (BootState.LANDING, "done", 2), (BootState.LANDED, "intent", 1)]
 
 
 class BootRun(Run):
@@ -56,12 +37,6 @@ class BootRun(Run):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=booting.repo.root,
             env=booting.repo.environment(), stdin=subprocess.DEVNULL)
         self.output = ""
-
-
-def end_servers() -> None:
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    wait_for("the servers are gone", lambda: not servers(), PATIENCE_S)
 
 
 def boot_words(booting: Booting) -> list[str]:
@@ -114,6 +89,49 @@ def test_qemu_is_killed_at_the_end_of_a_boot(booting: Booting) -> None:
     run.kill()
     assert_whole(booting, guest)
     assert guest.running()
+
+
+def test_the_tool_is_killed_while_a_guest_is_thrown_away(booting: Booting) -> None:
+    guest = booting.boot(_NAME)
+    run = BootRun(booting, BootState.DISCARDING, "intent", 1, "discard", _NAME)
+    assert run.wait_reached(), run.output
+    run.kill()
+    assert guest.running()
+    assert_whole(booting, guest)
+    booting.assert_nothing_is_left(_NAME)
+
+
+def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
+    guest = booting.boot(_NAME)
+    guest.write("vda", 6 * MIB + 512, 100 * 1024, 0x55)
+
+    def land_slowly() -> subprocess.Popen[bytes]:
+        guest.domain().blockPull("vda", 1)  # MiB a second: land finds it at work, and waits for it
+        process = subprocess.Popen(
+            booting.repo.command("land", _NAME, "-q"), env=booting.repo.environment(), cwd=booting.repo.root)
+        uuid = guest.domain().UUIDString()
+        wait_for("it holds the guest", lambda: str(process.pid) in lock_holder(
+            booting.repo.place.state_dir, uuid), PATIENCE_S)
+        wait_for("it lands", lambda: (booting.record(_NAME) or {})["detail"] == "pulling vda", PATIENCE_S)
+        return process
+
+    killed = land_slowly()
+    assert booting.repo.json("status")["booted"][0]["trouble"] == ""
+    killed.kill()
+    killed.wait()
+    assert guest.domain().blockJobInfo("vda")
+    said = booting.repo.json("recover")["guests"][0]["did"]
+    assert said == [f"it has not landed yet: stillframe land {_NAME}"]
+    guest.domain().blockJobAbort("vda")
+    wait_for("the job is gone", lambda: not guest.domain().blockJobInfo("vda"), PATIENCE_S)
+
+    interrupted = land_slowly()
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(PATIENCE_S) == Interrupted.exit_code
+    wait_for("the job is gone", lambda: not guest.domain().blockJobInfo("vda"), PATIENCE_S)
+    assert guest.disk_xml("vda", inactive=True).find("backingStore/source") is not None
+    booting.repo.json("land", _NAME)
+    booting.assert_landed(guest)
 
 
 @pytest.mark.parametrize("victim", ["tool", "servers", "qemu", "libvirtd", "all"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.enter import IMAGES_DIR
 from lab.images import MIB, run, to_raw
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.hypervisor.model import BOOT_SOCKETS
 from tests.fault.harness import Place
 from tests.integration.repositories import Repo, make_repo
@@ -98,6 +102,14 @@ def servers() -> list[int]:
         if b"nbdkit" in words.split(b"\0")[0] and str(BOOT_SOCKETS).encode() in words:
             found.append(int(path.parent.name))
     return found
+
+
+def end_servers() -> None:
+    """Kill the servers of booted guests, and take their sockets away: as a restart of the host does."""
+    for pid in servers():
+        os.kill(pid, signal.SIGKILL)
+    wait_for("the servers are gone", lambda: not servers(), PATIENCE_S)
+    shutil.rmtree(BOOT_SOCKETS, ignore_errors=True)
 
 
 def take_snapshot(daemons: LibvirtDaemons, folder: Path) -> Snapshot:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +12,13 @@ import libvirt
 import pytest
 
 from lab.booted import BootedGuest
-from lab.daemons import LibvirtDaemons
+from lab.daemons import UNDEFINE_WHOLLY
+from lab.diskguest import DiskGuest
+from lab.disks import DiskSpec
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
+from stillframe.clock import SystemClock
 from stillframe.errors import (
     BootFailed,
     GuestExists,
@@ -30,24 +30,11 @@ from stillframe.errors import (
     TargetExists,
     TargetSmall,
 )
-from tests.fault.harness import Place, small_file_system
-from tests.integration.booting import Booting, Snapshot, servers, take_snapshot
-
-
-@pytest.fixture(scope="module")
-def snapshot(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    """Give a snapshot for all tests here: none of them changes it."""
-    session_daemons.start()
-    return take_snapshot(session_daemons, tmp_path_factory.mktemp("boot"))
-
-
-@pytest.fixture
-def booting(daemons: LibvirtDaemons, snapshot: Snapshot, place: Place, tmp_path: Path) -> Iterator[Booting]:
-    """Give a test's own places."""
-    yield Booting(daemons, snapshot, replace(snapshot.repo, place=place), place.overlays, tmp_path)
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    shutil.rmtree("/run/stillframe", ignore_errors=True)
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import find_domain
+from stillframe.repository.manifest import TPM_FOLDER
+from tests.fault.harness import small_file_system
+from tests.integration.booting import Booting, end_servers
 
 
 def write_here_and_there(guest: BootedGuest, pattern: int) -> None:
@@ -65,7 +52,11 @@ def test_a_booted_guest_reads_the_snapshot_and_keeps_what_it_writes(booting: Boo
     for target in guest.targets():
         guest.assert_disk_equals_model(target)
     origin = booting.snapshot.moment
-    assert guest.domain().UUIDString() != booting.record("b1")["origin"]  # type: ignore[index]
+    record = booting.record("b1")
+    assert record is not None
+    assert guest.domain().UUIDString() == record["uuid"] != record["origin"]
+    # What the firmware read is known for the next boot.
+    assert (booting.repo.place.state_dir / "boot-order" / f"{record['origin']}-vda").read_text()
     guest.domain().destroy()
     guest.domain().create()
     for target in guest.targets():
@@ -93,15 +84,23 @@ def test_a_guest_lands_while_it_writes(booting: Booting) -> None:
         over.set()
         writer.join()
     assert [disk["target"] for disk in said["disks"]] == ["vda", "vdb"]
+    # It is a guest like any other now.
+    booting.repo.json("backup", "b1", "--quiesce", "none", "--min-free", "32M", "--method", "overlay")
     booting.assert_landed(guest)
     guest.domain().create()
     guest.assert_disk_equals_model("vda")
 
 
-def end_servers() -> None:
-    for pid in servers():
-        os.kill(pid, signal.SIGKILL)
-    wait_for("the servers are gone", lambda: not servers(), PATIENCE_S)
+def test_qemu_is_not_asked_for_its_nodes_while_it_pulls(booting: Booting) -> None:
+    guest = booting.boot("b1")
+    guest.domain().blockPull("vda", 1)  # MiB a second
+    domain = find_domain(Connection("qemu:///system", SystemClock()), "b1")
+    view = domain.view()
+    assert view.qemu is None
+    assert view.jobs
+    assert booting.repo.json("status")["booted"][0]["trouble"] == ""
+    guest.domain().blockJobAbort("vda")
+    wait_for("the job is gone", lambda: domain.view().qemu is not None, PATIENCE_S)
 
 
 def read_by_the_guest_itself(guest: BootedGuest) -> None:
@@ -137,7 +136,6 @@ def test_after_a_restart_of_the_host_recover_makes_the_guest_startable(booting: 
     guest.flush()
     booting.daemons.kill_qemu("b1")
     end_servers()
-    shutil.rmtree("/run/stillframe")
     wait_for("the guest is off", lambda: not guest.running(), PATIENCE_S)
     with pytest.raises(libvirt.libvirtError):
         guest.domain().create()
@@ -202,6 +200,9 @@ def test_what_is_asked_wrongly_is_refused_and_leaves_nothing(booting: Booting) -
     booting.repo.json("land", "nobody", code=GuestUnknown.exit_code)
     error = booting.repo.json("backup", "b1", code=GuestUnfit.exit_code)["guests"][0]["error"]
     assert "stillframe land b1" in error["next_command"]
+    kept = booting.repo.json("forget", booting.snapshot.sid)
+    assert not kept["dropped"]
+    assert "b1 runs from it" in kept["kept"][0]["reasons"][0]
     guest.domain().destroy()
     booting.repo.json("land", "b1", code=GuestShutOff.exit_code)
     assert len(list(booting.repo.place.state_dir.glob("booted/*"))) == 1
@@ -215,6 +216,36 @@ def test_a_guest_that_is_thrown_away_leaves_nothing(booting: Booting) -> None:
     assert guest.running()
     booting.repo.json("discard", "b1")
     booting.assert_nothing_is_left("b1")
+
+
+def test_a_guest_has_variables_and_a_tpm_of_its_own(booting: Booting, images_dir: Path) -> None:
+    nvram = images_dir / "uefi_VARS.fd"
+    nvram.write_bytes(Path("/usr/share/OVMF/OVMF_VARS_4M.fd").read_bytes()[:-4096] + b"\xab" * 4096)
+    guest = DiskGuest(
+        booting.daemons, images_dir, "uefi", (DiskSpec("vda", size_bytes=8 * MIB),), memory_mib=128,
+        devices="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
+    firmware = ("<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
+    booting.daemons.connect().defineXML(guest.xml().replace("</os>", firmware))
+    guest.start()
+    state = TPM_FOLDER / guest.domain().UUIDString() / "tpm2/tpm2-00.permall"
+    sid = str(booting.repo.backup(guest, "--method", "overlay")["snapshot"])
+    guest.destroy()
+    before = nvram.read_bytes(), state.read_bytes()
+    done = booting.repo.json("boot", sid, "--as", "b1", "--pool", booting.pool)
+    record = booting.record("b1")
+    assert record is not None
+    own = next(Path(path) for path in record["files"] if "VARS" in path)
+    assert own.read_bytes()[-4096:] == before[0][-4096:]
+    assert (TPM_FOLDER / done["uuid"] / "tpm2/tpm2-00.permall").exists()
+    assert booting.guest("b1").running()
+    booting.repo.json("discard", "b1")
+    booting.assert_nothing_is_left("b1")
+    assert not own.exists()
+    assert not (TPM_FOLDER / done["uuid"]).exists()
+    assert (nvram.read_bytes(), state.read_bytes()) == before
+    guest.domain().undefineFlags(UNDEFINE_WHOLLY)
+    guest.remove()
 
 
 def test_what_somebody_else_made_is_not_thrown_away(booting: Booting) -> None:

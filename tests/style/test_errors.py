@@ -15,7 +15,8 @@ from tests.style.sources import PACKAGE, ROOT, parsed, python_files
 CATALOGUE = ROOT / "docs" / "ERRORS.md"
 COMMANDS = {
     "mirror", "doctor", "recover", "status", "version", "init", "backup", "list", "show", "diff", "restore",
-    "serve", "verify", "forget", "prune", "key", "boot", "land", "discard", "drill",
+    "serve", "verify", "copy", "pin", "unpin", "forget", "prune", "key", "boot", "land", "discard", "files",
+    "drill",
 }
 #: Above this, a shell's own codes begin (126, 127, 128 + signal).
 EXIT_CODE_MAX = 125

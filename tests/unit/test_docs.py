@@ -241,8 +241,8 @@ def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
         "findings", "hurt", "healed", "unreadable"}),
     ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests"}),
     ("status", {
-        "open_runs", "guests_on_overlays", "standing", "mirrors", "snapshots", "libvirt_error",
-        "repository_error"}),
+        "open_runs", "guests_on_overlays", "standing", "restoring", "mirrors", "snapshots",
+        "libvirt_error", "repository_error"}),
 ])
 def test_the_other_examples_are_json(command: str, keys: set[str]) -> None:
     assert set(_example(command)) == keys

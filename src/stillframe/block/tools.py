@@ -1,4 +1,4 @@
-"""What qemu-img does for stillframe: look, make an overlay, compare, and commit offline."""
+"""What qemu-img does for stillframe: look, make an overlay, compare, resize, and commit offline."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class ImageInfo:
     backing_format: str = ""
     corrupt: bool = False
     bitmaps: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    internal_snapshots: int = 0
 
 
 def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tuple[ImageInfo, ...]:
@@ -166,6 +167,16 @@ def commit_offline(overlay_path: str, base: ImagePlace, *, timeout_s: float) -> 
         _fsync(base.path)
 
 
+def resize(image: ImagePlace, size_bytes: int, *, timeout_s: float = _CREATE_TIMEOUT_S) -> None:
+    """Give an image that nobody uses another size; what lies behind it is dropped. Takes QEMU's locks.
+
+    Raises ProgramFailed, ProgramTimedOut.
+    """
+    if image_info(image).virtual_size_bytes != size_bytes:
+        process.run(["qemu-img", "resize", "-q", "--shrink", image.json_name(), str(size_bytes)],
+                    timeout_s=timeout_s)
+
+
 def remove_bitmap(image: ImagePlace, name: str, *, timeout_s: float = _INFO_TIMEOUT_S) -> None:
     """Delete the persistent bitmap called *name*, if there is one, from a qcow2 that nobody uses.
 
@@ -185,6 +196,7 @@ def _info(entry: dict[str, Any]) -> ImageInfo:
         allocated_bytes=entry.get("actual-size", 0), backing=entry.get("backing-filename", ""),
         backing_format=entry.get("backing-filename-format", ""),
         corrupt=bool(data.get("corrupt", False)), bitmaps=bitmaps,
+        internal_snapshots=len(entry.get("snapshots", ())),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from stillframe.capture.lock import lock_holder
 from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find
@@ -18,6 +19,9 @@ from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_steps import BootTools, BootWay
 from stillframe.restore.land import discard_guest, land_guest
 from stillframe.storage.address import open_storage
+
+#: Of a server's log, in `status`.
+_SHOWN_LINES = 3
 
 
 def boot(session: Session, snapshot: str, wish: BootWish, patience: str, *, dry_run: bool) -> int:
@@ -120,7 +124,9 @@ def booted_guests(session: Session) -> list[BootedGuest]:
 
 
 def _seen(record: BootRecord, tools: BootTools) -> BootedGuest:
+    lines = tuple(line for disk in record.disks for line in log_of(tools.store, record, disk)[-_SHOWN_LINES:])
+    holder = lock_holder(tools.store.state_folder, record.uuid)
+    if holder:  # what it makes is half made now, and will be whole
+        return BootedGuest(record, "", (f"at work: {holder}", *lines))
     decision = BootWay(record, tools).decide()
-    fine = decision.step is BootStep.NOTHING
-    lines = tuple(line for disk in record.disks for line in log_of(tools.store, record, disk)[-3:])
-    return BootedGuest(record, "" if fine else decision.reason, lines)
+    return BootedGuest(record, "" if decision.step is BootStep.NOTHING else decision.reason, lines)

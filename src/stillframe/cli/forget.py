@@ -8,15 +8,16 @@ from datetime import timedelta
 
 from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
-from stillframe.cli.snapshots import name_body, name_words
-from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotUnknown
+from stillframe.cli.snapshots import name_body, name_words, short_id
+from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotPinned, SnapshotUnknown
+from stillframe.repository.catalog import display_name, list_snapshots, plan_forget, resolve_all
 from stillframe.repository.catalog import forget as forget_snapshots
-from stillframe.repository.catalog import list_snapshots, plan_forget, resolve_all
 from stillframe.repository.collect import collect, plan_collection
 from stillframe.repository.collection import Collected, CollectionPlan
 from stillframe.repository.drills import drop_drills
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
+from stillframe.repository.pins import pinned
 from stillframe.retention import Policy, Verdict, judge
 from stillframe.units import parse_share, size_text
 
@@ -50,7 +51,7 @@ def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: boo
     """Drop the named snapshots, or those that no rule keeps; return the exit code."""
     read_parameters(session.storage)
     known = list_snapshots(session.storage)
-    verdicts = _verdicts(session, known, texts, rules)
+    verdicts = [_kept_if_booted(verdict, session) for verdict in _verdicts(session, known, texts, rules)]
     plan = plan_forget(verdict.snapshot for verdict in verdicts if not verdict.keep)
     for verdict in verdicts:
         word = "keep" if verdict.keep else ("would drop" if dry_run else "drop")
@@ -110,13 +111,26 @@ def _drop_drills(session: Session, *, dry_run: bool) -> int:
 def _verdicts(
     session: Session, known: list[SnapshotName], texts: Sequence[str], rules: Rules,
 ) -> list[Verdict[SnapshotName]]:
+    pins = pinned(session.storage)
     if texts:
-        return [Verdict(name, keep=False, reasons=("named",)) for name in resolve_all(known, texts)]
+        named = resolve_all(known, texts)
+        for name in named:
+            if name.sid in pins:
+                raise SnapshotPinned(f"{display_name(name)} is pinned.",
+                                     f"stillframe unpin {short_id(name.sid)} --repo REPO")
+        return [Verdict(name, keep=False, reasons=("named",)) for name in named]
     subject = [name for name in known if rules.guest in (None, name.guest)]
     if rules.guest is not None and not subject:
         raise SnapshotUnknown(f"There is no snapshot of {rules.guest}.",
                               f"stillframe list --repo {session.storage.address}")
-    return judge(subject, rules.policy())
+    return judge(subject, rules.policy(), session.storage.now(), pins)
+
+
+def _kept_if_booted(verdict: Verdict[SnapshotName], session: Session) -> Verdict[SnapshotName]:
+    """Return the verdict, or one that keeps a snapshot that a guest of this host reads from."""
+    guest = next((each.name for each in session.boot_store.known() if each.sid == verdict.snapshot.sid), "")
+    return verdict if verdict.keep or not guest else Verdict(
+        verdict.snapshot, keep=True, reasons=(f"{guest} runs from it: stillframe land {guest}",))
 
 
 def _exit_code(plan: CollectionPlan) -> int:

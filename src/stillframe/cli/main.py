@@ -13,15 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from stillframe import __version__
-from stillframe.cli import backup as backup_command
-from stillframe.cli import boot as boot_command
-from stillframe.cli import doctor as doctor_command
-from stillframe.cli import drill as drill_command
-from stillframe.cli import mirror as mirror_command
-from stillframe.cli import recover as recover_command
-from stillframe.cli import repository_app
-from stillframe.cli import settle as settle_command
-from stillframe.cli import status as status_command
+from stillframe.cli import files_app, repository_app, restore_app
 from stillframe.cli.options import (
     Exclude,
     Guests,
@@ -34,12 +26,10 @@ from stillframe.cli.options import (
     taking,
 )
 from stillframe.cli.repository_app import DryRun, Snapshot
-from stillframe.cli.restore_guest import check_name
+from stillframe.cli.restore_app import check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.errors import EXIT_OK, EXIT_USAGE
-from stillframe.restore.boot_plan import BootWish
-from stillframe.restore.guest_plan import GuestWish
 
 
 class OnError(enum.Enum):
@@ -74,6 +64,8 @@ def mirror(
     ] = False,
 ) -> None:
     """Make and keep a plain image of each disk in DEST/GUEST, while the guest runs on or is shut off."""
+    from stillframe.cli import mirror as mirror_command
+
     *guests, destination = arguments
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests and then the folder, or --all and the folder")
@@ -93,6 +85,8 @@ def backup(
     all_guests: AllGuests = False,
 ) -> None:
     """Make a snapshot of each guest in a repository, while the guest runs on or is shut off."""
+    from stillframe.cli import backup as backup_command
+
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests, or --all")
     run_command(
@@ -109,6 +103,8 @@ def doctor(
     exclude: Exclude = None,
 ) -> None:
     """Say whether guests can be captured, how, and what is in the way. Changes nothing."""
+    from stillframe.cli import doctor as doctor_command
+
     options = GuestSettings(
         quiesce=quiesce, overlay_dir=overlay_dir, exclude=tuple(exclude) if exclude else None)
     run_command(
@@ -129,6 +125,8 @@ def recover(
     ] = False,
 ) -> None:
     """After any crash: find what was left, bring the guest back, say what was done."""
+    from stillframe.cli import recover as recover_command
+
     if repair_status and not guests:
         raise typer.BadParameter("name the guests whose status file is to be mended")
     run_command(
@@ -166,6 +164,10 @@ def boot(
     dry_run: DryRun = False,
 ) -> None:
     """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
+    from stillframe.cli import boot as boot_command
+    from stillframe.restore.boot_plan import BootWish
+    from stillframe.restore.guest_plan import GuestWish
+
     if network and no_network:
         raise typer.BadParameter("choose one: --network or --no-network")
     if name is not None:
@@ -183,6 +185,8 @@ def boot(
 @taking(host_options, repository_options)
 def land(common: Common, repository: RepositorySettings, *, name: BootedName) -> None:
     """Bring a booted guest home while it runs: from then on it needs neither snapshot nor repository."""
+    from stillframe.cli import boot as boot_command
+
     run_command(common, lambda session: boot_command.land(session, name), repository)
 
 
@@ -190,6 +194,8 @@ def land(common: Common, repository: RepositorySettings, *, name: BootedName) ->
 @taking(host_options)
 def discard(common: Common, *, name: BootedName, dry_run: DryRun = False) -> None:
     """Throw a booted guest away, with everything that it wrote, and with nothing else."""
+    from stillframe.cli import boot as boot_command
+
     run_command(common, lambda session: boot_command.discard(session, name, dry_run=dry_run))
 
 
@@ -220,6 +226,8 @@ def drill(
         Path | None, typer.Option("--screenshot", help="write the screen there, as PNG")] = None,
 ) -> None:
     """Boot a snapshot, apart from everything, and see that it works. What was found is written down."""
+    from stillframe.cli import drill as drill_command
+
     if (snapshot is None) is not all_latest:
         raise typer.BadParameter("name a snapshot, or --all-latest")
     if script is not None and not (script.is_file() and os.access(script, os.X_OK)):
@@ -253,6 +261,8 @@ def settle(
     ] = None,
 ) -> None:
     """Bring guests that stand on overlays back onto their own images."""
+    from stillframe.cli import settle as settle_command
+
     options = GuestSettings(standing_limit=standing_limit)
     if watch and (guests or dry_run):
         raise typer.BadParameter("--watch looks at all guests and goes with neither names nor --dry-run")
@@ -266,10 +276,14 @@ def settle(
 @taking(host_options)
 def status(common: Common) -> None:
     """Show runs, leftovers, guests on overlays, the last mirror and the last snapshot of each guest."""
+    from stillframe.cli import status as status_command
+
     run_command(common, status_command.status)
 
 
 repository_app.add_to(app)
+restore_app.add_to(app)
+files_app.add_to(app)
 
 
 @app.command()

@@ -98,7 +98,7 @@ def guest_options(
 
 def repository_options(
     repo: Annotated[
-        str | None, typer.Option("--repo", "-r", help="the repository: a folder or a file:// address")
+        str | None, typer.Option("--repo", "-r", help="the repository: a folder, or s3://BUCKET/FOLDER")
     ] = None,
     passphrase_file: Annotated[
         str | None, typer.Option(help="file with the passphrase")
@@ -107,9 +107,14 @@ def repository_options(
         str | None, typer.Option(help="program, with its arguments, that prints the passphrase")
     ] = None,
     key_file: Annotated[str | None, typer.Option(help="file whose content opens the repository")] = None,
+    credentials_file: Annotated[
+        str | None, typer.Option(help="file that says who we are to the repository's server")] = None,
+    limit_rate: Annotated[
+        str | None, typer.Option(help="so many bytes a second at most, each way: 50M")] = None,
 ) -> RepositorySettings:
     """Return where the repository is and what opens it, as far as options say it."""
-    return RepositorySettings(repo, passphrase_file, passphrase_command, key_file)
+    return RepositorySettings(
+        repo, passphrase_file, passphrase_command, key_file, credentials_file, limit_rate)
 
 
 def taking(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.recover import next_steps, recover_domain
+from stillframe.capture.restoring import RestoringStore, attention
 from stillframe.capture.status_file import repair_status_file
 from stillframe.cli.find import find_guest, guest_of
 from stillframe.cli.recover_boot import booted_ones, recover_booted
@@ -16,9 +17,11 @@ from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestState, GuestUnknown, NeedsAttention, StillframeError
+from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.guest import Guest
 from stillframe.mirror.recover import recover_folder
 from stillframe.restore.drill_place import clear_left_drills, left_drills
+from stillframe.restore.in_place import finish_untorn
 
 #: Longer than the guard holds a domain whose run was killed in the pivot.
 _LOCK_S = 10.0
@@ -106,11 +109,26 @@ def _guest(session: Session, outcome: Outcome, domain: Guest, *, dry_run: bool) 
         ):
             if dry_run:
                 outcome.did += _plan(session, domain, limits)
-                return
-            for each in recover_domain(domain, session.tools, limits):
-                outcome.did += each.told
+            else:
+                for each in recover_domain(domain, session.tools, limits):
+                    outcome.did += each.told
+            _restoring(session, outcome, domain, dry_run=dry_run)
     except StillframeError as error:
         outcome.error = error
+
+
+def _restoring(session: Session, outcome: Outcome, domain: Guest, *, dry_run: bool) -> None:
+    """End a restore in place that tore nothing. Raises NeedsAttention for one that must be run again."""
+    store = RestoringStore(session.journal.folder)
+    found = store.read(domain.uuid)
+    if found is None:
+        return
+    if found.phase.is_torn:
+        raise attention(found)
+    if not dry_run:
+        finish_untorn(found, store, domain)
+    can = "would be free" if dry_run else "is free"
+    outcome.did.append(f"{found.words()}: the guest {can} to start, its disks are whole")
 
 
 def standing_words(session: Session, uuid: str) -> list[str]:
@@ -166,8 +184,12 @@ def _domains(session: Session, names: Sequence[str]) -> dict[Guest, set[str]]:
                 raise
             domain = guest_of(session, known[0])
         found[domain.uuid] = domain
+    restoring = RestoringStore(session.journal.folder).all()
+    for each in restoring:
+        if not names or each.name in names or each.uuid in names:
+            found[each.uuid] = Domain(session.connection, each.uuid, each.name)
     if not names:
-        found = {run.uuid: guest_of(session, run) for run in (*recent, *runs)}
+        found |= {run.uuid: guest_of(session, run) for run in (*recent, *runs)}
     return {
         domain: {run.mirror_folder for run in (*recent, *runs) if run.uuid == uuid and run.mirror_folder}
         for uuid, domain in found.items()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass
-from typing import Annotated
-
-import typer
 
 from stillframe.cli.restore import say_restored, stop_of
+from stillframe.cli.restore_app import GuestOptions
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find, name_body
 from stillframe.errors import EXIT_OK, RepositoryDamaged
@@ -30,92 +28,36 @@ from stillframe.units import size_text
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be restored, and how."""
+    """What is to be restored, and how. *force* overwrites block devices."""
 
     snapshot: str
-    wish: GuestWish
+    options: GuestOptions
+    image_format: str
+    force: bool
     skip_bad: bool
-    starts: bool
-    dry_run: bool
-
-
-@dataclass(frozen=True)
-class GuestOptions:
-    """The options of `restore` that are for a whole guest."""
-
-    name: str | None
-    pool: str
-    devices: dict[str, str]
-    keeps_identity: bool
-    network: str | None
-    nearest: bool
-    starts: bool
     dry_run: bool
 
     @property
-    def is_asked_for(self) -> bool:
-        """Whether a whole guest is wanted. Raises BadParameter for options that are of no use without."""
-        if self.name is None and self != GuestOptions(None, "", {}, False, None, False, False, False):
-            raise typer.BadParameter("--pool, --disk, --same-identity, --network, --no-network, --nearest, "
-                                     "--start and --dry-run go with --as NAME")
-        return self.name is not None
+    def wish(self) -> GuestWish:
+        """What the guest is to be."""
+        chosen = self.options
+        return GuestWish(chosen.name or "", chosen.pool, chosen.devices, self.image_format, self.force,
+                         chosen.keeps_identity, chosen.network, chosen.nearest)
 
-    def order(self, snapshot: str, image_format: str, *, force: bool, skip_bad: bool) -> Order:
-        """Return what is asked for."""
-        wish = GuestWish(self.name or "", self.pool, self.devices, image_format, force, self.keeps_identity,
-                         self.network, self.nearest)
-        return Order(snapshot, wish, skip_bad, self.starts, self.dry_run)
-
-
-def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of each parameter
-    as_: Annotated[
-        str | None, typer.Option("--as", help="restore the whole guest as a new one of this name")] = None,
-    pool: Annotated[
-        str | None, typer.Option("--pool", help="--as: folder, or libvirt's pool, for disks (default: default)")
-    ] = None,
-    disk: Annotated[
-        list[str] | None, typer.Option("--disk", help="--as: write a disk to a block device: vda=/dev/x")] = None,
-    same_identity: Annotated[
-        bool, typer.Option("--same-identity", help="--as: keep the guest's UUID and MAC addresses")] = False,
-    network: Annotated[
-        str | None, typer.Option("--network", help="--as: put all interfaces on this network of libvirt")] = None,
-    no_network: Annotated[
-        bool, typer.Option("--no-network", help="--as: leave all interfaces out")] = False,
-    nearest: Annotated[
-        bool, typer.Option("--nearest", help="--as: take what the host has instead of what it lacks")] = False,
-    start: Annotated[bool, typer.Option("--start", help="--as: start the guest")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="--as: show the definition's changes and the space, do nothing")
-    ] = False,
-) -> GuestOptions:
-    """Return how a whole guest is to be restored."""
-    if as_ is not None:
-        check_name(as_)
-    if network is not None and no_network:
-        raise typer.BadParameter("choose one: --network or --no-network")
-    devices = {}
-    for each in disk or ():
-        target, _, path = each.partition("=")
-        if not (target and path.startswith("/dev/")) or target in devices:
-            raise typer.BadParameter(f"--disk names a target and a block device, once each: vda=/dev/x, not {each}")
-        devices[target] = path
-    return GuestOptions(as_, pool or "", devices, same_identity, "" if no_network else network, nearest, start,
-                        dry_run)
-
-
-def check_name(name: str) -> None:
-    """Raise BadParameter if no guest can be called *name*."""
-    if not name or "/" in name or name.startswith(".") or not name.isprintable():
-        raise typer.BadParameter(f"{name!r} can't be a guest's name")
+    @property
+    def starts(self) -> bool:
+        """Whether the guest is to be started."""
+        return self.options.starts
 
 
 def restore_guest(session: Session, order: Order) -> int:
-    """Restore a whole guest; return the exit code: RepositoryDamaged's if something was lost and skipped."""
+    """Restore a whole guest; return the exit code: RepositoryDamaged's if anything was lost and skipped."""
     name = find(session, order.snapshot)
     manifest = read_snapshot(session.repository, name)
     session.kept = "Nothing of the new guest is left."
     claims = Claims(session.state_folder, session.clock)
-    head: dict[str, object] = {"snapshot": name_body(name), "guest": order.wish.name, "dry_run": order.dry_run}
+    head: dict[str, object] = {
+        "snapshot": name_body(name), "guest": order.wish.name, "dry_run": order.dry_run}
     if order.dry_run:
         return _show(session, _plan(session, manifest, order, claims), head)
     with claims.held(order.wish.name), session.signals_as_stop("what was made is being removed"):
@@ -134,8 +76,9 @@ def restore_guest(session: Session, order: Order) -> int:
         if order.starts:
             start_guest(plan, session.connection)
     session.screen.result(f"{order.wish.name}: {'started' if order.starts else 'defined, off'}")
-    session.screen.json({**head, **_body(plan), "started": order.starts, "whole": done.is_whole,
-                         "disks": _disk_bodies(plan, done), "files": done.files, "lost_files": done.lost_files})
+    session.screen.json({
+        **head, **_body(plan), "started": order.starts, "whole": done.is_whole,
+        "disks": _disk_bodies(plan, done), "files": done.files, "lost_files": done.lost_files})
     return EXIT_OK if done.is_whole else RepositoryDamaged.exit_code
 
 
@@ -150,10 +93,8 @@ def _show(session: Session, plan: GuestPlan, head: dict[str, object]) -> int:
     """Say what would be done; raises what would stop it."""
     session.screen.result(plan.difference().rstrip("\n"))
     for disk in plan.disks:
-        room = "nothing (a device)" if disk.is_device else "nothing (it is there already)" if disk.is_done else (
-            f"up to {size_text(disk.entry.data_bytes)}")
         session.screen.result(f"{disk.entry.target}: {disk.wishes.path} ({disk.wishes.format}, "
-                              f"{size_text(disk.entry.size_bytes)}): takes {room}")
+                              f"{size_text(disk.entry.size_bytes)}): takes {size_text(disk.needed_bytes)}")
     for target in plan.files:
         session.screen.result(f"{target.entry.role}: {target.path}")
     for words in _notes(plan):
@@ -161,7 +102,7 @@ def _show(session: Session, plan: GuestPlan, head: dict[str, object]) -> int:
     plan.check()
     session.screen.json({**head, **_body(plan), "difference": plan.difference(), "disks": [
         {"target": disk.entry.target, "path": disk.wishes.path, "format": disk.wishes.format,
-         "size_bytes": disk.entry.size_bytes, "needed_bytes": 0 if disk.is_device else disk.entry.data_bytes}
+         "size_bytes": disk.entry.size_bytes, "needed_bytes": disk.needed_bytes}
         for disk in plan.disks], "files": [target.path for target in plan.files]})
     return EXIT_OK
 

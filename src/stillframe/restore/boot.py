@@ -33,7 +33,7 @@ from stillframe.restore.boot_steps import BootTools, BootWay
 class BootPlan:
     """A boot that may begin: the record as it is to be, and the new guest's definition.
 
-    *write_machine* makes the files and folders that the record names (NVRAM, TPM).
+    *write_machine* makes the files and folders that the record names (NVRAM, TPM), and that of the overlays.
     """
 
     record: BootRecord
@@ -70,9 +70,9 @@ class _Boot:
     def run(self, record: BootRecord) -> BootRecord:
         store, domain = self._tools.store, self._tools.domain(record)
         record = self._enter(record, BootState.MAKING)
+        self._plan.write_machine()
         for disk in record.disks:
             record = self._make(record, disk)
-        self._plan.write_machine()
         record = self._enter(store.note(record), BootState.SERVING)
         owner = self._tools.owner()
         for disk in record.disks:

@@ -143,6 +143,11 @@ def _off(record: BootRecord, sight: BootSight) -> BootDecision:
             BootStep.ASK, "its definition was removed by somebody else, and overlays are left", lost)
     if lost:
         return BootDecision(BootStep.ASK, "an overlay is missing, or another file has its name", lost)
+    return _startable(record, sight)
+
+
+def _startable(record: BootRecord, sight: BootSight) -> BootDecision:
+    """Return what a guest that is off needs, so that it can be started and reads what it must."""
     waiting = _waiting(record, sight)
     if targets := _those(sight, waiting, lambda disk: disk.defined in (Stand.NONE, Stand.OTHER)):
         return BootDecision(BootStep.ASK, "its definition names another image than its overlay", targets)

@@ -57,7 +57,7 @@ def plan_boot(
     uuid = plan.claim.uuid
     disks = tuple(_disk(disk, uuid, plan.original) for disk in plan.disks)
     _check_room(disks)
-    own = tuple(folder for folder in plan.folders if uuid in Path(folder).parts)
+    own = tuple(folder for folder in plan.claim.folders if uuid in Path(folder).parts)
     record = BootRecord(
         uuid=uuid, name=name, uri=tools.connection.uri, address=repository.address,
         snapshot=display_name(snapshot), sid=snapshot.sid, origin=manifest.uuid, state=BootState.PLANNED,
@@ -77,7 +77,7 @@ def _disk(disk: PlannedDisk, uuid: str, original: str) -> BootDisk:
 
 
 def _write(plan: GuestPlan, places: Places) -> None:
-    for folder in plan.folders:
+    for folder in plan.claim.folders:
         make_folder(folder)
     for target in plan.files:
         write_machine_file(target, read_entry(places, target.entry))

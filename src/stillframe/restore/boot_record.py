@@ -187,6 +187,12 @@ class BootStore:
         found = [self._read(path) for path in self._folder.glob(f"*/{_RECORD}")]
         return sorted((each for each in found if each is not None), key=lambda each: (each.name, each.uuid))
 
+    def known(self) -> list[BootRecord]:
+        """Return the records that can be read, for who can do without."""
+        with contextlib.suppress(OSError, StateFolderUnusable):
+            return self.all()
+        return []
+
     def named(self, name_or_uuid: str) -> BootRecord | None:
         """Return the record of a guest, None if it was not booted from a snapshot."""
         return next((each for each in self.all() if name_or_uuid in (each.name, each.uuid)), None)

@@ -52,6 +52,8 @@ def _look_at(store: BootStore, record: BootRecord, disk: BootDisk, view: DomainV
 
 def _running(disk: BootDisk, view: DomainView) -> Stand:
     """Return what QEMU itself has. libvirt's XML can be wrong for ever after a crash at the wrong instant."""
+    if view.qemu is None and view.live is not None:  # a pull runs: it is not to be asked
+        return stand_of(view.live.disks.get(disk.target), disk)
     seen = None if view.qemu is None else view.qemu.disks.get(disk.target)
     if seen is None or not seen.files:
         return Stand.NONE

@@ -8,7 +8,6 @@ is exactly the file that was written down: an image that somebody touched since 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from stillframe.capture.let_go_on import fsync
 from stillframe.capture.lock import domain_lock
 from stillframe.clock import Clock
 from stillframe.errors import StateFolderUnusable
+from stillframe.restore.target import unfinished
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,8 +53,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     def remove_unfinished(self) -> None:
         """Remove what a killed run left under temporary names. Nobody may be at work on it."""
         for path in self.places.values():
-            folder, name = os.path.split(path)
-            for found in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name[:200])}.*.unfinished")):
+            for found in unfinished(path):
                 with contextlib.suppress(OSError):
                     os.unlink(found)
 

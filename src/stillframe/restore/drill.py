@@ -54,7 +54,6 @@ from stillframe.restore.machine_files import make_folder, read_entry, write_mach
 _NAME_PREFIX = "drill-"
 _ID_SHOWN = 8
 _CONSOLE_KEPT = 16 * 1024
-_OF_NETWORK = ("network", "bridge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +124,8 @@ def plan_drill(
         BootDisk(target=disk.entry.target, overlay_path="", socket=place.socket_of(disk.entry.target),
                  content=disk.entry, data_bytes=disk.entry.data_bytes) for disk in guest.disks)
     definition, left_out = isolated(guest.definition, disks, str(place.console), wish.network)
-    findings = tuple(each.text for each in guest.findings if wish.network or each.what not in _OF_NETWORK)
-    return DrillPlan(snapshot, manifest, guest, definition, disks, place, (*guest.warnings, *findings, *left_out))
+    warnings = (*guest.warnings, *(each.text for each in guest.findings), *left_out)
+    return DrillPlan(snapshot, manifest, guest, definition, disks, place, warnings)
 
 
 def run_drill(plan: DrillPlan, wish: DrillWish, tools: DrillTools) -> Drill:
@@ -170,7 +169,7 @@ def _served(disk: BootDisk, plan: DrillPlan, tools: DrillTools) -> Iterator[Expo
 
 def _write_machine(guest: GuestPlan, repository: Repository) -> None:
     places = Places(repository)
-    for folder in guest.folders:
+    for folder in guest.claim.folders:
         if Path(folder).is_relative_to(TPM_FOLDER):
             make_folder(folder)
     for target in guest.files:

@@ -112,13 +112,14 @@ class Watch:
             raise stopped
         power = self.guest.power()
         if self.guest.is_cut_off():
-            raise ConnectionLost("libvirt was restarted in the middle of the drill, which is nothing that the "
-                                 "snapshot is to blame for. Drill it again.", 0)
+            raise ConnectionLost(
+                "libvirt was restarted in the middle of the drill; that says nothing of the snapshot. "
+                "Drill it again.", 0)
         if power is Power.RUNNING:
             return
         said = "".join(f"; {line}" for line in self.server_logs()[-3:])
         if power is Power.PAUSED_ON_IO_ERROR:
-            raise DrillFailed(f"a disk could not be read{said}")
+            raise DrillFailed(f"a disk could not be read, or written to{said}")
         raise DrillFailed(f"the guest stopped by itself ({power.value}){said}")
 
     def _check(self, command: str, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What restoring a whole guest is going to make, and all that is in the way, found before anything is made."""
+"""What restoring a whole guest is going to make, and all that is in the way, before anything is made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import random
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import libvirt
@@ -22,6 +22,7 @@ from stillframe.errors import (
     TargetSmall,
 )
 from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import all_domains
 from stillframe.repository.manifest import DiskEntry, Manifest
 from stillframe.restore.claim import Claim
 from stillframe.restore.definition import (
@@ -46,6 +47,7 @@ from stillframe.units import size_text
 
 _IMAGES = "/var/lib/libvirt/images"
 _DEFAULT_POOL = "default"
+_ARGUMENTS = "<qemu:commandline>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class GuestWish:
     """What a user asked for.
 
     *pool* is a folder, a pool of libvirt, or "" for libvirt's default one. *devices* are block devices
-    by target, *format* is "" for that of the original. *network*: see Place. *nearest* takes what the host has
-    instead of what it lacks.
+    by target, *format* is "" for that of the original. *network*: see Place. *nearest* takes what the host
+    has instead of what it lacks.
     """
 
     name: str
@@ -76,6 +78,11 @@ class PlannedDisk:
     is_device: bool
     is_done: bool
 
+    @property
+    def needed_bytes(self) -> int:
+        """How much room it takes that is not taken yet."""
+        return 0 if self.is_device or self.is_done else self.entry.data_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class GuestPlan:
@@ -87,7 +94,6 @@ class GuestPlan:
     definition: str
     disks: tuple[PlannedDisk, ...]
     files: tuple[MachineTarget, ...]
-    folders: tuple[str, ...]
     findings: tuple[Finding, ...]
     lacking: tuple[Finding, ...]
     warnings: tuple[str, ...]
@@ -95,7 +101,7 @@ class GuestPlan:
     @property
     def needed_bytes(self) -> int:
         """How much room what is not there yet takes."""
-        return sum(disk.entry.data_bytes for disk in self.disks if not (disk.is_done or disk.is_device))
+        return sum(disk.needed_bytes for disk in self.disks)
 
     def difference(self) -> str:
         """Return how the definition differs from the snapshot's, as a unified diff; without passwords."""
@@ -127,7 +133,8 @@ class GuestPlan:
 
 
 def plan_guest(
-    manifest: Manifest, wish: GuestWish, connection: Connection, earlier: Claim | None, chance: random.Random,
+    manifest: Manifest, wish: GuestWish, connection: Connection, earlier: Claim | None,
+    chance: random.Random,
 ) -> GuestPlan:
     """Return the plan. Changes nothing.
 
@@ -135,10 +142,8 @@ def plan_guest(
     """
     original = _definition(manifest)
     folder = pool_folder(connection, wish.pool)
-    if earlier is not None and earlier.sid != manifest.sid:
-        identity = _identity(original, wish, connection, chance)
-    else:
-        identity = _identity(original, wish, connection, chance, earlier)
+    goes_on = earlier is not None and earlier.sid == manifest.sid
+    identity = _identity(original, wish, connection, chance, earlier if goes_on else None)
     refuse_guest(connection, wish.name, identity.uuid)
     disks = tuple(_disks(manifest, wish, folder))
     place = Place(
@@ -155,11 +160,13 @@ def plan_guest(
                 **{target.entry.path: target.path for target in files}},
         formats={disk.entry.target: disk.wishes.format for disk in disks}, folders=folders)
     if earlier is not None and earlier.same_work(claim):
-        disks = tuple(PlannedDisk(disk.entry, disk.wishes, disk.is_device,
-                                  not disk.is_device and earlier.finished(disk.wishes.path)) for disk in disks)
-    warnings = _left_out(original, definition)
-    warnings += _unreachable(folder) if any(not disk.is_device for disk in disks) else []
-    return GuestPlan(claim, earlier, original, definition, disks, files, folders, tuple(findings), tuple(left),
+        disks = tuple(replace(disk, is_done=not disk.is_device and earlier.finished(disk.wishes.path))
+                      for disk in disks)
+    warnings = [*_left_out(original, definition), *_unreachable(folder, disks)]
+    if _ARGUMENTS in definition and not place.is_original:
+        warnings.append("the definition has arguments for QEMU itself (qemu:commandline): they are as they "
+                        "were, whatever of the original they name")
+    return GuestPlan(claim, earlier, original, definition, disks, files, tuple(findings), tuple(left),
                      tuple(warnings))
 
 
@@ -191,13 +198,12 @@ def pool_folder(connection: Connection, pool: str) -> str:
 
 def refuse_guest(connection: Connection, name: str, uuid: str) -> None:
     """Raise GuestExists if libvirt knows a guest of that name or UUID."""
-    known = connection.look(lambda connect: [(each.name(), each.UUIDString()) for each in connect.listAllDomains()])
-    for its_name, its_uuid in known:
-        if its_name == name:
-            raise GuestExists(f"There is a guest called {name} already (UUID {its_uuid}).",
+    for known in all_domains(connection):
+        if known.name == name:
+            raise GuestExists(f"There is a guest called {name} already (UUID {known.uuid}).",
                               "restore under another name: --as NAME")
-        if its_uuid == uuid:
-            raise GuestExists(f"The guest {its_name} has the UUID {uuid}.",
+        if known.uuid == uuid:
+            raise GuestExists(f"The guest {known.name} has the UUID {uuid}.",
                               "leave --same-identity out: the restored guest gets a UUID of its own")
 
 
@@ -224,7 +230,7 @@ def _with_nvram(text: str, live: str) -> str:
 
 
 def _identity(
-    original: str, wish: GuestWish, connection: Connection, chance: random.Random, earlier: Claim | None = None,
+    original: str, wish: GuestWish, connection: Connection, chance: random.Random, earlier: Claim | None,
 ) -> Identity:
     if wish.keeps_identity:
         return same_identity(original)
@@ -286,11 +292,9 @@ def _missing_pool(folder: str, disks: Iterable[PlannedDisk]) -> tuple[str, ...]:
 
 def _check_room(disks: Iterable[PlannedDisk]) -> None:
     """Raise TargetSmall if the folder of the disks has no room for all that are not there yet."""
-    needed, folder = 0, ""
-    for disk in disks:
-        if not (disk.is_device or disk.is_done):
-            needed += disk.entry.data_bytes
-            folder = os.path.dirname(disk.wishes.path)
+    new = [disk for disk in disks if not (disk.is_device or disk.is_done)]
+    needed = sum(disk.needed_bytes for disk in new)
+    folder = os.path.dirname(new[0].wishes.path) if new else ""
     if folder:
         there = folder if os.path.isdir(folder) else os.path.dirname(folder)
         try:
@@ -306,14 +310,16 @@ def _check_room(disks: Iterable[PlannedDisk]) -> None:
 def _left_out(original: str, definition: str) -> list[str]:
     old, new = ({target.get("dev", "") for target in ET.fromstring(text).iterfind("devices/disk/target")}
                 for text in (original, definition))
-    return [f"{target} is not in the snapshot: the guest is defined without it" for target in sorted(old - new)]
+    return [f"{target} is not in the snapshot: the guest is defined without it"
+            for target in sorted(old - new)]
 
 
-def _unreachable(folder: str) -> list[str]:
-    """Return a warning if QEMU's user can't get into the folder: libvirt opens none for it."""
-    for place in (Path(folder), *Path(folder).parents):
+def _unreachable(folder: str, disks: Iterable[PlannedDisk]) -> list[str]:
+    """Return a warning if QEMU's user can't get into the folder of the disks: libvirt opens none for it."""
+    in_files = any(not disk.is_device for disk in disks)
+    for place in (Path(folder), *Path(folder).parents) if in_files else ():
         if place.exists() and not place.stat().st_mode & 0o001:
-            return [f"{place} lets only some users in: if QEMU's user is none of them, the guest can't start"]
+            return [f"{place} lets only some users in: if QEMU's user is none of them, it can't start"]
     return []
 
 

@@ -20,6 +20,7 @@ from stillframe.errors import (
     GuestState,
     GuestUnfit,
     GuestUnknown,
+    HypervisorError,
     ImageShared,
     LandFailed,
     TargetSmall,
@@ -105,15 +106,16 @@ def _check(record: BootRecord, tools: BootTools) -> None:
             free = free_bytes(folder)
             if free < needed[device]:
                 raise TargetSmall(
-                    f"{folder} has {size_text(free)} free, and {record.name} needs up to "
+                    f"{folder} has {size_text(free)} free, and {record.name} needs at least "
                     f"{size_text(needed[device])} to land there.", f"df {folder}", GuestState.OVERLAID)
 
 
 def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
     """Have QEMU pull a disk, and wait until it has written everything down."""
     tools, domain = way.tools, way.tools.domain(way.known)
+    way.record = tools.store.note(way.known, detail=f"pulling {target}")
+    way.keep((target,))
     if _job(way, target) is None:
-        way.keep((target,))
         domain.start_pull(target)
     while (job := _job(way, target)) is not None:
         report(target, job.cur, job.end)
@@ -132,10 +134,14 @@ def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
 
 
 def _job(way: BootWay, target: str) -> BlockJob | None:
-    view = way.tools.domain(way.known).view()
-    if not view.power.has_qemu:
-        raise _failed(way.known, f"it is {view.power.value} now", way.tools)
-    return (view.jobs or {}).get(target)
+    domain = way.tools.domain(way.known)
+    try:
+        return domain.pull_of(target)
+    except HypervisorError as error:
+        power = domain.power()
+        if power.has_qemu:
+            raise
+        raise _failed(way.known, f"it is {power.value} now", way.tools) from error
 
 
 def _stand(way: BootWay, target: str) -> Stand:

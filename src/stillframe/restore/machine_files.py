@@ -111,7 +111,7 @@ def refuse_existing(path: str) -> None:
     if os.path.lexists(path):
         raise TargetExists(
             f"{path} exists, and a restore to a new guest overwrites no file.",
-            f"ls -l {path}   # choose another name (--as) or folder (--pool), or remove it if it is of no use")
+            f"ls -l {path}   # then another name (--as) or folder (--pool), or remove it if it is of no use")
 
 
 def own_for_tpm(path: str, fd: int = -1) -> None:

@@ -106,7 +106,7 @@ class _Work:
         self._take_over()
         self._note()
         self._tools.reached("claimed")
-        for folder in self._plan.folders:
+        for folder in self._claim.folders:
             make_folder(folder)
         for disk in self._plan.disks:
             if disk.is_done:
@@ -154,13 +154,16 @@ class _Work:
         earlier = self._plan.earlier
         if earlier is None:
             return
+        kept = [folder for folder in earlier.folders
+                if any(path.startswith(f"{folder}/") for path in self._claim.places.values())]
+        folders = tuple(dict.fromkeys((*kept, *self._claim.folders)))
+        self._claim = msgspec.structs.replace(self._claim, folders=folders)
         if not earlier.same_work(self._claim):
             earlier.remove_made()
             return
         earlier.remove_unfinished()
         made = {path: identity for path, identity in earlier.made.items() if earlier.finished(path)}
-        folders = tuple(dict.fromkeys((*earlier.folders, *self._claim.folders)))
-        self._claim = msgspec.structs.replace(self._claim, made=made, folders=folders)
+        self._claim = msgspec.structs.replace(self._claim, made=made)
 
     def _restore(self, disk: PlannedDisk) -> None:
         target = disk.entry.target
