@@ -117,7 +117,8 @@ def test_a_drilled_guest_has_no_way_out() -> None:
     assert source.attrib == {"protocol": "nbd", "name": "vda"}
     assert "/run/x" not in text
     # An I/O error must stop it: else a kernel that goes on without a file would pass.
-    assert (driver.get("type"), driver.get("error_policy"), driver.get("rerror_policy")) == ("raw", "stop", "stop")
+    assert driver.get("type") == "raw"
+    assert (driver.get("error_policy"), driver.get("rerror_policy")) == ("stop", "stop")
     serial = root.find("devices/serial")
     assert serial is not None
     assert [(child.tag, child.attrib) for child in serial] == [
@@ -135,7 +136,8 @@ def test_interfaces_stay_on_an_isolated_network() -> None:
 
 
 def test_a_guest_without_a_serial_port_gets_one_and_without_an_agent_is_known() -> None:
-    text, _ = isolated("<domain><devices><disk><target dev='vda'/></disk></devices></domain>", [DISK], "/c", "")
+    bare = "<domain><devices><disk><target dev='vda'/></disk></devices></domain>"
+    text, _ = isolated(bare, [DISK], "/c", "")
     source = ET.fromstring(text).find("devices/serial/source")
     assert source is not None
     assert source.get("path") == "/c"
