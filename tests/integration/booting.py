@@ -91,6 +91,20 @@ class Booting:
             guest.model(target).assert_equal(to_raw(image, "qcow2", self.folder / f"{target}.raw"))
 
 
+def start_uefi_guest(daemons: LibvirtDaemons, images_dir: Path) -> tuple[DiskGuest, Path]:
+    """Start a guest with UEFI and a TPM; return it and the file with its variables, which nobody else has."""
+    nvram = images_dir / "uefi_VARS.fd"
+    nvram.write_bytes(Path("/usr/share/OVMF/OVMF_VARS_4M.fd").read_bytes()[:-4096] + b"\xab" * 4096)
+    guest = DiskGuest(
+        daemons, images_dir, "uefi", (DiskSpec("vda", size_bytes=8 * MIB),), memory_mib=128,
+        devices="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
+    firmware = ("<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
+    daemons.connect().defineXML(guest.xml().replace("</os>", firmware))
+    guest.start()
+    return guest, nvram
+
+
 def servers() -> list[int]:
     """Return the process numbers of the servers of booted guests."""
     found = []

@@ -13,8 +13,6 @@ import pytest
 
 from lab.booted import BootedGuest
 from lab.daemons import UNDEFINE_WHOLLY
-from lab.diskguest import DiskGuest
-from lab.disks import DiskSpec
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
@@ -34,7 +32,7 @@ from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain
 from stillframe.repository.manifest import TPM_FOLDER
 from tests.fault.harness import small_file_system
-from tests.integration.booting import Booting, end_servers
+from tests.integration.booting import Booting, end_servers, start_uefi_guest
 
 
 def write_here_and_there(guest: BootedGuest, pattern: int) -> None:
@@ -219,15 +217,7 @@ def test_a_guest_that_is_thrown_away_leaves_nothing(booting: Booting) -> None:
 
 
 def test_a_guest_has_variables_and_a_tpm_of_its_own(booting: Booting, images_dir: Path) -> None:
-    nvram = images_dir / "uefi_VARS.fd"
-    nvram.write_bytes(Path("/usr/share/OVMF/OVMF_VARS_4M.fd").read_bytes()[:-4096] + b"\xab" * 4096)
-    guest = DiskGuest(
-        booting.daemons, images_dir, "uefi", (DiskSpec("vda", size_bytes=8 * MIB),), memory_mib=128,
-        devices="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
-    firmware = ("<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
-                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
-    booting.daemons.connect().defineXML(guest.xml().replace("</os>", firmware))
-    guest.start()
+    guest, nvram = start_uefi_guest(booting.daemons, images_dir)
     state = TPM_FOLDER / guest.domain().UUIDString() / "tpm2/tpm2-00.permall"
     sid = str(booting.repo.backup(guest, "--method", "overlay")["snapshot"])
     guest.destroy()

@@ -14,7 +14,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from lab.daemons import LibvirtDaemons
+from lab.daemons import UNDEFINE_WHOLLY, LibvirtDaemons
 from lab.dbguest import DbGuest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec
@@ -23,9 +23,11 @@ from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import ConnectionLost, DrillExposed, DrillFailed, Interrupted
 from stillframe.repository.layout import PackKind, packs_prefix
+from stillframe.repository.manifest import TPM_FOLDER
 from stillframe.restore.drill_place import DRILL_SOCKETS
 from stillframe.storage.local import LocalStorage
 from tests.fault.harness import Place
+from tests.integration.booting import start_uefi_guest
 from tests.integration.repositories import Repo, make_repo
 
 pytestmark = pytest.mark.timeout(300)
@@ -110,7 +112,7 @@ def drill_that_waits(drilled: Drilled) -> Iterator[subprocess.Popen[bytes]]:
         drilled.repo.command("drill", drilled.whole, "--expect", "never printed", *_LONG),
         cwd=drilled.repo.root, env=drilled.repo.environment(), stdin=quiet, stdout=quiet, stderr=quiet)
     try:
-        wait_for("the drill's guest runs", lambda: len(drills_running(drilled.guest.daemons)) == 1, PATIENCE_S)
+        wait_for("the drill's guest runs", lambda: drills_running(drilled.guest.daemons) != [], PATIENCE_S)
         yield tool
     finally:
         tool.kill()
@@ -159,7 +161,8 @@ def test_a_snapshot_that_boots_passes_and_is_written_down(original: Drilled, tmp
 
 
 def test_a_wiped_boot_sector_fails(original: Drilled) -> None:
-    said = original.repo.json("drill", original.wiped, "--expect", GREETING, *_SHORT, code=DrillFailed.exit_code)
+    said = original.repo.json(
+        "drill", original.wiped, "--expect", GREETING, *_SHORT, code=DrillFailed.exit_code)
     drill, = said["drills"]
     assert drill["passed"] is False
     assert drill["boot_s"] is None
@@ -175,9 +178,10 @@ def test_a_wiped_boot_sector_fails(original: Drilled) -> None:
 def test_a_bad_chunk_where_it_boots_fails_and_is_named(original: Drilled, tmp_path: Path) -> None:
     broken = copy_of(original.repo, tmp_path)
     storage = LocalStorage(broken.path)
-    packs = sorted(each.key for each in storage.list(packs_prefix(PackKind.DATA)) if original.whole in each.key)
-    for key in packs:
-        path = broken.path / key
+    packs = [broken.path / each.key for each in storage.list(packs_prefix(PackKind.DATA))
+             if original.whole in each.key]
+    assert packs
+    for path in packs:
         path.chmod(0o600)
         data = bytearray(path.read_bytes())
         data[64:4096] = bytes(len(data[64:4096]))
@@ -266,6 +270,34 @@ def test_a_prune_drops_drills_of_snapshots_that_are_gone(original: Drilled, tmp_
     assert 0 < len(left) < count
     assert all(original.wiped in name for name in left)
     assert repo.json("list")["drills"][0]["snapshot"] == original.wiped
+
+
+def test_variables_and_a_tpm_are_copies(
+    place: Place, tmp_path: Path, daemons: LibvirtDaemons, images_dir: Path,
+) -> None:
+    repo = make_repo(place, tmp_path)
+    guest, nvram = start_uefi_guest(daemons, images_dir)
+    try:
+        state = TPM_FOLDER / guest.domain().UUIDString() / "tpm2/tpm2-00.permall"
+        sid = repo.backup(guest, "--method", "overlay")["snapshot"]
+        guest.destroy()
+        before, folders = (nvram.read_bytes(), state.read_bytes()), set(TPM_FOLDER.iterdir())
+        script = tmp_path / "prove"
+        script.write_text(
+            "#!/bin/sh\nnvram=$(virsh -c $STILLFRAME_DRILL_URI dumpxml $STILLFRAME_DRILL_DOMAIN"
+            " | sed -n 's/.*<nvram.*>\\(.*\\)<.nvram>/\\1/p')\n"
+            f"echo $nvram; test $nvram != {nvram} && tail -c 4096 $nvram | cmp - {tmp_path}/tail"
+            f" && test -s {TPM_FOLDER}/$STILLFRAME_DRILL_UUID/tpm2/tpm2-00.permall\n")
+        script.chmod(0o755)
+        (tmp_path / "tail").write_bytes(before[0][-4096:])
+        drill, = repo.json("drill", sid, "--script", script, *_LONG)["drills"]
+        own = drill["checks"][0]["output"].split()[0]
+        assert own.endswith("_VARS.fd")
+        assert not Path(own).exists()
+        assert (nvram.read_bytes(), state.read_bytes(), set(TPM_FOLDER.iterdir())) == (*before, folders)
+    finally:
+        guest.domain().undefineFlags(UNDEFINE_WHOLLY)
+        guest.remove()
 
 
 def test_a_database_guest_is_checked_by_its_agent_while_the_original_writes_on(

@@ -122,7 +122,8 @@ def in_place_options(  # typer makes an option of each parameter
     ] = False,
 ) -> InPlaceOptions:
     """Return how a guest is to be restored in place."""
-    return InPlaceOptions(in_place, guest, shutdown, shutdown_timeout, backup_first, with_definition, read_all)
+    return InPlaceOptions(
+        in_place, guest, shutdown, shutdown_timeout, backup_first, with_definition, read_all)
 
 
 def add_to(app: typer.Typer) -> None:

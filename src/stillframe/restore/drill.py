@@ -25,6 +25,7 @@ from stillframe.clock import Clock, utc_text
 from stillframe.errors import (
     ConfigInvalid,
     DrillExposed,
+    DrillFailed,
     GuestUnknown,
     HostLacks,
     HypervisorError,
@@ -44,7 +45,7 @@ from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootStore
 from stillframe.restore.boot_server import Owner, boot_order, hand_over
 from stillframe.restore.drill_place import DrillPlace, Made, drill_place
 from stillframe.restore.drill_screen import as_png
-from stillframe.restore.drill_watch import AGENT, NotPassed, Proof, Watch
+from stillframe.restore.drill_watch import AGENT, Proof, Watch
 from stillframe.restore.drill_xml import has_agent, isolated, reaches_beyond
 from stillframe.restore.export import Export, Serving, exported
 from stillframe.restore.guest_plan import GuestPlan, GuestWish, plan_guest
@@ -53,7 +54,6 @@ from stillframe.restore.machine_files import make_folder, read_entry, write_mach
 _NAME_PREFIX = "drill-"
 _ID_SHOWN = 8
 _CONSOLE_KEPT = 16 * 1024
-_OF_NETWORK = ("network", "bridge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +124,7 @@ def plan_drill(
         BootDisk(target=disk.entry.target, overlay_path="", socket=place.socket_of(disk.entry.target),
                  content=disk.entry, data_bytes=disk.entry.data_bytes) for disk in guest.disks)
     definition, left_out = isolated(guest.definition, disks, str(place.console), wish.network)
-    findings = tuple(each.text for each in guest.findings if wish.network or each.what not in _OF_NETWORK)
-    warnings = (*guest.warnings, *findings, *left_out)
+    warnings = (*guest.warnings, *(each.text for each in guest.findings), *left_out)
     return DrillPlan(snapshot, manifest, guest, definition, disks, place, warnings)
 
 
@@ -149,8 +148,8 @@ def run_drill(plan: DrillPlan, wish: DrillWish, tools: DrillTools) -> Drill:
             watch = Watch(guest, place.console, tools.clock, tools.stop,
                           lambda: [line for export in exports for line in export.said().splitlines()])
             watch.prove(wish.proof, place.script_log, _facts(plan, tools, place))
-        except NotPassed as failure:
-            reason = str(failure)
+        except DrillFailed as failure:
+            reason = failure.message
         except SlotDamaged as damage:
             reason = f"a file of the machine is lost: {damage.message}"
         return _found(plan, wish, tools, began_at, reason, watch)

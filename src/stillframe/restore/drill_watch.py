@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillframe import process
 from stillframe.clock import Clock, Deadline
-from stillframe.errors import ConnectionLost, HypervisorError, StillframeError
+from stillframe.errors import ConnectionLost, DrillFailed, HypervisorError, StillframeError
 from stillframe.hypervisor.model import Power
 from stillframe.hypervisor.transient import TransientGuest
 from stillframe.repository.drills import CheckResult
@@ -23,10 +23,6 @@ AGENT, CONSOLE, SCRIPT = "agent", "console", "script"
 _LOOK_S = 0.25
 _SHOWN_BYTES = 16 * 1024
 _CONSOLE_BYTES = 4 * 1024 * 1024  # libvirt's log daemon starts a new file long before
-
-
-class NotPassed(Exception):
-    """The drill failed, for a reason in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,7 @@ class Watch:
     results: list[CheckResult] = field(default_factory=list)
 
     def prove(self, proof: Proof, script_log: Path, facts: Mapping[str, str]) -> None:
-        """Wait until the guest is up and carry out all checks. Raises NotPassed, and what *stop* gives."""
+        """Wait until the guest is up and carry out all checks. Raises DrillFailed, and what *stop* gives."""
         began_s, deadline = self.clock.monotonic_s(), Deadline(self.clock, proof.boot_s)
         if proof.expect is not None:
             self._wait_console(proof.expect, deadline)
@@ -87,7 +83,7 @@ class Watch:
         self._look()
         failed = [each.command for each in self.results if not each.passed]
         if failed:
-            raise NotPassed(f"the check failed: {'; '.join(failed)}")
+            raise DrillFailed(f"the check failed: {'; '.join(failed)}")
 
     def printed(self) -> str:
         """Return what the guest printed lately on its first serial port."""
@@ -106,7 +102,7 @@ class Watch:
         while not came():
             self._look()
             if deadline.passed():
-                raise NotPassed(f"{otherwise} within {duration_text(deadline.timeout_s)}")
+                raise DrillFailed(f"{otherwise} within {duration_text(deadline.timeout_s)}")
             self.clock.pause(_LOOK_S)
 
     def _look(self) -> None:
@@ -116,14 +112,15 @@ class Watch:
             raise stopped
         power = self.guest.power()
         if self.guest.is_cut_off():
-            raise ConnectionLost("libvirt was restarted in the middle of the drill, which is nothing that "
-                                 "the snapshot is to blame for. Drill it again.", 0)
+            raise ConnectionLost(
+                "libvirt was restarted in the middle of the drill; that says nothing of the snapshot. "
+                "Drill it again.", 0)
         if power is Power.RUNNING:
             return
         said = "".join(f"; {line}" for line in self.server_logs()[-3:])
         if power is Power.PAUSED_ON_IO_ERROR:
-            raise NotPassed(f"a disk could not be read{said}")
-        raise NotPassed(f"the guest stopped by itself ({power.value}){said}")
+            raise DrillFailed(f"a disk could not be read, or written to{said}")
+        raise DrillFailed(f"the guest stopped by itself ({power.value}){said}")
 
     def _check(self, command: str, timeout_s: float) -> None:
         deadline, began_s = Deadline(self.clock, timeout_s), self.clock.monotonic_s()
