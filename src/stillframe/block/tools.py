@@ -65,8 +65,9 @@ def create_overlay(
     """Make an empty qcow2 at *path* that stands on *base*; durable when this returns.
 
     The base is not opened: it may be in use, and need not be reachable. No subclusters, which would make a
-    guest's first small writes cheaper: QEMU 7.2 ends when somebody pulls into such an image. Raises OverlayTaken
-    if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
+    guest's first small writes cheaper: QEMU 7.2 ends when somebody pulls into such an image.
+
+    Raises OverlayTaken if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
     """
     try:
         # Taking the name first makes a race with another program end in an error, not in a loss.
