@@ -34,8 +34,9 @@ class Shelf:
         self, image: bytes | bytearray, from_bytes: int = 0, only: Sequence[Extent] | None = None,
         holes: Sequence[tuple[int, int, Kind]] = (),
     ) -> list[Stretch]:
-        self.last = Comparison(Places(self.book.repository), self.entry, SourceDisk(bytes(image), list(holes)),
-                               lambda: None, lambda _done: None)
+        source = SourceDisk(bytes(image), list(holes))
+        self.last = Comparison(
+            Places(self.book.repository), self.entry, source, lambda: None, lambda _done: None)
         return list(self.last.run(from_bytes, only).stretches())
 
 
@@ -73,7 +74,8 @@ def test_exactly_what_differs_is_named(shelf: Shelf, seed: int) -> None:
     image = bytearray(shelf.disk.content)
     for _ in range(chance.randrange(1, 60)):
         at, length = chance.randrange(SIZE), chance.choice([1, 512, CHUNK, 3 * CHUNK])
-        image[at : at + length] = chance.choice([bytes, chance.randbytes])(min(length, SIZE - at))
+        length = min(length, SIZE - at)
+        image[at : at + length] = bytes(length) if chance.random() < 0.5 else chance.randbytes(length)
     found = shelf.compare(bytes(image))
     assert named(found) == expected(shelf.disk.content, bytes(image))
     assert all(each.offset_bytes + each.length_bytes <= SIZE for each in found)
