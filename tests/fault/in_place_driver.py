@@ -5,7 +5,8 @@
 STEP is ``name#number``: the number of times that the named step was reached. Steps are the phases that are
 written down (`protecting`, `writing`, `written`, `removed`), `protected`, `renamed` (an image has its other
 name, and nothing lies in its place), `unmarked` (an image was called back), and `wrote` (data is on its way
-to an image). At STEP the process kills itself; at ``server:name#number`` it kills its qemu-nbd.
+to an image). At STEP the process kills itself; at ``server:name#number`` it kills its qemu-nbd, and at
+``term:name#number`` it sends itself a SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Striker:
     """Strikes when a step is reached for the time that was asked for."""
 
     def __init__(self, text: str) -> None:
-        self._server, _, step = text.rpartition(":")
+        self._whom, _, step = text.rpartition(":")
         self._step = step
         self._counts: collections.Counter[str] = collections.Counter()
 
@@ -35,8 +36,8 @@ class Striker:
         self._counts[name] += 1
         if f"{name}#{self._counts[name]}" != self._step:
             return
-        for victim in servers() if self._server else [os.getpid()]:
-            os.kill(victim, signal.SIGKILL)
+        for victim in servers() if self._whom == "server" else [os.getpid()]:
+            os.kill(victim, signal.SIGTERM if self._whom == "term" else signal.SIGKILL)
 
 
 def servers() -> list[int]:

@@ -16,17 +16,20 @@ from lab.diskguest import DiskGuest
 from lab.disks import Kind
 from lab.images import MIB, run
 from stillframe.capture.restoring import MARK
-from stillframe.errors import DestinationLost, NeedsAttention
+from stillframe.errors import EXIT_FELL_BACK, DestinationLost, Interrupted, NeedsAttention
 from tests.fault.harness import Place, recover
 from tests.integration.repositories import ROOT, Repo, make_repo
 from tests.integration.test_in_place import change, changed_snapshot, in_place, moment, put_back
+from tests.integration.test_offline import shut_down
 from tests.kinds import disks
 
 MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 32 * MIB
 _TORN = ("writing#1", "wrote#1", "wrote#2", "writing#2", "wrote#4", "writing#3")
 _UNTORN = ("renamed#1", "renamed#2", "protected#1", "written#1", "unmarked#1")
-_SERVER = ("server:wrote#3", "server:wrote#4")
+#: At which the command ends by itself, and how.
+_ENDS = {"server:wrote#3": DestinationLost.exit_code, "server:wrote#4": DestinationLost.exit_code,
+         "term:wrote#1": Interrupted.exit_code}
 
 
 @pytest.fixture
@@ -39,18 +42,17 @@ def struck(repo: Repo, step: str, *words: str) -> int:
     command = [sys.executable, "-m", "tests.fault.in_place_driver", step, *repo.command(*words)[3:]]
     done = subprocess.run(command, env=repo.environment(), cwd=ROOT, capture_output=True, text=True,
                           timeout=120, check=False)
-    if step.startswith("server:"):
+    if ":" in step:
         assert "are only partly restored" in done.stderr, done.stderr
         assert "Next:" in done.stderr
     return done.returncode
 
 
 def assert_cant_start(guest: DiskGuest) -> None:
-    for _ in range(2):
-        with pytest.raises(libvirt.libvirtError, match="unfinished-stillframe-restore"):
-            guest.domain().create()
-        # Nor may a restart of libvirt forget it.
-        guest.daemons.restart_libvirtd()
+    assert_cant_start_now(guest)
+    # Nor may a restart of libvirt forget it.
+    guest.daemons.restart_libvirtd()
+    assert_cant_start_now(guest)
     assert not guest.running()
 
 
@@ -82,16 +84,16 @@ def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, tmp_path: 
     kept = {path: shutil.copy(path, tmp_path / path.name)
             for path in (disk.path for disk in guest.disks.values())}
     text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    for number, step in enumerate((*_TORN, *_SERVER)):
+    for number, step in enumerate((*_TORN, *_ENDS)):
         code = struck(repo, step, "restore", snapshot, "--in-place", "--no-backup-first")
-        assert code == (DestinationLost.exit_code if step in _SERVER else -9), step
-        assert_cant_start(guest) if number % 3 == 0 else assert_cant_start_now(guest)
-        if number % 4 == 0:
+        assert code == _ENDS.get(step, -9), step
+        assert_cant_start(guest) if number == 1 else assert_cant_start_now(guest)
+        if number == 4:
             assert_named(repo, place, guest, snapshot)
         # It may be killed again, and go on from there.
         assert struck(repo, "writing#1", "restore", snapshot, "--in-place") == -9
         assert_cant_start_now(guest)
-        if number % 2:
+        if number == 3:
             # Nor by a definition that somebody keeps elsewhere.
             guest.daemons.connect().defineXML(text)
             with pytest.raises(libvirt.libvirtError, match="No such file"):
@@ -195,3 +197,22 @@ def test_a_device_is_protected_by_the_definition(disk_guest: MakeGuest, repo: Re
         change(guest, 4)
         guest.destroy()
     assert os.path.lexists(guest.disks["vda"].path)
+
+
+def test_a_bitmap_that_was_torn_is_not_believed(disk_guest: MakeGuest, repo: Repo, tmp_path: Path) -> None:
+    guest = disk_guest(*disks((Kind.QCOW2,), _SIZE_BYTES))
+    change(guest, 0)
+    then = moment(guest)
+    snapshot = repo.backup(guest, "--method", "bitmap")["snapshot"]
+    change(guest, 3)
+    shut_down(guest)
+    words = ("restore", snapshot, "--in-place", "--no-backup-first")
+    assert struck(repo, "server:wrote#1", *words) == DestinationLost.exit_code
+    assert not in_place(repo, snapshot)["disks"][0]["by_bitmap"]
+    put_back(guest, then)
+    guest.start()
+    change(guest, 4)
+    now = moment(guest)
+    taken = repo.backup(guest, "--method", "bitmap", code=EXIT_FELL_BACK)
+    assert taken["disks"][0]["note"]
+    repo.assert_restores(taken["snapshot"], now, tmp_path)

@@ -197,7 +197,7 @@ class _Call:
 
         def report(target: str, doing: str, done: int, total: int) -> None:
             if doing == WRITING:
-                session.kept = ""  # given_up says what is to be said
+                session.kept = "What was written is kept."
             session.screen.bar(f"{target}: {doing}", done, total)
 
         return InPlaceTools(Places(session.repository), self._domain, self._store, session.clock,
