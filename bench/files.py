@@ -3,7 +3,7 @@
     .venv/bin/python -m lab.enter -- .venv/bin/python -m bench.files [--size 8G] [--rounds 5] [--dir /var/tmp]
 
 An ext4 image with this machine's /usr/bin is backed up. In each round, in turns: `stillframe files get` of
-one file into a folder, and guestfish, told where the file system is, which downloads it from the image. Both
+one file into a folder, and guestfish, which downloads it from the image; both are told the file system. Both
 start a new appliance of the same kind each time (in the lab without KVM); its parts are made before.
 """
 
@@ -65,7 +65,8 @@ def measure(folder: Path, size_bytes: int, rounds: int) -> None:
     run("debugfs", "-R", f"dump {FILE} {expected}", image)
 
     def ours(to: Path) -> Sample:
-        words = repo.command("files", "get", "web", FILE, "--to", to, "--timeout", "10m")
+        words = repo.command("files", "get", "web", FILE, "--to", to, "--filesystem", "/dev/sda",
+                             "--timeout", "10m")
         return timed(words, {**repo.environment(), "PYTHONPATH": os.pathsep.join(sys.path)}, folder)
 
     def guestfish(to: Path) -> Sample:

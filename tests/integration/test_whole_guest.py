@@ -24,6 +24,7 @@ from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run, to_raw
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe import errors
+from stillframe.repository.layout import PackKind, packs_prefix
 from stillframe.repository.manifest import TPM_FOLDER
 from tests.fault.harness import Place, small_file_system
 from tests.integration.changed_snapshot import changed
@@ -243,10 +244,10 @@ def firmware_guest(make: MakeDiskGuest, name: str, folder: Path, devices: str = 
     nvram = folder / f"{name}_VARS.fd"
     guest = make(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES), name=name, started=False, devices=devices,
                  memory_mib=128)
+    redefine(guest, "<cpu ", "<features><acpi/></features><cpu ")
     redefine(guest, "hvm</type>",
              f"hvm</type><loader readonly='yes' type='pflash'>{_OVMF}/OVMF_CODE_4M.fd</loader>"
              f"<nvram template='{_OVMF}/OVMF_VARS_4M.fd'>{nvram}</nvram>")
-    redefine(guest, "<cpu ", "<features><acpi/></features><cpu ")
     guest.start()
     return guest
 
@@ -259,10 +260,10 @@ def test_a_uefi_guest_with_its_variables(
     nvram = images_dir / "uefi_VARS.fd"
     template = (_OVMF / "OVMF_VARS_4M.fd").read_bytes()
     wait_for("the firmware writes its variables", lambda: nvram.read_bytes() != template, 180)
-    guest.domain().suspend()  # the firmware goes on writing else
-    expected, variables = moment_of(guest), nvram.read_bytes()
-    snapshot = repo.backup(guest)["snapshot"]
-    assert nvram.read_bytes() == variables
+    expected, snapshot = moment_of(guest), repo.backup(guest)["snapshot"]
+    assert repo.call("restore", snapshot, "--to", f"{tmp_path}/files/").returncode == 0
+    variables = (tmp_path / "files" / f"nvram-{nvram.name}").read_bytes()
+    assert variables != template
     done = repo.json("restore", snapshot, "--as", "uefi-2", "--pool", pool)
     kept, = done["files"]
     assert kept != str(nvram)
@@ -410,6 +411,28 @@ def test_an_image_that_somebody_took_meanwhile_is_left_alone(
     assert str(image) in refused["error"]["message"]
     assert image.read_bytes() == content
     assert "back" not in names(daemons)
+
+
+def test_a_bad_chunk_is_named_and_what_is_left_can_be_had(
+    disk_guest: MakeDiskGuest, repo: Repo, pool: Path, daemons: LibvirtDaemons, tmp_path: Path,
+) -> None:
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES), DiskSpec("vdb", Kind.RAW, _SIZE_BYTES))
+    snapshot, expected = repo.backup(guest)["snapshot"], moment_of(guest)
+    guest.destroy()
+    pack = max((repo.path / packs_prefix(PackKind.DATA)).glob("*/*"))
+    pack.chmod(0o600)
+    with pack.open("r+b") as file:
+        file.seek(MIB)
+        file.write(bytes(64 * 1024))
+    words = ("restore", snapshot, "--as", "hurt", "--pool", pool)
+    refused = repo.json(*words, code=errors.SlotDamaged.exit_code)
+    assert "--skip-bad" in refused["error"]["next_command"]
+    assert not pool.exists()
+    assert "hurt" not in names(daemons)
+    done = repo.json(*words, "--skip-bad", code=errors.RepositoryDamaged.exit_code)
+    assert done["whole"] is False
+    whole, = (disk["target"] for disk in done["disks"] if not disk["lost"])
+    Restored(daemons, "hurt").assert_holds({whole: expected[whole]}, tmp_path)
 
 
 def test_an_error_removes_what_was_made(

@@ -129,11 +129,13 @@ class Worker:
     def work(self) -> None:
         """Do it. Raises what the parent is to raise."""
         try:
-            self._root.unlock(self._task.keys, self._ask)
-            if self._task.verb == "filesystems":
-                self._wire.say(self._root.found())
-                return
-            self._root.mount(self._task.filesystem)
+            is_listing = self._task.verb == "filesystems"
+            if is_listing or not self._root.is_mounted_at_once(self._task.filesystem):
+                self._root.unlock(self._task.keys, self._ask)
+                if is_listing:
+                    self._wire.say(self._root.found())
+                    return
+                self._root.mount(self._task.filesystem)
         except RuntimeError as error:
             raise FilesystemUnknown(f"The disks can't be looked into: {said(error)}",
                                     "stillframe verify --repo REPO   # is it what was stored?") from error
