@@ -30,7 +30,7 @@ from tests.fault.harness import Place
 from tests.integration.booting import start_uefi_guest
 from tests.integration.repositories import Repo, make_repo
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.together]
 
 GREETING = "BOOTED FROM THE SNAPSHOT"
 _PNG = b"\x89PNG"

@@ -57,7 +57,7 @@ CLOCK = SystemClock()
 #: Launch and inspection take a minute of a processor without KVM, and more where labs share it.
 PATIENCE_S = 600.0
 IN_ROOT = ("--filesystem", "/dev/sda1", "--timeout", "10m")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.together]
 _NOBODY = 65534
 _VAULT_DEVICE = "/dev/sda5"
 
