@@ -41,8 +41,8 @@ def usable_bitmap(disk: DiskRecord, image: ImageInfo, earlier: Anchor | None) ->
     if _COUNTS not in flags:
         return "", f"the bitmap {earlier.checkpoint} in {image.name} was switched off"
     made = read_checkpoint(earlier.checkpoint_xml)
-    if made is None or is_replaced(disk, made):
-        # All disks of a guest have bitmaps of the same name.
+    if made is not None and is_replaced(disk, made):
+        # All disks of a guest have bitmaps of the same name: images that changed places would pass.
         return "", "another image is in its place than at the last capture"
     if image.virtual_size_bytes != earlier.sizes[disk.target]:
         return "", "the disk has another size"

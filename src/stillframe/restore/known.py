@@ -20,6 +20,7 @@ from stillframe.capture.plan import FULL_READ_EVERY_S, why_due
 from stillframe.clock import Clock
 from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent
+from stillframe.hypervisor.checkpoint import read_checkpoint
 from stillframe.repository.difference import changed_extents
 from stillframe.repository.manifest import DiskEntry, Manifest
 from stillframe.repository.places import Places
@@ -40,7 +41,7 @@ class Known:
 
 def known_disks(records: Iterable[DiskRecord], newest: Manifest | None, clock: Clock) -> Mapping[str, Known]:
     """Return what is known of the disks of a guest that is off, by target; *newest* is its last snapshot."""
-    if newest is None or newest.anchor is None:
+    if newest is None or newest.anchor is None or read_checkpoint(newest.anchor.checkpoint_xml) is None:
         return {}
     anchor, entries = newest.anchor, {disk.target: disk for disk in newest.disks}
     found = {}
