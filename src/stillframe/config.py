@@ -42,7 +42,7 @@ from stillframe.capture.states import Quiesce
 from stillframe.clock import Clock
 from stillframe.errors import ConfigInvalid
 from stillframe.storage.access import NOBODY, Access, read_credentials, s3_access, smb_access
-from stillframe.storage.address import open_storage, scheme_of
+from stillframe.storage.address import folder_of, open_storage, scheme_of
 from stillframe.storage.model import Storage
 from stillframe.storage.wrappers import RateLimited
 from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
@@ -171,10 +171,18 @@ def storage_of(settings: RepositorySettings, address: str, clock: Clock, *, make
     Raises ConfigInvalid, RepositoryRefused, StorageError.
     """
     storage = open_storage(address, access_to(settings, address), make=make, clock=clock)
-    if settings.limit_rate is None:
-        return storage
+    limited = storage if settings.limit_rate is None else _limited(storage, settings.limit_rate, clock)
+    if folder_of(address) is not None:
+        return limited
+    # What only servers need is loaded for them alone.
+    from stillframe.repository.opened import retried
+
+    return retried(limited, clock)
+
+
+def _limited(storage: Storage, limit_rate: str, clock: Clock) -> Storage:
     try:
-        rate = parse_size_bytes(settings.limit_rate)
+        rate = parse_size_bytes(limit_rate)
     except ValueError as error:
         raise ConfigInvalid(
             f"limit_rate is {error}.", "correct the option --limit-rate or the configuration file") from error

@@ -320,12 +320,13 @@ def test_a_user_who_is_not_root(stock: Stock) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_key_file_for_an_encrypted_disk(stock: Stock) -> None:
     """The passphrase is on no command line and in no output."""
     out, key = _of_nobody(stock)
     done = stock.call("get", "web:vda", "/vault.bin", "--to", out / "vault.tar", "--luks-key-file", key,
-                      "--filesystem", "/dev/mapper/stillframe-sda5",
-                      "--timeout", "280s", user=_NOBODY, TMPDIR=str(out))
+                      "--filesystem", "/dev/mapper/stillframe-sda5", "--timeout", "10m",
+                      user=_NOBODY, timeout_s=800, TMPDIR=str(out))
     assert done.returncode == 0, done.stderr.decode()
     with tarfile.open(out / "vault.tar") as archive:
         file = archive.extractfile("vault.bin")

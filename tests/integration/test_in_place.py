@@ -186,6 +186,12 @@ def test_no_incremental_believes_a_bitmap_across_it(
     shut_down(guest)
     done = in_place(repo, snapshots[0])
     put_back(guest, moments[0])
+    whole = in_place(repo, snapshots[0], "--read-all", "--dry-run")
+    for disk, other in zip(done["disks"], whole["disks"], strict=True):
+        assert disk["by_bitmap"]
+        assert not other["by_bitmap"]
+        assert 0 < disk["read_bytes"] < other["read_bytes"]
+        assert other["differing_bytes"] == 0
     # Counted offline, from the anchor that the backup before kept.
     offline = repo.json("backup", guest.name)["guests"][0]
     assert offline["parent"] == done["state_before"]
@@ -207,6 +213,25 @@ def test_no_incremental_believes_a_bitmap_across_it(
     assert [disk["note"] for disk in taken["disks"]] == ["", ""]
     assert taken["parent"]
     repo.assert_restores(taken["snapshot"], now, tmp_path)
+
+
+def test_images_that_changed_places_are_read_whole(
+    disk_guest: MakeGuest, repo: Repo, tmp_path: Path
+) -> None:
+    guest = disk_guest(*disks((Kind.QCOW2, Kind.QCOW2), _SIZE_BYTES))
+    then = moment(guest)
+    snapshot = repo.backup(guest, "--method", "bitmap")["snapshot"]
+    shut_down(guest)
+    one, other = (disk.path for disk in guest.disks.values())
+    os.rename(one, one.with_suffix(".swap"))
+    os.rename(other, one)
+    os.rename(one.with_suffix(".swap"), other)
+    # Both have a bitmap of the checkpoint's name, which marks nothing.
+    taken = repo.json("backup", guest.name, code=errors.EXIT_FELL_BACK)["guests"][0]
+    repo.assert_restores(taken["snapshot"], {"vda": then["vdb"], "vdb": then["vda"]}, tmp_path)
+    done = in_place(repo, snapshot, "--no-backup-first")
+    assert not any(disk["by_bitmap"] for disk in done["disks"])
+    put_back(guest, then)
 
 
 def test_a_disk_of_another_size(guest: DiskGuest, repo: Repo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlencode
@@ -10,8 +11,9 @@ import pytest
 
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
-from lab.images import KIB, MIB
+from lab.images import KIB, MIB, run
 from lab.s3 import BUCKET
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import RepositoryExists, StorageRefused
 from tests.contract.drivers import Servers
 from tests.fault.driver import PASSPHRASE
@@ -75,6 +77,24 @@ def test_a_chain_of_snapshots_on_a_server(disk_guest: MakeGuest, repo: Repo, tmp
     assert repo.call("prune").returncode == 0
     repo.assert_restores(second, links[second], tmp_path)
     assert repo.call("init").returncode == RepositoryExists.exit_code
+
+
+def test_a_disk_is_served_from_a_server(disk_guest: MakeGuest, repo: Repo, tmp_path: Path) -> None:
+    """What serves it is another process, which is told who we are to the repository's server."""
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES))
+    guest.write("vda", 2 * MIB, 200 * KIB, 0xC1)
+    guest.flush()
+    moment = guest.model("vda").copy_at_moment()
+    snapshot = repo.backup(guest)["snapshot"]
+    socket = tmp_path / "s"
+    command = repo.command("serve", f"{snapshot}:vda", "--socket", socket)
+    with subprocess.Popen(command, env=repo.environment(), cwd=repo.root) as server:
+        try:
+            wait_for("the disk is served", socket.exists, PATIENCE_S)
+            run("qemu-img", "compare", "-f", "raw", "-F", "raw", f"nbd+unix:///vda?socket={socket}", moment)
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 def test_a_second_site(disk_guest: MakeGuest, repo: Repo, place: Place, tmp_path: Path) -> None:

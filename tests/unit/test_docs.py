@@ -141,7 +141,7 @@ def tree() -> list[type[StillframeError]]:
     """Return every class of errors.py."""
     found = [StillframeError]
     for cls in found:
-        found.extend(sub for sub in cls.__subclasses__() if sub.__module__ == errors.__name__)
+        found.extend(sub for sub in cls.__subclasses__() if sub.__module__.startswith(errors.__name__))
     return found
 
 

@@ -14,8 +14,6 @@ from stillframe.errors import CopyFailed, OverlayTaken, ProgramFailed
 
 _INFO_TIMEOUT_S = 30.0
 _CREATE_TIMEOUT_S = 60.0
-# 32 subclusters of 2 KiB. The cluster stays at qemu-img's own 64 KiB: a discard of less is not kept.
-_SUBCLUSTERS = ("-o", "extended_l2=on")
 _NOT_IN_USE = "Stop what uses the image, or wait until it is done; then run the command again"
 
 
@@ -62,15 +60,14 @@ def image_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> Imag
 
 
 def create_overlay(
-    path: str, base: ImagePlace, virtual_size_bytes: int, *, subclusters: bool = True,
-    timeout_s: float = _CREATE_TIMEOUT_S,
+    path: str, base: ImagePlace, virtual_size_bytes: int, *, timeout_s: float = _CREATE_TIMEOUT_S
 ) -> None:
     """Make an empty qcow2 at *path* that stands on *base*; durable when this returns.
 
-    The base is not opened: it may be in use, and need not be reachable. With *subclusters*, which QEMU knows
-    since 5.2, a guest's first small write to a cluster copies 2 KiB from the base instead of 64 KiB
-    (docs/BENCHMARKS.md, standing overlays). Raises OverlayTaken
-    if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
+    The base is not opened: it may be in use, and need not be reachable. No subclusters, which would make a
+    guest's first small writes cheaper: QEMU 7.2 ends when somebody pulls into such an image.
+
+    Raises OverlayTaken if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
     """
     try:
         # Taking the name first makes a race with another program end in an error, not in a loss.
@@ -82,8 +79,8 @@ def create_overlay(
         ) from error
     try:
         process.run(
-            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", *(_SUBCLUSTERS if subclusters else ()), "-b",
-             base.backing_text(), "-F", base.driver, path, str(virtual_size_bytes)],
+            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", base.backing_text(), "-F",
+             base.driver, path, str(virtual_size_bytes)],
             timeout_s=timeout_s,
         )
         _fsync(path)

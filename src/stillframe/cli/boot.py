@@ -9,7 +9,6 @@ from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find
 from stillframe.errors import EXIT_OK
-from stillframe.repository.opened import open_repository
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.boot import boot_guest
 from stillframe.restore.boot_decide import BootStep
@@ -18,7 +17,6 @@ from stillframe.restore.boot_record import BootRecord, BootState
 from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_steps import BootTools, BootWay
 from stillframe.restore.land import discard_guest, land_guest
-from stillframe.storage.address import open_storage
 
 #: Of a server's log, in `status`.
 _SHOWN_LINES = 3
@@ -81,7 +79,7 @@ def tools_of(session: Session) -> BootTools:
     """Return what booted guests are handled with."""
     return BootTools(
         session.boot_store, session.connection, session.clock,
-        lambda address: open_repository(open_storage(address), session.secret), session.screen.say)
+        session.repository_at, session.screen.say)
 
 
 def record_body(record: BootRecord) -> dict[str, object]:

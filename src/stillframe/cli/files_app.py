@@ -15,7 +15,7 @@ from stillframe.units import parse_duration_s
 Name = Annotated[
     str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")]
 Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="paths as they are in the guest")]
-FromFile = tuple[str, tuple[Path, ...], float]
+Inside = tuple[str, tuple[Path, ...], float]
 
 _files = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None,
@@ -39,7 +39,7 @@ def inside_options(
     ] = None,
     timeout: Annotated[
         str, typer.Option("--timeout", help="give up when the appliance says nothing for so long")] = "2m",
-) -> FromFile:
+) -> Inside:
     """Return how the disks are looked into."""
     try:
         return filesystem or "", tuple(luks_key_file or ()), parse_duration_s(timeout)
@@ -49,7 +49,7 @@ def inside_options(
 
 @taking(plain_options, repository_options, inside_options)
 def ls(
-    common: Common, repository: RepositorySettings, inside: FromFile, *,
+    common: Common, repository: RepositorySettings, inside: Inside, *,
     snapshot: Name,
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="[PATH]...", help="none: list the file systems")] = None,
@@ -67,7 +67,7 @@ def ls(
 
 @taking(plain_options, repository_options, inside_options)
 def cat(
-    common: Common, repository: RepositorySettings, inside: FromFile, *, snapshot: Name, paths: Paths,
+    common: Common, repository: RepositorySettings, inside: Inside, *, snapshot: Name, paths: Paths,
 ) -> None:
     """Print the content of files of a snapshot."""
     from stillframe.cli import files as files_command
@@ -80,7 +80,7 @@ def cat(
 
 @taking(plain_options, repository_options, inside_options)
 def get(
-    common: Common, repository: RepositorySettings, inside: FromFile, *, snapshot: Name, paths: Paths,
+    common: Common, repository: RepositorySettings, inside: Inside, *, snapshot: Name, paths: Paths,
     to: Annotated[str, typer.Option("--to", help="a folder, FILE.tar, or - for a tar archive on stdout")],
 ) -> None:
     """Take files and folders out of a snapshot, into a folder or a tar archive."""

@@ -89,13 +89,14 @@ class InPlaceOptions:
     shutdown_timeout: str | None = None
     backup_first: bool = True
     with_definition: bool = False
+    read_all: bool = False
 
     @property
     def is_asked_for(self) -> bool:
         """Whether a restore in place is wanted. Raises BadParameter for options of no use without it."""
         if not self.in_place and self != InPlaceOptions():
-            raise typer.BadParameter("--guest, --shutdown, --shutdown-timeout, --no-backup-first "
-                                     "and --with-definition go with --in-place")
+            raise typer.BadParameter("--guest, --shutdown, --shutdown-timeout, --no-backup-first, "
+                                     "--with-definition and --read-all go with --in-place")
         return self.in_place
 
 
@@ -116,9 +117,13 @@ def in_place_options(  # typer makes an option of each parameter
                            help="--in-place: back the present state up before it is overwritten")] = True,
     with_definition: Annotated[
         bool, typer.Option("--with-definition", help="--in-place: the guest's definition, too")] = False,
+    read_all: Annotated[
+        bool, typer.Option("--read-all", help="--in-place: believe no bitmap, compare all of each disk")
+    ] = False,
 ) -> InPlaceOptions:
     """Return how a guest is to be restored in place."""
-    return InPlaceOptions(in_place, guest, shutdown, shutdown_timeout, backup_first, with_definition)
+    return InPlaceOptions(
+        in_place, guest, shutdown, shutdown_timeout, backup_first, with_definition, read_all)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 
@@ -30,7 +31,7 @@ from stillframe.hypervisor.model import Power
 from stillframe.repository.catalog import display_name
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.places import Places
-from stillframe.repository.snapshots import read_snapshot
+from stillframe.repository.snapshots import newest_of, read_snapshot
 from stillframe.restore.in_place import (
     WRITING,
     InPlace,
@@ -41,6 +42,7 @@ from stillframe.restore.in_place import (
     turn_off,
 )
 from stillframe.restore.in_place_plan import InPlaceWish, begin, go_on, refuse_busy
+from stillframe.restore.known import Known
 from stillframe.storage.address import folder_of
 from stillframe.units import duration_text, size_text
 
@@ -108,8 +110,8 @@ class _Call:
     def compared(self) -> InPlace:
         """Say what would be written. Raises TargetInUse for a guest that runs."""
         with self._locked():
-            found = self._store.read(self._domain.uuid)
-            return compare_in_place(self._record(found), self._wish.manifest, self._tools())
+            record, known = self._record(self._store.read(self._domain.uuid))
+            return compare_in_place(record, self._wish.manifest, self._tools(known))
 
     def restored(self) -> InPlace:
         """Shut the guest down if that is asked for, back it up, restore it."""
@@ -126,9 +128,9 @@ class _Call:
             self.before = self._back_up().snapshot
         with self._locked():
             self._session.screen.say(f"restoring {self._domain.name} in place from {self._wish.name}")
+            record, known = self._record(self._unfinished())
             return restore_in_place(
-                self._record(self._unfinished()), self._wish.manifest, self._tools(),
-                skip_bad=self._order.skip_bad)
+                record, self._wish.manifest, self._tools(known), skip_bad=self._order.skip_bad)
 
     def _locked(self) -> AbstractContextManager[None]:
         return domain_lock(self._session.journal.folder, self._domain.uuid, self._domain.name,
@@ -142,13 +144,18 @@ class _Call:
             return None
         return found
 
-    def _record(self, found: Restoring | None) -> Restoring:
+    def _record(self, found: Restoring | None) -> tuple[Restoring, Mapping[str, Known]]:
         if found is not None:
             if not found.phase.is_torn:
                 raise attention(found)  # a dry run ends nothing
-            return go_on(found, self._domain, self._wish)
+            return go_on(found, self._domain, self._wish), {}
         refuse_busy(self._domain, self._session.journal, self._wish)
-        return begin(self._domain, self._wish, self._session.clock, self.before)
+        newest = None
+        if not self._order.options.read_all:
+            newest, _ = newest_of(
+                self._session.repository, self._session.host, self._domain.name, self._domain.uuid)
+        return begin(self._domain, self._wish, self._session.clock, self.before,
+                     newest[1] if newest is not None else None)
 
     def _turn_off(self) -> None:
         if self._domain.power() is Power.OFF or not (self._order.options.shutdown or self._order.force):
@@ -185,7 +192,7 @@ class _Call:
             f"{size_text(result.stored_bytes)} stored, took {duration_text(result.seconds)}")
         return result
 
-    def _tools(self) -> InPlaceTools:
+    def _tools(self, known: Mapping[str, Known]) -> InPlaceTools:
         session = self._session
 
         def report(target: str, doing: str, done: int, total: int) -> None:
@@ -194,7 +201,7 @@ class _Call:
             session.screen.bar(f"{target}: {doing}", done, total)
 
         return InPlaceTools(Places(session.repository), self._domain, self._store, session.clock,
-                            lambda: stop_of(session), report)
+                            lambda: stop_of(session), report, known)
 
 
 def _tell(session: Session, name: str, done: InPlace, *, dry_run: bool) -> None:

@@ -21,6 +21,7 @@ from stillframe.clock import SystemClock
 from stillframe.config import (
     RepositorySettings,
     Settings,
+    access_to,
     read_settings,
     repository_settings,
     storage_of,
@@ -163,7 +164,12 @@ class Session:
         """The repository, open. Raises RepositoryRefused, RepositoryDamaged, StorageError."""
         from stillframe.repository.opened import open_repository
 
-        return open_repository(self.storage, self.secret)
+        access = access_to(self.repository_settings, self.address)
+        return open_repository(self.storage, self.secret, access)
+
+    def repository_at(self, address: str) -> Repository:
+        """Return the repository at another address, opened by what opens this session's. See `repository`."""
+        return self.beside(RepositorySettings(address).over(self._repository)).repository
 
     def ask_for_secret(self) -> None:
         """Ask for the secret now, if a person must type it; else it is read when it is needed."""

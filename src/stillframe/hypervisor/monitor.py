@@ -16,7 +16,6 @@ from stillframe.errors import HypervisorError
 from stillframe.hypervisor.model import QemuBitmap, QemuDisk, QemuJob, QemuNode, QemuView
 
 _MAJOR_WITH_SAFE_NBD = 9
-_VERSION_WITH_SUBCLUSTERS = (5, 2)
 #: Runs one QMP command and returns what is under "return".
 Qmp = Callable[[str, Mapping[str, Any]], Any]
 
@@ -118,12 +117,6 @@ def poke_node(qmp: Qmp, node: str) -> None:
 def qemu_major(qmp: Qmp) -> int:
     """Return the first number of the version of the QEMU that runs."""
     return int(qmp("query-version", {})["qemu"]["major"])
-
-
-def knows_subclusters(qmp: Qmp) -> bool:
-    """Return whether the QEMU that runs can use a qcow2 image with subclusters (extended L2 entries)."""
-    version = qmp("query-version", {})["qemu"]
-    return (int(version["major"]), int(version["minor"])) >= _VERSION_WITH_SUBCLUSTERS
 
 
 def nbd_problem(qmp: Qmp) -> str:

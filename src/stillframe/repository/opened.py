@@ -28,6 +28,7 @@ from stillframe.repository.layout import (
     decode_parameters,
 )
 from stillframe.repository.slots import SlotCodec
+from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.model import Storage
 from stillframe.storage.probe import probe_create_if_absent
 from stillframe.storage.wrappers import Retried
@@ -49,12 +50,13 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """An open repository. For several threads."""
+    """An open repository. For several threads. *access* is who we are to its server."""
 
     storage: Storage
     parameters: Parameters
     key: DomainKey
     codec: SlotCodec
+    access: Access = NOBODY
 
     @property
     def address(self) -> str:
@@ -100,14 +102,14 @@ def init_repository(
     return Repository(storage, made, key, SlotCodec(key, made))
 
 
-def open_repository(storage: Storage, secret: Secret) -> Repository:
-    """Open a repository.
+def open_repository(storage: Storage, secret: Secret, access: Access = NOBODY) -> Repository:
+    """Open a repository. *access* is who the storage was opened as.
 
     Raises RepositoryUnknown, RepositoryNewer, RepositoryDamaged, KeyWrong, KeyNeeded, StorageError.
     """
     parameters = read_parameters(storage)
     key = _unlocked(storage, secret)
-    return Repository(storage, parameters, key, SlotCodec(key, parameters))
+    return Repository(storage, parameters, key, SlotCodec(key, parameters), access)
 
 
 def read_parameters(storage: Storage) -> Parameters:

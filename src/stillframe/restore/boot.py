@@ -94,8 +94,7 @@ class _Boot:
     def _make(self, record: BootRecord, disk: BootDisk) -> BootRecord:
         """Make a disk's overlay. It is known by its identity before it gets its name."""
         try:
-            # No subclusters: QEMU 7.2 fails an assertion, and so ends, when it pulls into such an image.
-            create_overlay(disk.making_path, served_place(disk), disk.content.size_bytes, subclusters=False)
+            create_overlay(disk.making_path, served_place(disk), disk.content.size_bytes)
             changed = msgspec.structs.replace(disk, overlay_identity=file_identity(disk.making_path))
             record = self._tools.store.note(record, disks=record.with_disk(changed))
             os.link(disk.making_path, disk.overlay_path)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 from stillframe.block.reader import DiskReader
 from stillframe.errors import SlotDamaged, StillframeError
+from stillframe.extent import Extent
 from stillframe.repository.jobs import InOrder, keep_freed_memory
 from stillframe.repository.manifest import DiskEntry
 from stillframe.repository.nodes import Leaf
@@ -30,6 +31,8 @@ _FLYING = 6
 _AHEAD_LEAVES = 8
 _SAME, _WRITE, _ZERO, _LOST = 0, 1, 2, 3
 _RUNS = re.compile(b"\x01+|\x02+|\x03+")
+#: What is done with a chunk where only some are looked at: it is read, or known to be zero.
+_READ, _IS_ZERO = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,18 @@ class Comparison:
         self._leaf_chunks = self._parameters.leaf_chunks
         self._found = Differences(disk.size_bytes, self._parameters.chunk_bytes)
         self.read_bytes = 0
+        self._only: bytearray | None = None
         #: The first node of the tree that can't be read, if there is one.
         self.damage: SlotDamaged | None = None
 
-    def run(self, from_bytes: int = 0) -> Differences:
-        """Return what differs from *from_bytes* on (down to the edge of a leaf). Raises CopyFailed."""
+    def run(self, from_bytes: int = 0, only: Sequence[Extent] | None = None) -> Differences:
+        """Return what differs from *from_bytes* on (down to the edge of a leaf). Raises CopyFailed.
+
+        Behind that, only the extents *only* of the image are looked at, if they are given, in any order.
+        Where two say different things, it is data.
+        """
         first = from_bytes // (self._leaf_chunks * self._parameters.chunk_bytes)
+        self._only = None if only is None else self._chosen(only)
         with ThreadPoolExecutor(_READERS + 1, "compare") as pool:
             image = self._image_leaves(pool, first)
             stored = self._stored_leaves(pool, first)
@@ -134,6 +143,8 @@ class Comparison:
             return
         entries = leaf.entries if leaf is not None else (None,) * count
         for number, entry in enumerate(entries[:count], first):
+            if self._only is not None and not self._only[number]:
+                continue
             known = ids.get(number)
             if entry is None:
                 if known is not None:
@@ -158,12 +169,14 @@ class Comparison:
         chunk_bytes, end_bytes = self._parameters.chunk_bytes, min(self._size_bytes, self._source.size_bytes)
         begin_bytes = min(first * chunk_bytes, end_bytes)
         unit = unit_chunks(self._parameters)
-        runs = data_runs(self._source.extents(begin_bytes, end_bytes - begin_bytes), end_bytes, chunk_bytes)
+        end = self._parameters.chunks(end_bytes)
+        runs = self._runs(first, end, _READ) if self._only is not None else data_runs(
+            self._source.extents(begin_bytes, end_bytes - begin_bytes), end_bytes, chunk_bytes)
         jobs: InOrder[bytearray, Scanned] = InOrder(pool, _FLYING)
         free = [bytearray(unit * chunk_bytes) for _ in range(_FLYING)]
         with Scanner(self._source, self._parameters, self._repository.key, _READERS) as scanner:
             try:
-                for batch in batches(units(runs, self._parameters.chunks(end_bytes), unit), unit):
+                for batch in batches(units(runs, end, unit), unit):
                     assert not isinstance(batch, range)  # only a parent makes those
                     if jobs.full:
                         yield from self._taken(jobs, free)
@@ -195,7 +208,7 @@ class Comparison:
     ) -> Iterator[tuple[int, Leaf | SlotDamaged]]:
         """Yield the snapshot's leaves that are not all zero, in order, or why one can't be read."""
         ahead: deque[tuple[int, Callable[[], Leaf | SlotDamaged]]] = deque()
-        for index, place, damage in self._tree.stretches(first):
+        for index, place, damage in self._stretches(first):
             if damage is not None:
                 ahead.extend((each, partial(_same, damage)) for each in damage.leaves)
             elif place is not None:
@@ -205,6 +218,39 @@ class Comparison:
                 yield number, leaf()
         for number, leaf in ahead:
             yield number, leaf()
+
+    def _stretches(self, first: int) -> Iterator[tuple[int, SlotRef | None, SlotDamaged | None]]:
+        if self._only is None:
+            yield from self._tree.stretches(first)
+            return
+        done = first
+        for begin, end in self._runs(first * self._leaf_chunks, len(self._only), _READ, _IS_ZERO):
+            begin_leaf, end_leaf = max(done, begin // self._leaf_chunks), -(-end // self._leaf_chunks)
+            if begin_leaf < end_leaf:
+                yield from self._tree.stretches(begin_leaf, end_leaf)
+                done = end_leaf
+
+    def _runs(self, first: int, end: int, *marks: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, end) of the runs of chunks that are marked so."""
+        assert self._only is not None
+        for run in _RUNS.finditer(self._only, first, end):
+            if run[0][0] in marks:
+                yield run.span()
+
+    def _chosen(self, only: Sequence[Extent]) -> bytearray:
+        chosen = bytearray(self._parameters.chunks(self._size_bytes))
+        chunk_bytes = self._parameters.chunk_bytes
+        for extent in sorted(only, key=lambda each: not each.kind.reads_as_zero):
+            first = extent.offset_bytes // chunk_bytes
+            last = min(-(-extent.end_bytes // chunk_bytes), len(chosen))
+            mark = _IS_ZERO if extent.kind.reads_as_zero else _READ
+            chosen[first:last] = bytes((mark,)) * max(0, last - first)
+            # What else is in the chunks at the edges is not known.
+            for chunk, is_whole in ((first, extent.offset_bytes % chunk_bytes == 0),
+                                    (last - 1, extent.end_bytes % chunk_bytes == 0)):
+                if not is_whole and first <= chunk < last:
+                    chosen[chunk] = _READ
+        return chosen
 
     def _read(self, place: SlotRef) -> Leaf | SlotDamaged:
         try:

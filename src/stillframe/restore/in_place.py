@@ -8,7 +8,7 @@ where the last was broken off. Everything that can be found out before, such as 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
 from stillframe.restore.compare import Comparison, Differences, Stretch
 from stillframe.restore.in_place_plan import is_size
+from stillframe.restore.known import Known, may_differ
 from stillframe.restore.machine_in_place import write_machine
 from stillframe.restore.protect import let_go, protect
 from stillframe.restore.qcow2 import open_image_target
@@ -58,7 +59,10 @@ Report = Callable[[str, str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class InPlaceTools:
-    """What a restore in place works with. *stop* returns the error to end it with, if there is a reason."""
+    """What a restore in place works with. *stop* returns the error to end it with, if there is a reason.
+
+    *known* is what is known of disks without reading them, by target; the others are read whole.
+    """
 
     places: Places
     domain: Guest
@@ -66,11 +70,15 @@ class InPlaceTools:
     clock: Clock
     stop: Callable[[], StillframeError | None]
     report: Report
+    known: Mapping[str, Known] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class DiskInPlace:
-    """What came of one disk. All but *target* and *path* are bytes; *skipped* was done by an earlier call."""
+    """What came of one disk. Numbers are bytes; *skipped* was done by an earlier call.
+
+    *by_bitmap*: only what may differ by a checkpoint's bitmap was read.
+    """
 
     target: str
     path: str
@@ -81,6 +89,7 @@ class DiskInPlace:
     written_bytes: int = 0
     zeroed_bytes: int = 0
     lost: list[Lost] = field(default_factory=list)
+    by_bitmap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +214,15 @@ class _Run:
         """Find out where the disk differs. Raises SlotDamaged if the tree can't be read."""
         entry, done = self._entries[disk.target], self.done[disk.target]
         done.skipped_bytes = disk.done_bytes
-        with open_reader(place, clock=self._tools.clock) as source:
+        known = self._tools.known.get(disk.target) if disk.done_bytes == 0 else None
+        bitmap = known.bitmap if known is not None else ""
+        with open_reader(place, clock=self._tools.clock, bitmap=bitmap) as source:
             comparison = Comparison(
                 self._tools.places, entry, source, self._tools.stop,
                 lambda at: self._tools.report(disk.target, "compare", at, entry.size_bytes))
-            found = self._found[disk.target] = comparison.run(disk.done_bytes)
+            only = None if known is None else may_differ(self._tools.places, entry, known, source)
+            done.by_bitmap = only is not None
+            found = self._found[disk.target] = comparison.run(disk.done_bytes, only)
         if comparison.damage is not None and not self._skip_bad:
             raise comparison.damage
         done.read_bytes = comparison.read_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -32,6 +32,7 @@ from stillframe.hypervisor.domain_xml import read_domain_xml, with_source
 from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import DomainView, DomainXml, Power
 from stillframe.repository.manifest import DiskEntry, Manifest
+from stillframe.restore.known import Known, known_disks
 from stillframe.restore.protect import is_marked
 from stillframe.units import size_text
 
@@ -88,8 +89,12 @@ def refuse_busy(domain: Guest, journal: Journal, wish: InPlaceWish) -> None:
         raise GuestBusy(f"Another job runs on {name}.", f"virsh domjobinfo {name}")
 
 
-def begin(domain: Guest, wish: InPlaceWish, clock: Clock, before: str = "") -> Restoring:
-    """Return the record of a restore that has not begun yet, of a guest that is off.
+def begin(
+    domain: Guest, wish: InPlaceWish, clock: Clock, before: str = "", newest: Manifest | None = None,
+) -> tuple[Restoring, Mapping[str, Known]]:
+    """Return the record of a restore that has not begun yet, of a guest that is off; and what is known of it.
+
+    *newest* is the last snapshot of the guest, which its checkpoint counts from.
 
     Changes nothing. Raises a Refused error that names what is in the way.
     """
@@ -103,11 +108,12 @@ def begin(domain: Guest, wish: InPlaceWish, clock: Clock, before: str = "") -> R
     plan = _planned(domain, view, targets, wish)
     for record in plan:
         _refuse_size(domain, record, wish)
-    return Restoring(
+    restoring = Restoring(
         uuid=domain.uuid, name=domain.name, sid=wish.manifest.sid, snapshot=wish.name,
         repository=wish.repository, began_at=utc_text(clock.now()), phase=RestorePhase.PROTECTING,
         disks=tuple(_disk(record) for record in plan), whole=wish.whole, before=before,
         definition=_definition(domain, view.inactive, wish))
+    return restoring, known_disks(plan, newest, clock)
 
 
 def go_on(found: Restoring, domain: Guest, wish: InPlaceWish) -> Restoring:

@@ -43,16 +43,17 @@ def open_storage(
         from stillframe.storage.s3 import S3Storage
 
         bucket, prefix, access = _in_bucket(address, access)
-        return S3Storage(bucket, prefix, access)
+        return S3Storage(bucket, prefix, access, address)
     if kind == "sftp":
         from stillframe.storage.sftp import SftpServer
 
-        return FileStorage(SftpServer(_on_host(address)), make=make)
+        return FileStorage(SftpServer(_on_host(address)), make=make, address=address)
     if kind == "smb":
         from stillframe.storage.smb import SmbServer
 
         place, access = _on_share(address, access)
-        return FileStorage(SmbServer(place, access, clock or SystemClock()), make=make)
+        server = SmbServer(place, access, clock or SystemClock())
+        return FileStorage(server, make=make, address=address)
     return LocalStorage(local_folder(address), make=make)
 
 

@@ -93,10 +93,11 @@ class FileServer(Protocol):
 
 
 class FileStorage:
-    """See Storage. *make* makes the folder (for `init`)."""
+    """See Storage. *make* makes the folder (for `init`); *address* is how people write it."""
 
-    def __init__(self, server: FileServer, *, make: bool = False) -> None:
+    def __init__(self, server: FileServer, *, make: bool = False, address: str = "") -> None:
         self._server = server
+        self._address = address or server.address
         self._swept = False
         if make:
             for folder in ("", UNFINISHED):
@@ -105,7 +106,7 @@ class FileStorage:
     @property
     def address(self) -> str:
         """See Storage."""
-        return self._server.address
+        return self._address
 
     @property
     def capabilities(self) -> Capabilities:

@@ -65,12 +65,13 @@ _DENIED_CODES = (
 class S3Storage:
     """See Storage. It is in the folder *prefix* of a bucket, "" for all of it.
 
+    *address* is how people write it.
     Keys that *access* lacks are asked for at the metadata service of the machine; an endpoint that it lacks
     is Amazon's own.
     """
 
-    def __init__(self, bucket: str, prefix: str, access: Access) -> None:
-        self._address = f"s3://{bucket}{'/' if prefix else ''}{prefix}"
+    def __init__(self, bucket: str, prefix: str, access: Access, address: str = "") -> None:
+        self._address = address or f"s3://{bucket}{'/' if prefix else ''}{prefix}"
         self._endpoint = access.endpoint or f"https://s3.{access.region}.amazonaws.com"
         self._bucket = bucket
         given: dict[str, Any] = {
