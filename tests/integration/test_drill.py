@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import libvirt
+import msgspec
 import pytest
 
 from lab.daemons import UNDEFINE_WHOLLY, LibvirtDaemons
@@ -24,7 +25,7 @@ from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import ConnectionLost, DrillExposed, DrillFailed, Interrupted
 from stillframe.repository.layout import PackKind, packs_prefix
 from stillframe.repository.manifest import TPM_FOLDER
-from stillframe.restore.drill_place import DRILL_SOCKETS
+from stillframe.restore.drill_place import DRILL_SOCKETS, Made
 from stillframe.storage.local import LocalStorage
 from tests.fault.harness import Place
 from tests.integration.booting import start_uefi_guest
@@ -32,6 +33,7 @@ from tests.integration.repositories import Repo, make_repo
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.together]
 
+_UUID = "6c1f8f56-6ad9-4f0e-a1c1-0b3a5f1d2e70"
 GREETING = "BOOTED FROM THE SNAPSHOT"
 _PNG = b"\x89PNG"
 _SHORT = ("--timeout", "3s")
@@ -239,6 +241,36 @@ def test_a_killed_drill_leaves_no_guest(original: Drilled, *, with_libvirtd: boo
     assert told.startswith("removed what a killed drill left (drill-drilled-")
     wait_for("its processes are gone", lambda: not processes_of_drills(), PATIENCE_S)
     assert original.repo.json("recover")["drills"] == []
+
+
+def test_a_guest_that_outlived_its_drill_is_ended_and_no_other(original: Drilled) -> None:
+    """As after a restart of libvirt that made it forget whose the guest is."""
+    folder = original.repo.place.state_dir / "drills" / _UUID
+    folder.mkdir(parents=True)
+    (folder / "made.json").write_bytes(msgspec.json.encode(Made(_UUID, "drill-left", "qemu:///system")))
+    elsewhere = folder.with_name(_UUID[::-1])
+    elsewhere.mkdir()
+    (elsewhere / "made.json").write_bytes(msgspec.json.encode(Made(_UUID[::-1], "x", "qemu+ssh://other/system")))
+    original.guest.daemons.connect().createXML(
+        f"<domain type='qemu'><name>drill-left</name><uuid>{_UUID}</uuid><memory unit='MiB'>32</memory>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type></os><devices>"
+        "<emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>")
+    assert original.repo.json("recover", "--dry-run")["drills"][0].startswith("would remove")
+    assert drills_running(original.guest.daemons) == ["drill-left"]
+    assert original.repo.json("recover")["drills"] == [
+        "removed what a killed drill left (drill-left, which still ran)"]
+    assert drills_running(original.guest.daemons) == []
+    assert elsewhere.exists()
+    shutil.rmtree(elsewhere)
+
+
+def test_a_drilled_guest_is_not_backed_up_with_all(original: Drilled, tmp_path: Path) -> None:
+    repo = copy_of(original.repo, tmp_path)
+    with drill_that_waits(original):
+        done = repo.json("backup", "--all", "--method", "overlay", "--quiesce", "none",
+                         "--min-free", "32M")
+    assert [each["guest"] for each in done["guests"]] == [original.guest.name]
+    original.repo.json("recover")
 
 
 def test_a_restart_of_libvirt_is_not_held_against_the_snapshot(original: Drilled) -> None:

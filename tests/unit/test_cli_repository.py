@@ -153,7 +153,7 @@ def test_a_repository_is_made_and_opened(call: Call, tmp_path: Path) -> None:
     assert made.returncode == EXIT_OK, made.stderr
     assert [slot["kind"] for slot in body(made)["key_slots"]] == ["passphrase"]
     assert body(call("list", "--json")) == {
-        "repository": str(tmp_path / "repository"), "snapshots": [], "standing": {}}
+        "repository": str(tmp_path / "repository"), "snapshots": [], "standing": {}, "drills": []}
     named = call("list", "--repo", f"file://{tmp_path}/repository", STILLFRAME_REPOSITORY="")
     assert named.returncode == EXIT_OK
     assert_error(call("init"), errors.RepositoryExists)

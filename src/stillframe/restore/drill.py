@@ -48,7 +48,7 @@ from stillframe.restore.drill_screen import as_png
 from stillframe.restore.drill_watch import AGENT, Proof, Watch
 from stillframe.restore.drill_xml import has_agent, isolated, reaches_beyond
 from stillframe.restore.export import Export, Serving, exported
-from stillframe.restore.guest_plan import GuestPlan, GuestWish, plan_guest
+from stillframe.restore.guest_plan import KEEPS_ARGUMENTS, GuestPlan, GuestWish, plan_guest
 from stillframe.restore.machine_files import make_folder, read_entry, write_machine_file
 
 _NAME_PREFIX = "drill-"
@@ -124,7 +124,8 @@ def plan_drill(
         BootDisk(target=disk.entry.target, overlay_path="", socket=place.socket_of(disk.entry.target),
                  content=disk.entry, data_bytes=disk.entry.data_bytes) for disk in guest.disks)
     definition, left_out = isolated(guest.definition, disks, str(place.console), wish.network)
-    warnings = (*guest.warnings, *(each.text for each in guest.findings), *left_out)
+    kept = [each for each in guest.warnings if each != KEEPS_ARGUMENTS]
+    warnings = (*kept, *(each.text for each in guest.findings), *left_out)
     return DrillPlan(snapshot, manifest, guest, definition, disks, place, warnings)
 
 
