@@ -165,6 +165,16 @@ class Session:
 
         return open_repository(self.storage, self.secret)
 
+    @cached_property
+    def near_repository(self) -> Repository:
+        """The repository, open; on a server, with what never changes kept on this host: see with_cache."""
+        from stillframe.repository.opened import with_cache
+        from stillframe.storage.address import folder_of
+
+        if folder_of(self.address) is not None:
+            return self.repository
+        return with_cache(self.repository, self.state_folder / "cache")
+
     def ask_for_secret(self) -> None:
         """Ask for the secret now, if a person must type it; else it is read when it is needed."""
         from stillframe.cli.secret import must_be_asked
