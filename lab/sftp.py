@@ -67,6 +67,13 @@ class SftpDaemon:
         kind, key, *_ = public_key.read_text().split()
         (self._folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {kind} {key}\n")
 
+    def known_hosts_for(self, port: int) -> Path:
+        """Return a file that says that this host's key is known at another *port* of it, too."""
+        kind, key, *_ = (self._folder / "host.pub").read_text().split()
+        path = self._folder / f"known_hosts-{port}"
+        path.write_text(f"[127.0.0.1]:{port} {kind} {key}\n")
+        return path
+
     def other_key(self) -> Path:
         """Return a public key that is not the host's."""
         self._make_key("other")

@@ -42,7 +42,7 @@ def _one(session: Session, name: str, folder: Path | None, options: GuestSetting
     wishes = for_guest(session.settings, domain.name, options)
     return backup_guest(
         BackupJob(
-            domain, lambda: session.repository, folder, session.host, session.hints_folder,
+            domain, lambda: session.near_repository, folder, session.host, session.hints_folder,
             replace(wishes, command=_COMMAND.replace("{guest}", domain.advice.guest)), session.stop,
             lambda target, done, total: session.screen.bar(f"{domain.name} {target}: copy", done, total),
         ),

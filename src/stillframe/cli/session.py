@@ -171,6 +171,16 @@ class Session:
         """Return the repository at another address, opened by what opens this session's. See `repository`."""
         return self.beside(RepositorySettings(address).over(self._repository)).repository
 
+    @cached_property
+    def near_repository(self) -> Repository:
+        """The repository, open; on a server, with what never changes kept on this host: see with_cache."""
+        from stillframe.repository.opened import with_cache
+        from stillframe.storage.address import folder_of
+
+        if folder_of(self.address) is not None:
+            return self.repository
+        return with_cache(self.repository, self.state_folder / "cache")
+
     def ask_for_secret(self) -> None:
         """Ask for the secret now, if a person must type it; else it is read when it is needed."""
         from stillframe.cli.secret import must_be_asked
