@@ -233,13 +233,13 @@ def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
 
 
 @pytest.mark.parametrize(("command", "keys"), [
-    ("list", {"repository", "snapshots"}), ("diff", {"old", "new", "disks"}),
+    ("list", {"repository", "snapshots", "drills"}), ("diff", {"old", "new", "disks"}),
     ("restore", {"snapshot", "whole", "files", "lost_files", "disks"}),
     ("forget", {"dry_run", "kept", "dropped"}), ("prune", {"dry_run", "plan", "done"}),
     ("verify", {
         "level", "sound", "complete", "snapshots", "packs", "checked_packs", "checked_slots", "checked_bytes",
         "findings", "hurt", "healed", "unreadable"}),
-    ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests"}),
+    ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests", "drills"}),
     ("status", {
         "open_runs", "guests_on_overlays", "standing", "restoring", "mirrors", "snapshots",
         "libvirt_error", "repository_error"}),
