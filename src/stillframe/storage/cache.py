@@ -215,7 +215,8 @@ def _range(file: int, key: str, offset_bytes: int, length_bytes: int | None) -> 
     (size_bytes,) = _SIZE.unpack(os.pread(file, _SIZE.size, stored_bytes - _SIZE.size))
     pieces = -(-size_bytes // _PIECE_BYTES)
     end = size_bytes if length_bytes is None else offset_bytes + length_bytes
-    if size_bytes + pieces * _DIGEST_BYTES + _SIZE.size != stored_bytes or not offset_bytes < end <= size_bytes:
+    whole = size_bytes + pieces * _DIGEST_BYTES + _SIZE.size == stored_bytes
+    if not whole or not offset_bytes < end <= size_bytes:
         return None
     first, until = offset_bytes // _PIECE_BYTES, -(-end // _PIECE_BYTES)
     begin = first * _PIECE_BYTES
@@ -223,7 +224,9 @@ def _range(file: int, key: str, offset_bytes: int, length_bytes: int | None) -> 
     digests = os.pread(file, (until - first) * _DIGEST_BYTES, size_bytes + first * _DIGEST_BYTES)
     right = b"".join(_digest(key, number, content[at : at + _PIECE_BYTES])
                      for number, at in enumerate(range(0, len(content), _PIECE_BYTES), first))
-    return _Found(bytes(content[offset_bytes - begin : end - begin]), size_bytes) if right == digests else None
+    if right != digests:
+        return None
+    return _Found(bytes(content[offset_bytes - begin : end - begin]), size_bytes)
 
 
 def _digest(key: str, number: int, piece: memoryview) -> bytes:
