@@ -2,8 +2,8 @@
 
     <folder>/<2 hex>/<32 hex>   content ‖ digest(16) of each piece of 64 KiB ‖ content's size u64
 
-The name is a digest of the object's key. A digest is BLAKE3 of key, number of the piece and its bytes: what is
-damaged, or another object's, is as if it were not there. So is whatever goes wrong with the cache itself: it
+The name is a digest of the object's key. A digest is BLAKE3 of key, number of the piece and its bytes: what
+is damaged, or another object's, is as if it were not there. So is whatever goes wrong with the cache itself: it
 changes speed only. Listings and times always come from the server.
 
 Whole objects are kept. Of one that is read in parts, the fifth part that is not here fetches all of it.
@@ -40,7 +40,7 @@ _SWEPT_TO = 0.8
 
 
 class Cached(Wrapper):
-    """See above. Objects whose keys begin with one of *prefixes* never change; *folder* is this storage's alone.
+    """See above. Objects whose keys begin with one of *prefixes* never change; nobody else uses *folder*.
 
     Those that begin with *listed* are believed only if they are in a listing, with that size, which is made
     once, when the first one is wanted. The others somebody found in a listing just now. For several threads
