@@ -3,8 +3,8 @@
     <folder>/<2 hex>/<32 hex>   content ‖ digest(16) of each piece of 64 KiB ‖ content's size u64
 
 The name is a digest of the object's key. A digest is BLAKE3 of key, number of the piece and its bytes: what
-is damaged, or another object's, is as if it were not there. So is whatever goes wrong with the cache itself: it
-changes speed only. Listings and times always come from the server.
+is damaged, or another object's, is as if it were not there. So is whatever goes wrong with the cache
+itself: it changes speed only. Listings and times always come from the server.
 
 Whole objects are kept. Of one that is read in parts, the fifth part that is not here fetches all of it.
 """
