@@ -1,4 +1,4 @@
-"""Storages on real servers behind a proxy that cuts, delays, loses, repeats: nothing is lost or made up."""
+"""Real servers behind a proxy that cuts, delays, loses and repeats: nothing is lost or made up."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     <folder>/<2 hex>/<32 hex>   content ‖ digest(16) of each piece of 64 KiB ‖ content's size u64
 
 The name is a digest of the object's key. A digest is BLAKE3 of key, number of the piece and its bytes: what
-is damaged, or another object's, is as if it were not there. So is whatever goes wrong with the cache itself:
-it changes speed only. Listings and times always come from the server.
+is damaged, or another object's, is as if it were not there. So is whatever goes wrong with the cache
+itself: it changes speed only. Listings and times always come from the server.
 
 Whole objects are kept. Of one that is read in parts, the fifth part that is not here fetches all of it.
 """
@@ -40,7 +40,7 @@ _SWEPT_TO = 0.8
 
 
 class Cached(Wrapper):
-    """See above. Objects whose keys begin with one of *prefixes* never change; *folder* is its own.
+    """See above. Objects whose keys begin with one of *prefixes* never change; nobody else uses *folder*.
 
     Those that begin with *listed* are believed only if they are in a listing, with that size, which is made
     once, when the first one is wanted. The others somebody found in a listing just now. For several threads
@@ -215,8 +215,8 @@ def _range(file: int, key: str, offset_bytes: int, length_bytes: int | None) -> 
     (size_bytes,) = _SIZE.unpack(os.pread(file, _SIZE.size, stored_bytes - _SIZE.size))
     pieces = -(-size_bytes // _PIECE_BYTES)
     end = size_bytes if length_bytes is None else offset_bytes + length_bytes
-    is_whole = size_bytes + pieces * _DIGEST_BYTES + _SIZE.size == stored_bytes
-    if not is_whole or not offset_bytes < end <= size_bytes:
+    whole = size_bytes + pieces * _DIGEST_BYTES + _SIZE.size == stored_bytes
+    if not whole or not offset_bytes < end <= size_bytes:
         return None
     first, until = offset_bytes // _PIECE_BYTES, -(-end // _PIECE_BYTES)
     begin = first * _PIECE_BYTES
