@@ -7,13 +7,12 @@ storage = S3Storage(BUCKET, "a/folder", server.access)
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Self
 
-from lab.ports import free_ports, listens
-from lab.waiting import PATIENCE_S, wait_for
+from lab.ports import free_ports
+from lab.server import Server
 from stillframe.storage.access import Access
 from stillframe.storage.s3 import S3Storage
 
@@ -22,13 +21,8 @@ BUCKET = "lab"
 _REGION = "us-east-1"
 
 
-class S3Server:
+class S3Server(Server):
     """Runs within the block, with one bucket."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -47,24 +41,12 @@ class S3Server:
             f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port.grpc={grpc[0]}",
             f"-master.port.grpc={grpc[1]}", f"-volume.port.grpc={grpc[2]}", f"-filer.port.grpc={grpc[3]}",
         ]
-        with open(self._folder / "log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        wait_for("the S3 server listens", lambda: listens(self.port), PATIENCE_S)
+        self._start(command)
         # It makes a bucket of whatever is written to first; only then the bucket can be listed.
         first = S3Storage(BUCKET, "", self.access)
         first.create("first", b"x")
         first.delete(["first"])
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End the server; its objects stay."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(PATIENCE_S)
-            self._process = None
 
     @property
     def endpoint(self) -> str:

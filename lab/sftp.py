@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Self
 
-from lab.ports import free_ports, listens
-from lab.waiting import PATIENCE_S, wait_for
+from lab.ports import free_ports
+from lab.server import Server
 from stillframe.storage.sftp import SftpPlace
 
 _SETTINGS = """\
@@ -32,14 +32,12 @@ Subsystem sftp internal-sftp
 """
 
 
-class SftpDaemon:
+class SftpDaemon(Server):
     """Runs within the block. Files lie below `root`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        super().__init__(folder)
         self.root = folder / "root"
-        self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -50,17 +48,8 @@ class SftpDaemon:
         settings = self._folder / "sshd_config"
         settings.write_text(_SETTINGS.format(port=self.port, folder=self._folder))
         self.trust(self._folder / "host.pub")
-        with open(self._folder / "log", "ab") as log:
-            command = ["/usr/sbin/sshd", "-D", "-e", "-f", str(settings)]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        wait_for("sshd listens", lambda: listens(self.port), PATIENCE_S)
+        self._start(["/usr/sbin/sshd", "-D", "-e", "-f", str(settings)])
         return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(PATIENCE_S)
-            self._process = None
 
     def trust(self, public_key: Path) -> None:
         """Write down that this is the host's key."""

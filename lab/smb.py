@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import getpass
 import subprocess
-from pathlib import Path
 from typing import Self
 
-from lab.ports import free_ports, listens
-from lab.waiting import PATIENCE_S, wait_for
+from lab.ports import free_ports
+from lab.server import Server
 from stillframe.storage.access import Access
 from stillframe.storage.smb import SmbPlace
 
@@ -47,13 +46,8 @@ _SETTINGS = """\
 """
 
 
-class SmbDaemon:
+class SmbDaemon(Server):
     """Runs within the block."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         for name in _FOLDERS:
@@ -64,18 +58,8 @@ class SmbDaemon:
         subprocess.run(
             ["smbpasswd", "-c", settings, "-s", "-a", getpass.getuser()], check=True, capture_output=True,
             input=f"{_PASSWORD}\n{_PASSWORD}\n".encode())
-        with open(self._folder / "log" / "smbd", "ab") as log:
-            command = ["/usr/sbin/smbd", "--foreground", "--no-process-group", f"--configfile={settings}"]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        wait_for("smbd listens", lambda: listens(self.port), PATIENCE_S)
+        self._start(["/usr/sbin/smbd", "--foreground", "--no-process-group", f"--configfile={settings}"])
         return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(PATIENCE_S)
-            self._process = None
 
     @property
     def access(self) -> Access:
