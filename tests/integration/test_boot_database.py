@@ -15,7 +15,7 @@ from tests.fault.harness import Place
 from tests.integration.booting import end_servers, servers
 from tests.integration.repositories import Repo, make_repo
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture

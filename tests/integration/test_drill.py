@@ -31,7 +31,7 @@ from tests.fault.harness import Place
 from tests.integration.booting import start_uefi_guest
 from tests.integration.repositories import Repo, make_repo
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.together]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.together]
 
 _UUID = "6c1f8f56-6ad9-4f0e-a1c1-0b3a5f1d2e70"
 GREETING = "BOOTED FROM THE SNAPSHOT"
@@ -332,6 +332,7 @@ def test_variables_and_a_tpm_are_copies(
         guest.remove()
 
 
+@pytest.mark.slow  # three guests boot; `make demo` ends with such a drill
 def test_a_database_guest_is_checked_by_its_agent_while_the_original_writes_on(
     place: Place, tmp_path: Path, db_guest: Callable[..., DbGuest],
 ) -> None:
