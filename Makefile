@@ -21,10 +21,12 @@ LABS ?= 3
 ARGS ?=
 
 APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 \
-       qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python
-APT_DEV := e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin ovmf swtpm swtpm-tools
+       qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python \
+       python3-guestfs
+APT_DEV := xfsprogs acl procps e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin \
+           openssh-server samba ovmf swtpm swtpm-tools
 # What `make bench` compares with, and nothing else needs.
-APT_BENCH := restic borgbackup virtnbdbackup
+APT_BENCH := guestfish restic borgbackup virtnbdbackup
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.
 APT_LVM := lvm2
 APT_CEPH := ceph-mon ceph-osd ceph-common qemu-block-extra
@@ -66,6 +68,7 @@ bench: develop apt-bench boot ## measure, side by side with other tools in the s
 	$(LAB) $(RUN) -m bench.repository $(ARGS)
 	$(LAB) $(RUN) -m bench.incremental $(ARGS)
 	$(LAB) $(RUN) -m bench.restore
+	$(LAB) $(RUN) -m bench.files
 	$(RUN) -m bench.standing
 	$(LAB) $(RUN) -m bench.prune --folder /var/tmp
 

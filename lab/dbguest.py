@@ -16,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +90,15 @@ class DbGuest(Guest):
         """Return the host's end of the guest's command port."""
         return SOCKETS_DIR / f"{self.name}.commands"
 
+    def _open_command_socket(self) -> Path:
+        """Return the command port's socket: for a restored guest libvirt chose its path."""
+        if self.command_socket.exists():
+            return self.command_socket
+        channels = ET.fromstring(self.domain().XMLDesc()).iterfind("devices/channel")
+        sources = (each.find("source") for each in channels
+                   if each.find("target[@name='stillframe.lab.0']") is not None)
+        return next(Path(source.get("path", "")) for source in sources if source is not None)
+
     def xml(self) -> str:
         """See Guest."""
         kernel, initrd = _boot_in_reach()
@@ -139,8 +149,12 @@ class DbGuest(Guest):
 
     def start(self) -> None:
         """See Guest."""
-        self._boot_count = self.console().count("READY")
+        self.expect_boot()
         super().start()
+
+    def expect_boot(self) -> None:
+        """Note that somebody is about to start the guest: `wait_ready` waits for that boot."""
+        self._boot_count = self.console().count("READY")
 
     def wait_ready(self, timeout_s: float = _BOOT_TIMEOUT_S) -> None:
         """Wait until the guest that was started booted, writes, and (if it has one) its agent answers."""
@@ -192,7 +206,7 @@ class DbGuest(Guest):
         number = f"{self._boot_count}-{next(self._command_numbers)}"
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(timeout_s)
-            link.connect(str(self.command_socket))
+            link.connect(str(self._open_command_socket()))
             link.sendall(f"{number} {text}\n".encode())
             wait_for(f"{self.name} carries out {text}",
                      lambda: f"DONE {number} 0" in self.console(), timeout_s)

@@ -1,6 +1,6 @@
 """From nothing to seeing it: a live guest is mirrored, a run is killed in its commit, nothing is lost.
 
-Then three snapshots of it are made in a repository, and the middle one is restored.
+Then three snapshots of it are made in a repository, the middle one is restored, and the newest is drilled.
 
     make demo          (or: python -m lab.enter -- python -m lab.demo)
 

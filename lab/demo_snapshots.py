@@ -1,4 +1,4 @@
-"""The second half of the demo: three snapshots of the live guest, and the middle one restored."""
+"""The second half of the demo: three snapshots of the live guest, the middle one restored, one drilled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from stillframe.units import duration_text, size_text
 
 _SNAPSHOTS = 3
 _ROWS_BETWEEN = 60
+_CHECK = "sqlite3 /data/rows.db 'pragma integrity_check'"
 
 
 class DemoFailed(RuntimeError):
@@ -37,11 +38,29 @@ def show_snapshots(show: Show, guest: DbGuest, place: Path, settings: Path) -> l
                  f"it ends with row {check.last}: {acknowledged[1]} were acknowledged before its freeze, "
                  f"{acknowledged[2]} before that of the next one")
     image.unlink()
+    drilled = _drill(show, guest)
     return [
         (f"{_SNAPSHOTS} snapshots of the live guest take {size_text(_stored_bytes(repository))}, "
         "encrypted; all of it was verified."),
         f"The middle one was restored and booted: {check.rows} rows, not one is missing.",
+        drilled,
     ]
+
+
+def _drill(show: Show, guest: DbGuest) -> str:
+    """Drill the newest snapshot while the original writes on; return what to say in the end."""
+    show.step("Drill the newest one: boot it apart from everything, and have its own database checked")
+    before = guest.acknowledged()
+    ran = show.run("stillframe", "drill", guest.name, "--check", _CHECK)
+    show.promise(ran.code == EXIT_OK, f"exit code {ran.code} after {duration_text(ran.seconds)}; "
+                                      f"the original wrote {guest.acknowledged() - before} rows meanwhile")
+    show.run("stillframe", "list")
+    last = json.loads(show.ask("stillframe", "show", guest.name, "--json").said)["last_drill"]
+    show.promise(last["passed"] and last["checks"][0]["output"].strip() == "ok",
+                 f"the repository says so: {'passed' if last['passed'] else 'failed'}, "
+                 f"{last['checks'][0]['command']}: {last['checks'][0]['output'].strip()}")
+    return (f"Drill report: the newest snapshot boots in {duration_text(last['boot_s'])} straight from the "
+            f"repository, and its database is {last['checks'][0]['output'].strip()}.")
 
 
 def _init(show: Show, place: Path, settings: Path) -> Path:

@@ -10,12 +10,14 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
+import libvirt
+
 from lab.daemons import LibvirtDaemons
 from lab.disks import Disk, DiskSpec
 from lab.guest import Guest
 from lab.written import WrittenDisks
 
-_LOG_DIR = Path("/var/log/libvirt/qemu")
+LOG_DIR = Path("/var/log/libvirt/qemu")
 
 
 class DiskGuest(Guest, WrittenDisks):
@@ -30,7 +32,7 @@ class DiskGuest(Guest, WrittenDisks):
         io_thread: bool = False,
     ) -> None:
         Guest.__init__(self, daemons, folder, name, transient=transient)
-        WrittenDisks.__init__(self, _LOG_DIR / f"{name}.log")
+        WrittenDisks.__init__(self, LOG_DIR / f"{name}.log")
         self._devices = devices
         self._memory_mib = memory_mib
         self._io_thread = io_thread
@@ -67,9 +69,15 @@ class DiskGuest(Guest, WrittenDisks):
         return self._aliases[target]
 
     def _learn_aliases(self) -> None:
-        tree = ET.fromstring(self.domain().XMLDesc())
-        for disk in tree.iterfind(".//disk"):
-            name, alias = disk.find("target"), disk.find("alias")
-            if name is not None and alias is not None:
-                backend = "/virtio-backend" if name.get("bus") == "virtio" else ""
-                self._aliases[name.get("dev", "")] = f"/machine/peripheral/{alias.get('name')}{backend}"
+        self._aliases |= disk_devices(self.domain())
+
+
+def disk_devices(domain: libvirt.virDomain) -> dict[str, str]:
+    """Return what QEMU calls the device of each disk of a running domain."""
+    devices: dict[str, str] = {}
+    for disk in ET.fromstring(domain.XMLDesc()).iterfind(".//disk"):
+        name, alias = disk.find("target"), disk.find("alias")
+        if name is not None and alias is not None:
+            backend = "/virtio-backend" if name.get("bus") == "virtio" else ""
+            devices[name.get("dev", "")] = f"/machine/peripheral/{alias.get('name')}{backend}"
+    return devices

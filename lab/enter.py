@@ -34,7 +34,7 @@ IMAGES_DIR = Path("/var/lib/libvirt/images")
 SOCKETS_DIR = Path("/run/stillframe-lab")
 
 _PRIVATE = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt",
-            "/var/lib/stillframe")
+            "/var/lib/stillframe", "/etc/stillframe", "/srv")
 # What libvirt found out about QEMU: probing takes some ten seconds, and libvirt itself sees when
 # QEMU, the kernel or libvirt changed since. Kept from one lab to the next.
 _PROBED_DIR = Path("/var/cache/libvirt/qemu/capabilities")
@@ -126,6 +126,7 @@ def _with_bytecode(environment: Mapping[str, str]) -> dict[str, str]:
 def _inside(folder: Path, command: Sequence[str]) -> int:
     _furnish(folder)
     os.environ[MARK] = "1"
+    os.environ.update(_appliance_environment())
     # As in a terminal, even if the lab was started in the background or by nohup, which ignore some signals:
     # what is ignored is inherited, and a shell can't even trap it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -173,6 +174,24 @@ def _furnish(folder: Path) -> None:
         subprocess.run(["mount", "--bind", str(empty), "/dev/kvm"], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", "/dev/kvm"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+def _appliance_environment() -> dict[str, str]:
+    """Return what has libguestfs make its appliance with the lab's kernel: the machine may have none.
+
+    The appliance is kept in the cache, one for each user. supermin wants /lib/modules to exist.
+    """
+    packages, made = cache_dir() / "packages", cache_dir() / "appliance"
+    if not packages.is_dir():
+        return {}
+    made.mkdir(exist_ok=True)
+    made.chmod(0o1777)
+    Path("/lib/modules").mkdir(parents=True, exist_ok=True)
+    return {
+        "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg", "LIBGUESTFS_CACHEDIR": str(made),
+        "SUPERMIN_KERNEL": str(next((packages / "boot").glob("vmlinuz-*"))),
+        "SUPERMIN_MODULES": str(next((packages / "lib/modules").iterdir())),
+    }
 
 
 def _copy_settings(machine: Path, own: Path) -> None:

@@ -56,6 +56,7 @@ MACHINE = Recipe(("virtio_pci", "virtiofs", "overlay", "dm-mod", "loop"), (("mac
 def boot_files(recipe: Recipe = DATABASE) -> Boot:
     """Return kernel and initramfs, made now if the cache has none. Needs apt only the first time."""
     packages = _packages()
+    _index_modules(packages)
     kernel = next((packages / "boot").glob("vmlinuz-*"))
     scripts = [*(_HERE / script for script, _ in recipe.scripts), Path(__file__)]
     digest = hashlib.sha256(kernel.name.encode() + b"".join(script.read_bytes() for script in scripts))
@@ -84,6 +85,13 @@ def _packages() -> Path:
             run("dpkg-deb", "-x", package, folder / "unpacked")
         (folder / "unpacked").rename(unpacked)
     return unpacked
+
+
+def _index_modules(packages: Path) -> None:
+    """Write down where each kernel module is: in libguestfs's appliance, modprobe looks there."""
+    version_dir = next((packages / "lib/modules").iterdir())
+    if not (version_dir / "modules.dep").exists():
+        run(_found("depmod"), "-b", packages, version_dir.name)
 
 
 def _build(recipe: Recipe, packages: Path, staging: Path) -> Path:

@@ -56,12 +56,24 @@ def long_first(tests: Sequence[pytest.Item], number: int) -> list[pytest.Item]:
     return sorted(tests, key=rank)
 
 
+def groups(tests: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """Return what is claimed at once, in order: a test, or all of a module that is marked `together`.
+
+    What such a module's tests share (a repository, libguestfs's appliance) takes longer to make than to use.
+    """
+    found: dict[str, list[pytest.Item]] = {}
+    for test in tests:
+        module = test.nodeid.partition("::")[0]
+        found.setdefault(module if test.get_closest_marker("together") else test.nodeid, []).append(test)
+    return found
+
+
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Run the tests that this lab gets hold of."""
     if session.testsfailed or session.config.option.collectonly:
         return None  # pytest's own loop says what is to be said
     folder, ordered = Path(os.environ[CLAIMS]), long_first(session.items, int(os.environ[NUMBER]))
-    mine = (test for test in ordered if claim(folder, test.nodeid))
+    mine = (test for group, tests in groups(ordered).items() if claim(folder, group) for test in tests)
     test = next(mine, None)
     while test is not None:
         # pytest wants to know the next one: what both need of fixtures is kept.

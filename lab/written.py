@@ -49,6 +49,10 @@ class WrittenDisks:
         """Return what QEMU calls the device of the disk."""
         raise NotImplementedError
 
+    def targets(self) -> list[str]:
+        """Return the disks' names."""
+        return list(self.disks)
+
     def model(self, target: str = "vda") -> Model:
         """Return the model of what *target* holds."""
         return self.disks[target].model
@@ -95,7 +99,7 @@ class WrittenDisks:
     def flush(self, target: str | None = None) -> None:
         """Flush one disk, or all: before that a qcow2 image can't be read from outside."""
         with self._writing:
-            for name in [target] if target else list(self.disks):
+            for name in [target] if target else self.targets():
                 self._qemu_io(name, "flush")
 
     def assert_disk_equals_model(self, target: str = "vda") -> None:

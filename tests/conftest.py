@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from lab.diskguest import DiskGuest
     from lab.disks import DiskSpec
     from lab.lvm import VolumeGroup
+    from tests.contract.drivers import Servers
     from tests.fault.harness import Place
+    from tests.integration.booting import Booting, Snapshot
 
 _numbers = itertools.count(1)
 # How long an example takes says nothing where labs share few cores.
@@ -74,6 +77,15 @@ def lvm(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactor
         yield group
 
 
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Give the servers of storages, each of which is started once when a test first wants it."""
+    from tests.contract.drivers import Servers as All
+
+    with contextlib.ExitStack() as stack:
+        yield All(tmp_path_factory.mktemp("servers"), stack)
+
+
 @pytest.fixture(autouse=True)
 def _storage_that_is_marked(request: pytest.FixtureRequest) -> None:
     for storage in ("ceph", "lvm"):
@@ -104,6 +116,30 @@ def place(tmp_path: Path, overlays_dir: Path) -> Place:
     destination = tmp_path / "mirrors"
     destination.mkdir()
     return Places(destination, tmp_path / "state", overlays_dir)
+
+
+@pytest.fixture(scope="module")
+def boot_snapshot(
+    session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory
+) -> Snapshot:
+    """Give a snapshot of a guest with two disks for all tests of a module: none of them changes it."""
+    from tests.integration.booting import take_snapshot
+
+    session_daemons.start()
+    return take_snapshot(session_daemons, tmp_path_factory.mktemp("boot"))
+
+
+@pytest.fixture
+def booting(
+    daemons: LibvirtDaemons, boot_snapshot: Snapshot, place: Place, tmp_path: Path
+) -> Iterator[Booting]:
+    """Give a test's own places for guests that are booted from the snapshot; their servers end with it."""
+    from tests.integration.booting import Booting as Places
+    from tests.integration.booting import end_servers
+
+    yield Places(
+        daemons, boot_snapshot, replace(boot_snapshot.repo, place=place), place.overlays, tmp_path)
+    end_servers()
 
 
 @pytest.fixture

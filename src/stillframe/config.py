@@ -2,6 +2,8 @@
 
 repository = "/srv/repository"
 passphrase_file = "/etc/stillframe/passphrase"   # or passphrase_command, or key_file
+credentials_file = "/etc/stillframe/credentials" # who we are to the repository's server
+limit_rate = "50M"         # bytes a second, to the repository and from it
 
 [defaults]                 # for all guests
 quiesce = "auto"
@@ -15,6 +17,9 @@ commit_timeout = "1h"
 method = "auto"
 full_read_every = "30d"
 standing_limit = "50%"
+drill_check = ["systemctl is-system-running --wait"]     # commands inside the guest, for `drill`
+drill_expect = "login:"
+drill_timeout = "10m"
 
 [guests.NAME]              # the same keys, for one guest, and
 exclude = ["vdb"]          # its disks to leave out
@@ -23,24 +28,34 @@ exclude = ["vdb"]          # its disks to leave out
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
-from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
 from stillframe.capture.states import Quiesce
+from stillframe.clock import Clock
 from stillframe.errors import ConfigInvalid
+from stillframe.storage.access import NOBODY, Access, read_credentials, s3_access, smb_access
+from stillframe.storage.address import folder_of, open_storage, scheme_of
+from stillframe.storage.model import Storage
+from stillframe.storage.wrappers import RateLimited
 from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
+
+if TYPE_CHECKING:
+    from stillframe.capture.plan import Wishes
 
 T = TypeVar("T")
 
 DEFAULT_FILE = Path("/etc/stillframe/stillframe.toml")
 DEFAULT_STATE_FOLDER = Path("/var/lib/stillframe")
 DEFAULT_URI = "qemu:///system"
+DRILL_TIMEOUT_S = 600.0
 
 
 class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +73,9 @@ class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method: Method | None = None
     full_read_every: str | None = None
     standing_limit: str | None = None
+    drill_check: tuple[str, ...] | None = None
+    drill_expect: str | None = None
+    drill_timeout: str | None = None
 
     def over(self, other: GuestSettings) -> GuestSettings:
         """Return these settings, completed by *other* where nothing was said."""
@@ -72,16 +90,22 @@ class RepositorySettings(msgspec.Struct, frozen=True):
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     key_file: str | None = None
+    credentials_file: str | None = None
+    limit_rate: str | None = None
 
     @property
-    def has_secret(self) -> bool:
-        """Whether anything is said about what opens the repository."""
-        return any((self.passphrase_file, self.passphrase_command, self.key_file))
+    def secrets(self) -> dict[str, str]:
+        """What is said about what opens the repository, by the setting's name."""
+        named = {name: getattr(self, name) for name in ("passphrase_file", "passphrase_command", "key_file")}
+        return {name: value for name, value in named.items() if value}
 
     def over(self, other: RepositorySettings) -> RepositorySettings:
         """Return these settings, completed by *other*. Whoever names a secret names all of it."""
-        secret = self if self.has_secret else other
-        return msgspec.structs.replace(secret, repository=self.repository or other.repository)
+        secret = self if self.secrets else other
+        return msgspec.structs.replace(
+            secret, repository=self.repository or other.repository,
+            credentials_file=self.credentials_file or other.credentials_file,
+            limit_rate=self.limit_rate or other.limit_rate)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,6 +117,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     key_file: str | None = None
+    credentials_file: str | None = None
+    limit_rate: str | None = None
     defaults: GuestSettings = GuestSettings()
     guests: Mapping[str, GuestSettings] = {}
 
@@ -132,15 +158,54 @@ def repository_settings(settings: Settings, options: RepositorySettings) -> Repo
     ))
     file = RepositorySettings(*(getattr(settings, name) for name in RepositorySettings.__struct_fields__))
     found = options.over(environment.over(file))
-    named = [name for name in RepositorySettings.__struct_fields__[1:] if getattr(found, name)]
+    named = found.secrets
     if len(named) > 1:
         raise ConfigInvalid(f"{' and '.join(named)} are both given; one secret opens a repository.",
                             "keep one of them in the options, the environment or the configuration file")
     return found
 
 
+def storage_of(settings: RepositorySettings, address: str, clock: Clock, *, make: bool = False) -> Storage:
+    """Return the storage of the repository at *address*; *make* makes its folder.
+
+    Raises ConfigInvalid, RepositoryRefused, StorageError.
+    """
+    storage = open_storage(address, access_to(settings, address), make=make, clock=clock)
+    limited = storage if settings.limit_rate is None else _limited(storage, settings.limit_rate, clock)
+    if folder_of(address) is not None:
+        return limited
+    # What only servers need is loaded for them alone.
+    from stillframe.repository.opened import retried
+
+    return retried(limited, clock)
+
+
+def _limited(storage: Storage, limit_rate: str, clock: Clock) -> Storage:
+    try:
+        rate = parse_size_bytes(limit_rate)
+    except ValueError as error:
+        raise ConfigInvalid(
+            f"limit_rate is {error}.", "correct the option --limit-rate or the configuration file") from error
+    return RateLimited(storage, clock, write_bytes_per_s=rate, read_bytes_per_s=rate)
+
+
+def access_to(settings: RepositorySettings, address: str) -> Access:
+    """Return who we are to the server of *address*: the credentials file's, else the field's own places.
+
+    Raises ConfigInvalid.
+    """
+    given = read_credentials(Path(settings.credentials_file)) if settings.credentials_file else {}
+    kind = scheme_of(address)
+    if kind == "s3":
+        return s3_access(given, os.environ, Path.home())
+    return smb_access(given, os.environ) if kind == "smb" else NOBODY
+
+
 def wishes(settings: GuestSettings) -> Wishes:
     """Return what the settings ask for. Raises ConfigInvalid for a value that is no size or time."""
+    # It brings all of the capture with it, which only commands on guests need.
+    from stillframe.capture.plan import FULL_READ_EVERY_S, Wishes
+
     plain = Limits()
     standing_bytes, standing_share = _read(
         settings, "standing_limit", _size_or_share, (plain.standing_bytes, plain.standing_share))
@@ -167,6 +232,30 @@ def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
     """Return the wishes for guest *name*: options over its own section over the defaults."""
     own = settings.guests.get(name, GuestSettings())
     return wishes(options.over(own.over(settings.defaults)))
+
+
+@dataclass(frozen=True, slots=True)
+class DrillSettings:
+    """What is to show that a guest works. Without *expect* and a script, its agent must answer."""
+
+    checks: tuple[str, ...]
+    expect: re.Pattern[str] | None
+    timeout_s: float
+
+
+def drill_settings(settings: Settings, name: str, options: GuestSettings) -> DrillSettings:
+    """Return how guest *name* is drilled, by the rules of `for_guest`. Raises ConfigInvalid."""
+    chosen = options.over(settings.guests.get(name, GuestSettings()).over(settings.defaults))
+    return DrillSettings(
+        chosen.drill_check or (), _read(chosen, "drill_expect", _pattern, None),
+        _read(chosen, "drill_timeout", _positive_s, DRILL_TIMEOUT_S))
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {text!r} ({error})") from error
 
 
 def _positive_s(text: str) -> float:

@@ -63,17 +63,18 @@ def run(
 @contextlib.contextmanager
 def running(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, told: bytes | None = None,
-    output: int = subprocess.PIPE,
+    output: int = subprocess.PIPE, passing: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Keep *command* running for the length of the block, then end it.
 
     It dies with stillframe even if stillframe is killed. What it is *told* it reads from its standard
     input: the way for what others must not see. Its output can be read from `stdout`, or goes
-    into the file open as *output*. Raises ProgramMissing.
+    into the file open as *output*. It has the descriptors that are *passing*, too, under the same numbers.
+    Raises ProgramMissing.
     """
     # Not SIGTERM: a server that is busy answers it late, and holds its locks meanwhile.
     process = _start(["setpriv", "--pdeathsig", "KILL", *command], environment or {},
-                     subprocess.DEVNULL if told is None else subprocess.PIPE, output)
+                     subprocess.DEVNULL if told is None else subprocess.PIPE, output, passing)
     _tell(process, told)
     try:
         yield process
@@ -156,12 +157,13 @@ def boot_id() -> str:
 
 
 def _start(
-    command: Sequence[str], environment: Mapping[str, str], stdin: int, output: int
+    command: Sequence[str], environment: Mapping[str, str], stdin: int, output: int,
+    passing: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             list(command), stdin=stdin, stdout=output, stderr=subprocess.STDOUT,
-            env=_environment(environment), start_new_session=True,
+            env=_environment(environment), start_new_session=True, pass_fds=tuple(passing),
         )
     except FileNotFoundError as error:
         raise ProgramMissing(command[0]) from error

@@ -5,11 +5,15 @@ many hours that have a snapshot at all, and so on up to years; `within` keeps al
 than that before the newest one. A snapshot is kept if any rule wants it. The newest is kept whatever
 the rules say, and a set of rules that says nothing drops nothing. What was kept once is kept by the same
 rules again.
+
+A pinned snapshot is kept besides. One whose moment is yet to come, by the storage's clock, was made by a host
+whose clock is wrong: it is kept, and the others are judged as if it were not there. Else one snapshot from
+the year 2100 would be the newest for ever, and make all true ones old.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import groupby
@@ -41,6 +45,8 @@ class Moment(Protocol):
 
 
 M = TypeVar("M", bound=Moment)
+#: So far may the clocks of a host and of the storage be apart.
+_CLOCKS_APART = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +113,13 @@ class Verdict(Generic[M]):
     reasons: tuple[str, ...]
 
 
-def judge(snapshots: Iterable[M], policy: Policy) -> list[Verdict[M]]:
-    """Return a verdict on each snapshot; by host and guest, the newest first."""
+def judge(
+    snapshots: Iterable[M], policy: Policy, now: datetime, pinned: Container[str] = frozenset(),
+) -> list[Verdict[M]]:
+    """Return a verdict on each snapshot; by host and guest, the newest first.
+
+    *now* is the storage's time, *pinned* are the `sid` of snapshots that are kept in any case.
+    """
     verdicts: list[Verdict[M]] = []
     ordered = sorted(snapshots, key=lambda each: (each.utc, each.sid), reverse=True)
     ordered.sort(key=_whose)
@@ -117,8 +128,12 @@ def judge(snapshots: Iterable[M], policy: Policy) -> list[Verdict[M]]:
         if policy.says_nothing:
             verdicts.extend(Verdict(each, keep=True, reasons=("no rule",)) for each in of_guest)
             continue
-        for each, reasons in zip(of_guest, policy.reasons(of_guest), strict=True):
-            verdicts.append(Verdict(each, bool(reasons), tuple(reasons) or ("no rule keeps it",)))
+        present = [each for each in of_guest if each.utc <= now + _CLOCKS_APART]
+        ahead = of_guest[:len(of_guest) - len(present)]
+        verdicts.extend(Verdict(each, keep=True, reasons=("from the future",)) for each in ahead)
+        for each, reasons in zip(present, policy.reasons(present), strict=True):
+            found = [*reasons, *(["pinned"] if each.sid in pinned else [])]
+            verdicts.append(Verdict(each, bool(found), tuple(found) or ("no rule keeps it",)))
     return verdicts
 
 

@@ -193,7 +193,7 @@ def test_a_commit_that_is_given_up_leaves_the_overlay_whole(subject: Subject) ->
     subject.lab.write("vda", 3 * MIB, MIB, 0xB3)
     for _ in range(2):
         subject.guest.start_commit("vda", *_indexes(subject))
-        subject.guest.abort_commit("vda")
+        subject.guest.abort_block_job("vda")
         wait_for("the commit is over", lambda: not subject.guest.view().jobs, PATIENCE_S)
         assert subject.tops()["vda"] == (overlays["vda"], overlays["vda"])
         subject.lab.assert_disk_equals_model("vda")

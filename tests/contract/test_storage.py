@@ -15,7 +15,7 @@ from stillframe.errors import ObjectExists, ObjectMissing, ObjectTruncated
 from stillframe.storage.model import Content, Listed, Storage
 from stillframe.storage.probe import probe_create_if_absent
 from stillframe.units import KIB, MIB
-from tests.contract.drivers import DRIVERS, Connect
+from tests.contract.drivers import DRIVERS, Connect, Servers
 
 RACERS = 16
 ODD_KEYS = [
@@ -30,9 +30,9 @@ NO_KEYS = [
 
 
 @pytest.fixture(params=list(DRIVERS))
-def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Connect:
+def connect(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Connect:
     """Give a new storage; each call is one more client of it."""
-    made: Connect = DRIVERS[request.param](tmp_path)
+    made: Connect = DRIVERS[request.param](tmp_path, servers)
     return made
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,21 @@ from typer.testing import CliRunner
 from lab.barequemu import BareQemu
 from lab.guest import Guest
 from lab.images import assert_equal_images
+from stillframe.block.reader import DiskReader
 from stillframe.cli.main import app
 from stillframe.clock import SystemClock, utc_text
+from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import Kdf, SlotKind
-from stillframe.repository.layout import Parameters
-from stillframe.repository.opened import Secret, init_repository
+from stillframe.repository.layout import Parameters, SnapshotName
+from stillframe.repository.manifest import DiskEntry, Root, encode_manifest
+from stillframe.repository.opened import Repository, Secret, init_repository
+from stillframe.repository.places import Places
+from stillframe.repository.session import open_session
+from stillframe.repository.writer import SnapshotWriter
 from stillframe.storage.local import LocalStorage
 from tests.fault.driver import PASSPHRASE
 from tests.fault.harness import Place, named
+from tests.unit.repository_snapshots import manifest_of
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A slot that opens fast: what it costs to guess the passphrase is not what these tests are about.
@@ -37,11 +47,16 @@ _IN_THIS_PROCESS = {"restore", "serve", "list", "show", "diff", "verify", "forge
 
 @dataclass(frozen=True)
 class Repo:
-    """A repository in a folder, and how the command reaches it."""
+    """A repository, and how the command reaches it: in the folder *path*, or at *address* on a server.
+
+    *settings* are environment variables besides the usual ones.
+    """
 
     path: Path
     place: Place
     root: Path = ROOT
+    address: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def call(self, *words: str | Path, secret: bool = True) -> subprocess.CompletedProcess[str]:
         """Run stillframe on the repository and return what came of it, whatever that is."""
@@ -60,7 +75,8 @@ class Repo:
 
     def environment(self, *, secret: bool = True) -> dict[str, str]:
         """Return the environment that names the repository, and what opens it."""
-        named = {"STILLFRAME_REPOSITORY": str(self.path), "STILLFRAME_CONFIG": "/dev/null"}
+        named = {"STILLFRAME_REPOSITORY": self.address or str(self.path), "STILLFRAME_CONFIG": "/dev/null",
+                 **self.settings}
         if secret:
             named["STILLFRAME_PASSPHRASE_FILE"] = str(self.path.with_suffix(".pass"))
         return {**os.environ, **named}
@@ -86,6 +102,32 @@ class Repo:
         for target, moment in expected.items():
             assert_equal_images(folder / f"{target}.img", moment)
         shutil.rmtree(folder)
+
+
+def store_disks(repository: Repository, disks: Mapping[str, DiskReader], guest: str = "web") -> SnapshotName:
+    """Make a snapshot of disks that no guest has, and return its name."""
+    wanted = SnapshotName("alpha", guest, datetime(2026, 11, 28, tzinfo=UTC), "")
+
+    def key(sid: str) -> str:
+        return SnapshotName(wanted.host, wanted.guest, wanted.utc, sid).key
+
+    with (
+        open_session(repository.storage, repository.key, SystemClock(), wanted.host, key) as session,
+        contextlib.closing(ChunkHints(repository.parameters.id)) as hints,
+        SnapshotWriter(repository, session, Places(repository, session.generation), bad={},
+                       hints=hints) as writer,
+    ):
+        entries = []
+        for target, disk in disks.items():
+            written = writer.write(disk, None)
+            entries.append(DiskEntry(
+                target=target, format="raw", source="", method="overlay", size_bytes=disk.size_bytes,
+                root=Root.of(written.root), read_bytes=0, data_bytes=written.data_bytes, changed_bytes=0,
+                stored_bytes=0))
+        stored = writer.finish()
+        session.commit(encode_manifest(manifest_of(session.sid, wanted, tuple(entries), stored),
+                                       session.record.manifest_key, repository.key))
+    return SnapshotName(wanted.host, wanted.guest, wanted.utc, session.sid)
 
 
 def make_repo(place: Place, folder: Path, **sizes: int) -> Repo:

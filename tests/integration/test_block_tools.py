@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 from pathlib import Path
@@ -55,21 +54,6 @@ def test_a_failed_creation_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ProgramFailed):
         create_overlay(str(path), file_place("/base.raw", "no-such-format"), 16 * MIB)
     assert not path.exists()
-
-
-@pytest.mark.parametrize(("subclusters", "written_bytes"), [(True, 2048), (False, 65536)])
-def test_a_small_write_copies_no_more_than_a_subcluster(
-    tmp_path: Path, subclusters: bool, written_bytes: int,
-) -> None:
-    path = tmp_path / "o.qcow2"
-    create_overlay(str(path), _base(tmp_path), 16 * MIB, subclusters=subclusters)
-    write = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 512", str(path)]
-    subprocess.run(write, check=True, capture_output=True)
-    alone = "json:" + json.dumps({
-        "driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None})
-    shown = subprocess.run(["qemu-img", "map", "--output=json", alone], check=True, capture_output=True)
-    extents = json.loads(shown.stdout)
-    assert sum(extent["length"] for extent in extents if extent["present"]) == written_bytes
 
 
 def test_an_overlay_over_a_network_disk_needs_no_server(tmp_path: Path) -> None:

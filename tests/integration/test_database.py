@@ -25,7 +25,7 @@ from stillframe.capture.states import State
 from stillframe.errors import OverlayFull
 from tests.fault.harness import Place, Run, overlays_left, small_file_system
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 MakeGuest = Callable[..., DbGuest]
 
 

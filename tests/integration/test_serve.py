@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -30,24 +29,18 @@ from stillframe.errors import ExportExposed, ExportFailed, SnapshotUnknown, Targ
 from stillframe.extent import Kind
 from stillframe.repository.catalog import forget, plan_forget
 from stillframe.repository.collect import collect
-from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.layout import SnapshotName
-from stillframe.repository.manifest import DiskEntry, Root, encode_manifest
 from stillframe.repository.opened import Repository, Secret, open_repository
-from stillframe.repository.places import Places
-from stillframe.repository.session import open_session
 from stillframe.repository.snapshots import read_snapshot
-from stillframe.repository.writer import SnapshotWriter
 from stillframe.restore.export import Export, Serving, Tcp, end_export, exported, start_export
 from stillframe.restore.export_order import Order, order_for
 from stillframe.storage.local import LocalStorage
 from stillframe.units import KIB, MIB
 from tests.fault.driver import PASSPHRASE
 from tests.fault.harness import Place
-from tests.integration.repositories import Repo, make_repo
+from tests.integration.repositories import Repo, make_repo, store_disks
 from tests.unit.repository_disks import SourceDisk, noise
-from tests.unit.repository_snapshots import manifest_of
 
 CHUNK = 64 * KIB
 HOLE = (5 * MIB, 10 * MIB)
@@ -84,28 +77,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
                      pack_bytes=PACK_BYTES)
     repository = open_repository(LocalStorage(repo.path), Secret(SlotKind.PASSPHRASE, PASSPHRASE))
     disks = {"vda": SourceDisk(noise(SIZE), [(*HOLE, Kind.HOLE)]), "vdb": SourceDisk(noise(3 * CHUNK, 2))}
-    wanted = SnapshotName("alpha", "web", datetime(2026, 11, 28, tzinfo=UTC), "")
-
-    def key(sid: str) -> str:
-        return SnapshotName(wanted.host, wanted.guest, wanted.utc, sid).key
-
-    with (
-        open_session(repository.storage, repository.key, CLOCK, wanted.host, key) as session,
-        contextlib.closing(ChunkHints(repository.parameters.id)) as hints,
-        SnapshotWriter(repository, session, Places(repository, session.generation), bad={},
-                       hints=hints) as writer,
-    ):
-        entries = []
-        for target, disk in disks.items():
-            written = writer.write(disk, None)
-            entries.append(DiskEntry(
-                target=target, format="raw", source="", method="overlay", size_bytes=disk.size_bytes,
-                root=Root.of(written.root), read_bytes=0, data_bytes=written.data_bytes, changed_bytes=0,
-                stored_bytes=0))
-        stored = writer.finish()
-        session.commit(encode_manifest(manifest_of(session.sid, wanted, tuple(entries), stored),
-                                       session.record.manifest_key, repository.key))
-    name = SnapshotName(wanted.host, wanted.guest, wanted.utc, session.sid)
+    name = store_disks(repository, disks)
     return Stock(repo, repository, {target: bytes(disk.content) for target, disk in disks.items()}, name)
 
 
@@ -151,7 +123,7 @@ def serving(stock: Stock, *words: str | Path) -> Iterator[tuple[subprocess.Popen
             body = "".join(iter(tool.stdout.readline, "}\n")) + "}"
             yield tool, json.loads(body)["exports"]
         finally:
-            tool.kill()
+            tool.terminate()  # it clears up; a killed one leaves that to the next
 
 
 def refused(stock: Stock, *words: str | Path, code: int) -> str:

@@ -65,6 +65,29 @@ def test_every_test_is_run_once_and_a_failure_is_one(tmp_path: Path, fails: int)
         assert done.stdout.count("FAILED, exit code 1") == 1
 
 
+def test_what_is_together_is_run_by_one_lab(tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    together = """
+import os, pathlib
+import pytest
+
+pytestmark = pytest.mark.together
+
+@pytest.mark.parametrize("number", range(8))
+def test_it(number):
+    with (pathlib.Path(__file__).parent / "together").open("a") as ran:
+        ran.write(f"{number} {os.readlink('/proc/self/ns/net')}\\n")
+"""
+    (tests / "test_together.py").write_text(together)
+    (tests / "test_two.py").write_text(_TESTS.replace("FAILS", "-1"))
+    done = share(tests, tmp_path)
+    assert done.returncode == 0, done.stdout
+    ran = [line.split() for line in (tests / "together").read_text().splitlines()]
+    assert [number for number, _ in ran] == [str(number) for number in range(8)]
+    assert len({lab for _, lab in ran}) == 1
+
+
 def test_a_lab_that_dies_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("import os\ndef test_it(): os.kill(os.getpid(), 9)\n")
     done = share(tmp_path, tmp_path)

@@ -30,7 +30,7 @@ from tests.fault.harness import Place, small_file_system
 from tests.integration.changed_snapshot import changed
 from tests.integration.repositories import ROOT, Repo, make_repo
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 MakeDiskGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 16 * MIB
 _OVMF = Path("/usr/share/OVMF")

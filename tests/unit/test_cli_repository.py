@@ -153,7 +153,7 @@ def test_a_repository_is_made_and_opened(call: Call, tmp_path: Path) -> None:
     assert made.returncode == EXIT_OK, made.stderr
     assert [slot["kind"] for slot in body(made)["key_slots"]] == ["passphrase"]
     assert body(call("list", "--json")) == {
-        "repository": str(tmp_path / "repository"), "snapshots": [], "standing": {}}
+        "repository": str(tmp_path / "repository"), "snapshots": [], "standing": {}, "drills": []}
     named = call("list", "--repo", f"file://{tmp_path}/repository", STILLFRAME_REPOSITORY="")
     assert named.returncode == EXIT_OK
     assert_error(call("init"), errors.RepositoryExists)
@@ -289,9 +289,19 @@ def test_a_recovery_key_opens_the_repository_as_people_type_it(
 # --- addresses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/x", "sftp://host/x", "file://other-host/x", "https://x"])
+@pytest.mark.parametrize("address", [
+    "file://other-host/x", "https://x", "ftp://host/x", "s3:///x", "s3://bucket/x?profile=y", "s3://user@bucket/x",
+    "s3://bucket:1/x", "sftp://host", "sftp://host/~", "sftp://host/x?port=1", "sftp://host:port/x", "smb://host/",
+    "smb:///share"])
 def test_other_kinds_of_addresses_are_refused(call: Call, address: str) -> None:
     assert_error(call("list", "--repo", address), errors.RepositoryRefused)
+
+
+@pytest.mark.parametrize("address", ["sftp://me:s3cret@host/x", "smb://me:s3cret@host/share"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(call: Call, address: str) -> None:
+    done = call("list", "--repo", address)
+    assert_error(done, errors.RepositoryRefused)
+    assert "s3cret" not in done.stdout + done.stderr
 
 
 def test_a_folder_that_is_no_repository(call: Call, tmp_path: Path) -> None:
@@ -496,6 +506,22 @@ def test_a_lost_file_does_not_keep_the_rest_from_a_folder(
 # --- forget, prune, verify ----------------------------------------------------------------------
 
 
+def test_a_pinned_snapshot_is_not_forgotten(call: Call, repository: Repository) -> None:
+    for day in (_DAY, _DAY + timedelta(days=1)):
+        add_snapshot(repository, "web", day, disk())
+    older = body(call("list", "--guest", "web", "--json", secret=False))["snapshots"][0]["id"]
+    assert body(call("pin", older, "--why", "audit 2026", "--json", secret=False))["changed"]
+    assert not body(call("pin", older, "--json", secret=False))["changed"]
+    listed = body(call("list", "--guest", "web", "--json", secret=False))["snapshots"]
+    assert [each["pinned"] for each in listed] == [True] + [False] * (len(listed) - 1)
+    assert "audit 2026" in call("show", older).stdout
+    assert_error(call("forget", older, secret=False), errors.SnapshotPinned)
+    kept = body(call("forget", "--keep-last", "1", "--guest", "web", "--json", secret=False))["kept"]
+    assert {each["id"]: each["reasons"] for each in kept}[older] == ["pinned"]
+    assert body(call("unpin", older, "--json", secret=False))["changed"]
+    assert call("forget", older, secret=False).returncode == EXIT_OK
+
+
 def test_forget_and_prune_give_space_back(call: Call, repository: Repository) -> None:
     for day in range(4):
         add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((500_000, os.urandom(100_000))))
@@ -530,7 +556,10 @@ def test_verify_in_parts(call: Call, repository: Repository) -> None:
     ("forget", "--keep-last", "0"), ("restore", "web"), ("restore", "--to", "x"), ("diff", "a"),
     ("key",), ("key", "remove"), ("backup",), ("backup", "web", "--all"), ("verify", "--level", "deep"),
     ("init", "x", "--repo", "y"), ("init", "--new-key-file", "x", "--key-file", "y"), ("list", "extra"),
-    ("key", "add", "--new-key-file", "x", "--new-passphrase-file", "y"),
+    ("key", "add", "--new-key-file", "x", "--new-passphrase-file", "y"), ("files",),
+    ("files", "cat", "web", "/x", "--json"), ("files", "get", "web", "/x"),
+    ("files", "get", "web", "--to", "x"), ("files", "get", "web", "/x", "--to", "-", "--json"),
+    ("files", "ls", "web", "--timeout", "soon"),
 ])
 def test_a_call_that_makes_no_sense_shows_its_usage(call: Call, words: tuple[str, ...]) -> None:
     done = call(*words)

@@ -191,6 +191,15 @@ def test_a_firmware_that_is_named_by_its_file() -> None:
     assert Finding("firmware", "/old/OVMF_CODE.fd", "/usr/share/OVMF/CODE.fd") in lacking(text, HOST)
 
 
+def test_a_log_file_whose_folder_is_not_there_becomes_a_terminal() -> None:
+    original = place(name="shop", identity=same_identity(GUEST), is_original=True)
+    found = [each for each in lacking(domain_for(GUEST, original), HOST) if each.what == "folder"]
+    assert [(each.named, each.is_fatal) for each in found] == [("/var/log/shop.log", False)]
+    root = ET.fromstring(domain_for(GUEST, accept(original, found)))
+    serials = root.findall("devices/serial")
+    assert [(serial.get("type"), serial.find("source")) for serial in serials] == [("pty", None)]
+
+
 def test_another_architecture_is_all_that_is_said() -> None:
     (only,) = lacking(domain_for(GUEST.replace("x86_64", "aarch64"), place()), HOST)
     assert only.what == "architecture"

@@ -112,6 +112,16 @@ def test_a_helper_reads_what_it_is_told_and_writes_where_it_should(start: Any, t
     assert (tmp_path / "log").read_bytes() == b"the secret"
 
 
+def test_a_helper_has_the_descriptors_that_are_passed_to_it() -> None:
+    source, sink = os.pipe()
+    script = f"import os, time; os.write({sink}, b'here\\n'); time.sleep(60)"
+    with process.running([sys.executable, "-c", script], passing=(sink,)):
+        os.close(sink)
+        assert os.read(source, 100) == b"here\n"
+    assert os.read(source, 100) == b"", "somebody still has it"
+    os.close(source)
+
+
 def test_a_helper_that_ends_before_it_is_told_is_no_error() -> None:
     with process.running(["true"], told=bytes(1024 * 1024)) as child:
         assert child.wait(60) == 0

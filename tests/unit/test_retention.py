@@ -45,26 +45,39 @@ def kept(verdicts: list[Verdict[Shot]]) -> list[float]:
     (Policy(within=timedelta(0)), [0]),
 ])
 def test_each_rule(policy: Policy, expected: list[float]) -> None:
-    assert kept(judge(shots(0, 0.25, 1, 1.25, 20, 50, 800, 9000), policy)) == expected
+    assert kept(judge(shots(0, 0.25, 1, 1.25, 20, 50, 800, 9000), policy, NOW)) == expected
 
 
 def test_reasons_are_named() -> None:
-    verdicts = judge(shots(0, 1, 30), Policy(last=1, daily=2))
+    verdicts = judge(shots(0, 1, 30), Policy(last=1, daily=2), NOW)
     assert [each.reasons for each in verdicts] == [
         ("last", "daily"), ("no rule keeps it",), ("daily",)]
 
 
 def test_guests_are_judged_by_themselves() -> None:
-    verdicts = judge(shots(0, 1) + shots(5, 6, guest="db"), Policy(last=1))
+    verdicts = judge(shots(0, 1) + shots(5, 6, guest="db"), Policy(last=1), NOW)
     assert [(each.snapshot.guest, each.keep) for each in verdicts] == [
         ("db", True), ("db", False), ("web", True), ("web", False)]
+
+
+def test_a_pinned_one_stays_besides_those_that_the_rules_keep() -> None:
+    verdicts = judge(shots(0, 1, 30, 50), Policy(last=2), NOW, {"50"})
+    assert [(each.keep, each.reasons) for each in verdicts] == [
+        (True, ("last",)), (True, ("last",)), (False, ("no rule keeps it",)), (True, ("pinned",))]
+
+
+def test_one_from_the_future_is_kept_and_makes_no_other_old() -> None:
+    verdicts = judge(shots(-24 * 365, -2, -0.5, 0, 10, 60), Policy(last=1, within=timedelta(hours=24)), NOW)
+    assert [each.reasons for each in verdicts] == [
+        ("from the future",), ("from the future",), ("last", "within"), ("within",), ("within",),
+        ("no rule keeps it",)]
 
 
 def test_days_are_those_of_the_zone() -> None:
     # 23:30 and 00:30 in Berlin are one day in UTC.
     late, early = shots(14, 13)
-    assert len(kept(judge([late, early], Policy(daily=2)))) == 1
-    assert len(kept(judge([late, early], Policy(daily=2, zone=ZoneInfo("Europe/Berlin"))))) == 2
+    assert len(kept(judge([late, early], Policy(daily=2), NOW))) == 1
+    assert len(kept(judge([late, early], Policy(daily=2, zone=ZoneInfo("Europe/Berlin")), NOW))) == 2
 
 
 def test_less_than_nothing_is_refused() -> None:
@@ -87,17 +100,22 @@ SHOTS = st.lists(
               st.text("0123456789abcdef", min_size=4, max_size=4)), max_size=40, unique=True)
 
 
-@given(SHOTS, POLICIES)
-def test_what_was_kept_is_kept_again(every: list[Shot], policy: Policy) -> None:
-    once = [each.snapshot for each in judge(every, policy) if each.keep]
-    again = judge(once, policy)
+@given(SHOTS, POLICIES, st.timedeltas(timedelta(0), timedelta(days=500)), st.sets(st.text(max_size=4)))
+def test_what_was_kept_is_kept_again(
+    every: list[Shot], policy: Policy, ago: timedelta, pins: set[str],
+) -> None:
+    """Whatever the storage's clock says, and whatever is pinned; what lies ahead of it is kept, too."""
+    once = [each.snapshot for each in judge(every, policy, NOW - ago, pins) if each.keep]
+    again = judge(once, policy, NOW - ago, pins)
+    ahead = NOW - ago + timedelta(hours=1)
+    assert {each for each in every if each.utc > ahead or each.sid in pins} <= {*once}
     assert [each.snapshot for each in again] == once
     assert all(each.keep for each in again)
 
 
 @given(SHOTS, POLICIES)
 def test_the_newest_of_each_guest_stays(every: list[Shot], policy: Policy) -> None:
-    verdicts = judge(every, policy)
+    verdicts = judge(every, policy, NOW)
     assert sorted(map(repr, every)) == sorted(repr(each.snapshot) for each in verdicts)
     for shot in every:
         rivals = [each for each in every if (each.host, each.guest) == (shot.host, shot.guest)]
@@ -114,18 +132,18 @@ def test_more_rules_keep_more(every: list[Shot], policy: Policy, other: Policy) 
         max(policy.yearly, other.yearly), within, policy.zone)
     if policy.says_nothing:
         return
-    keeps = {each.snapshot for each in judge(every, policy) if each.keep}
-    assert keeps <= {each.snapshot for each in judge(every, more) if each.keep}
+    keeps = {each.snapshot for each in judge(every, policy, NOW) if each.keep}
+    assert keeps <= {each.snapshot for each in judge(every, more, NOW) if each.keep}
 
 
 @given(SHOTS, POLICIES)
 def test_the_order_does_not_matter(every: list[Shot], policy: Policy) -> None:
-    assert judge(every, policy) == judge(every[::-1], policy)
+    assert judge(every, policy, NOW) == judge(every[::-1], policy, NOW)
 
 
 @given(SHOTS, st.integers(1, 5))
 def test_last_keeps_so_many(every: list[Shot], count: int) -> None:
-    verdicts = judge(every, Policy(last=count))
+    verdicts = judge(every, Policy(last=count), NOW)
     for whose in {(each.host, each.guest) for each in every}:
         of_guest = [each for each in verdicts if (each.snapshot.host, each.snapshot.guest) == whose]
         assert sum(each.keep for each in of_guest) == min(count, len(of_guest))

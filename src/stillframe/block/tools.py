@@ -1,4 +1,4 @@
-"""What qemu-img does for stillframe: look, make an overlay, compare, and commit offline."""
+"""What qemu-img does for stillframe: look, make an overlay, compare, resize, and commit offline."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from stillframe.errors import CopyFailed, OverlayTaken, ProgramFailed
 
 _INFO_TIMEOUT_S = 30.0
 _CREATE_TIMEOUT_S = 60.0
-# 32 subclusters of 2 KiB. The cluster stays at qemu-img's own 64 KiB: a discard of less is not kept.
-_SUBCLUSTERS = ("-o", "extended_l2=on")
 _NOT_IN_USE = "Stop what uses the image, or wait until it is done; then run the command again"
 
 
@@ -36,6 +34,7 @@ class ImageInfo:
     backing_format: str = ""
     corrupt: bool = False
     bitmaps: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    internal_snapshots: int = 0
 
 
 def chain_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> tuple[ImageInfo, ...]:
@@ -61,15 +60,14 @@ def image_info(place: ImagePlace, *, timeout_s: float = _INFO_TIMEOUT_S) -> Imag
 
 
 def create_overlay(
-    path: str, base: ImagePlace, virtual_size_bytes: int, *, subclusters: bool = True,
-    timeout_s: float = _CREATE_TIMEOUT_S,
+    path: str, base: ImagePlace, virtual_size_bytes: int, *, timeout_s: float = _CREATE_TIMEOUT_S
 ) -> None:
     """Make an empty qcow2 at *path* that stands on *base*; durable when this returns.
 
-    The base is not opened: it may be in use, and need not be reachable. With *subclusters*, which QEMU knows
-    since 5.2, a guest's first small write to a cluster copies 2 KiB from the base instead of 64 KiB
-    (docs/BENCHMARKS.md, standing overlays). Raises OverlayTaken
-    if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
+    The base is not opened: it may be in use, and need not be reachable. No subclusters, which would make a
+    guest's first small writes cheaper: QEMU 7.2 ends when somebody pulls into such an image.
+
+    Raises OverlayTaken if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
     """
     try:
         # Taking the name first makes a race with another program end in an error, not in a loss.
@@ -81,8 +79,8 @@ def create_overlay(
         ) from error
     try:
         process.run(
-            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", *(_SUBCLUSTERS if subclusters else ()), "-b",
-             base.backing_text(), "-F", base.driver, path, str(virtual_size_bytes)],
+            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", base.backing_text(), "-F",
+             base.driver, path, str(virtual_size_bytes)],
             timeout_s=timeout_s,
         )
         _fsync(path)
@@ -166,6 +164,16 @@ def commit_offline(overlay_path: str, base: ImagePlace, *, timeout_s: float) -> 
         _fsync(base.path)
 
 
+def resize(image: ImagePlace, size_bytes: int, *, timeout_s: float = _CREATE_TIMEOUT_S) -> None:
+    """Give an image that nobody uses another size; what lies behind it is dropped. Takes QEMU's locks.
+
+    Raises ProgramFailed, ProgramTimedOut.
+    """
+    if image_info(image).virtual_size_bytes != size_bytes:
+        process.run(["qemu-img", "resize", "-q", "--shrink", image.json_name(), str(size_bytes)],
+                    timeout_s=timeout_s)
+
+
 def remove_bitmap(image: ImagePlace, name: str, *, timeout_s: float = _INFO_TIMEOUT_S) -> None:
     """Delete the persistent bitmap called *name*, if there is one, from a qcow2 that nobody uses.
 
@@ -185,6 +193,7 @@ def _info(entry: dict[str, Any]) -> ImageInfo:
         allocated_bytes=entry.get("actual-size", 0), backing=entry.get("backing-filename", ""),
         backing_format=entry.get("backing-filename-format", ""),
         corrupt=bool(data.get("corrupt", False)), bitmaps=bitmaps,
+        internal_snapshots=len(entry.get("snapshots", ())),
     )
 
 

@@ -97,7 +97,7 @@ def _why_whole(disk: DiskRecord, view: DomainView, destination: str, earlier: An
         return "it was added, or kept no bitmap, at the last capture"
     if earlier.sizes[disk.target] != disk.size_bytes:
         return f"it was resized from {earlier.sizes[disk.target]} to {disk.size_bytes} bytes"
-    if _replaced(disk, made):
+    if is_replaced(disk, made):
         return "another image is in its place than at the last capture"
     bitmap = (view.qemu.bitmaps(disk.base_qemu_file) if view.qemu else {}).get(name)
     if bitmap is None:
@@ -107,7 +107,8 @@ def _why_whole(disk: DiskRecord, view: DomainView, destination: str, earlier: An
     return "" if bitmap.usable else f"its bitmap {name} does not record"
 
 
-def _replaced(disk: DiskRecord, made: Checkpoint) -> bool:
+def is_replaced(disk: DiskRecord, made: Checkpoint) -> bool:
+    """Return whether another image is in the disk's place than the checkpoint was made on."""
     # All disks of a guest have bitmaps of the same name: two images that changed places would pass for one
     # another by name and size.
     known = made.about.get(disk.target)

@@ -212,7 +212,7 @@ class BringBack(Stepping):
     def _give_up_commit(self, record: RunRecord, decision: Decision) -> None:
         for target in decision.targets:
             with contextlib.suppress(HypervisorError):
-                self._domain.abort_commit(target)
+                self._domain.abort_block_job(target)
         self._end_stray_job(record, decision)  # a commit that libvirt does not know
         self._journal.note(record, "the commit did not converge and was aborted; the overlay is whole")
         raise NeedsAttention(

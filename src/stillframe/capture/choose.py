@@ -21,6 +21,7 @@ from stillframe.capture.method import Method
 from stillframe.capture.offline import captured_offline
 from stillframe.capture.offline_plan import make_offline_plan
 from stillframe.capture.plan import Plan, Wishes, make_plan
+from stillframe.capture.restoring import refuse_restoring
 from stillframe.capture.run import Capture, StillDisk, Stop, Tools
 from stillframe.capture.standing import captured_by_standing_overlay
 from stillframe.capture.states import Quiesce
@@ -38,6 +39,7 @@ def planned(domain: Guest, wishes: Wishes, tools: Tools) -> Plan:
 
     Changes nothing. Raises a Refused error that names what is in the way, NeedsAttention.
     """
+    refuse_restoring(tools.journal.folder, domain.uuid)
     standing = tools.journal.standing(domain.uuid)
     offline = domain.power() is Power.OFF if wishes.method is Method.AUTO else wishes.method is Method.OFFLINE
     if standing is not None and (offline or wishes.method is Method.BITMAP):

@@ -17,7 +17,9 @@ from stillframe.block.anchor import Anchor
 from stillframe.block.marked import stretches
 from stillframe.block.reader import DiskReader
 from stillframe.block.tools import ImageInfo
+from stillframe.capture.bitmap_choice import is_replaced
 from stillframe.capture.journal import DiskRecord
+from stillframe.hypervisor.checkpoint import read_checkpoint
 
 #: QEMU's flags: the bitmap was not closed well; it is one that counts.
 _IN_USE = "in-use"
@@ -38,6 +40,10 @@ def usable_bitmap(disk: DiskRecord, image: ImageInfo, earlier: Anchor | None) ->
         return "", f"the bitmap {earlier.checkpoint} in {image.name} was not closed well (QEMU was killed)"
     if _COUNTS not in flags:
         return "", f"the bitmap {earlier.checkpoint} in {image.name} was switched off"
+    made = read_checkpoint(earlier.checkpoint_xml)
+    if made is not None and is_replaced(disk, made):
+        # All disks of a guest have bitmaps of the same name: images that changed places would pass.
+        return "", "another image is in its place than at the last capture"
     if image.virtual_size_bytes != earlier.sizes[disk.target]:
         return "", "the disk has another size"
     return earlier.checkpoint, ""

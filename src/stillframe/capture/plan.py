@@ -42,6 +42,7 @@ from stillframe.errors import (
 from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import (
+    BOOT_SOCKETS,
     OVERLAY_SUFFIX,
     Disk,
     DomainView,
@@ -219,11 +220,21 @@ def choose_disks(
             f"{name} has no disk {', '.join(unknown)} that could be excluded.", domain.advice.disks
         )
     chosen = [disk for target, disk in live.disks.items() if target not in exclude]
+    _refuse_booted(name, chosen)
     asked = tuple(ExcludedDisk(target, "you excluded it") for target in exclude if target in live.disks)
     if not chosen:
         reasons = "".join(f"\n  {each.target}: {each.reason}" for each in (*live.excluded, *asked))
         raise GuestHasNoDisks(f"{name} has no disk that can be captured.{reasons}", domain.advice.disks)
     return chosen, (*live.excluded, *asked)
+
+
+def _refuse_booted(name: str, disks: list[Disk]) -> None:
+    """Refuse a guest that still reads from the snapshot that it was booted from."""
+    for disk in disks:
+        if any(source.socket.startswith(f"{BOOT_SOCKETS}/") for source in disk.chain):
+            raise GuestUnfit(
+                f"{disk.target} of {name} still reads from the snapshot that it was booted from.",
+                f"stillframe land {name}   # then it can be captured")
 
 
 def _refuse_left_overlays(view: DomainView, live: DomainXml, standing: RunRecord | None) -> None:

@@ -38,7 +38,7 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.hypervisor.model import Power
-from stillframe.hypervisor.monitor import delete_bitmap, knows_subclusters
+from stillframe.hypervisor.monitor import delete_bitmap
 
 _POLL_S = 0.25
 
@@ -185,11 +185,10 @@ class OverlayRun(Forward):
     def _create_overlays(self) -> None:
         self._check_stop()
         self._enter(State.OVERLAYS)
-        subclusters = self._knows_subclusters()
         made = []
         for disk in self.record.disks:
             try:
-                create_overlay(disk.overlay_path, disk.base, disk.size_bytes, subclusters=subclusters)
+                create_overlay(disk.overlay_path, disk.base, disk.size_bytes)
             except OverlayTaken:
                 raise
             except (ProgramFailed, OSError) as error:
@@ -201,12 +200,6 @@ class OverlayRun(Forward):
                 msgspec.structs.replace(disk, overlay_identity=file_identity(disk.overlay_path))
             )
         self._done(disks=tuple(made))
-
-    def _knows_subclusters(self) -> bool:
-        try:
-            return self._domain.qmp(knows_subclusters)
-        except HypervisorError:
-            return False  # any QEMU can use an overlay without
 
     def _take_shut_down(self) -> Consistency:
         limits = self._plan.limits

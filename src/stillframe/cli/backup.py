@@ -14,7 +14,7 @@ from stillframe.cli.session import Session
 from stillframe.cli.snapshots import short_id
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
-from stillframe.storage.address import local_folder
+from stillframe.storage.address import folder_of
 from stillframe.units import duration_text, size_text
 
 #: What a message tells people to type again, with another option.
@@ -24,7 +24,7 @@ _COMMAND = "stillframe backup {guest} --repo REPO"
 def backup(session: Session, names: Sequence[str], options: GuestSettings) -> int:
     """Back the named guests up, or all if none is named; return the exit code."""
     session.kept = "No snapshot was made; those that are there are as they were."
-    folder = local_folder(session.address)
+    folder = folder_of(session.address)
     session.ask_for_secret()
     targets = list(names) or all_guests(session, options)
     outcomes = for_each(
@@ -36,13 +36,13 @@ def backup(session: Session, names: Sequence[str], options: GuestSettings) -> in
     return exit_code([outcome for _, outcome in outcomes], _code)
 
 
-def _one(session: Session, name: str, folder: Path, options: GuestSettings) -> BackupResult:
+def _one(session: Session, name: str, folder: Path | None, options: GuestSettings) -> BackupResult:
     domain = find_guest(session, name)
     session.screen.say(f"backing {domain.name} up to {session.address}")
     wishes = for_guest(session.settings, domain.name, options)
     return backup_guest(
         BackupJob(
-            domain, lambda: session.repository, folder, session.host, session.hints_folder,
+            domain, lambda: session.near_repository, folder, session.host, session.hints_folder,
             replace(wishes, command=_COMMAND.replace("{guest}", domain.advice.guest)), session.stop,
             lambda target, done, total: session.screen.bar(f"{domain.name} {target}: copy", done, total),
         ),

@@ -23,7 +23,7 @@ from stillframe.hypervisor.domain import all_domains
 from stillframe.hypervisor.guest import Guest
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.opened import read_parameters
-from stillframe.storage.address import local_folder
+from stillframe.storage.address import folder_of
 from stillframe.units import size_text
 
 _PROGRAMS = ("qemu-img", "qemu-nbd", "setpriv")
@@ -82,7 +82,7 @@ def _repository(
     session.screen.result(f"repository: {session.storage.address} ({snapshots} snapshots)")
     host["repository"] = {
         "address": session.storage.address, "id": parameters.id, "snapshots": snapshots}
-    return local_folder(session.address), None
+    return folder_of(session.address), None
 
 
 def _examine(

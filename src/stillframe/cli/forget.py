@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
+from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
-from stillframe.cli.snapshots import name_body, name_words
-from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotUnknown
+from stillframe.cli.snapshots import name_body, name_words, short_id
+from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotPinned, SnapshotUnknown
+from stillframe.repository.catalog import display_name, list_snapshots, plan_forget, resolve_all
 from stillframe.repository.catalog import forget as forget_snapshots
-from stillframe.repository.catalog import list_snapshots, plan_forget, resolve_all
 from stillframe.repository.collect import collect, plan_collection
 from stillframe.repository.collection import Collected, CollectionPlan
+from stillframe.repository.drills import drop_drills
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
+from stillframe.repository.pins import pinned
 from stillframe.retention import Policy, Verdict, judge
-from stillframe.units import parse_duration_s, parse_share, size_text
+from stillframe.units import parse_share, size_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Rules:
 
     def policy(self) -> Policy:
         """Return the rules. Raises ConfigInvalid."""
-        within = None if self.within is None else timedelta(seconds=_seconds("keep_within", self.within))
+        within = None if self.within is None else timedelta(seconds=seconds_of("keep_within", self.within))
         return Policy(self.last or 0, self.hourly or 0, self.daily or 0, self.weekly or 0, self.monthly or 0,
                       self.yearly or 0, within)
 
@@ -48,7 +51,7 @@ def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: boo
     """Drop the named snapshots, or those that no rule keeps; return the exit code."""
     read_parameters(session.storage)
     known = list_snapshots(session.storage)
-    verdicts = _verdicts(session, known, texts, rules)
+    verdicts = [_kept_if_booted(verdict, session) for verdict in _verdicts(session, known, texts, rules)]
     plan = plan_forget(verdict.snapshot for verdict in verdicts if not verdict.keep)
     for verdict in verdicts:
         word = "keep" if verdict.keep else ("would drop" if dry_run else "drop")
@@ -68,7 +71,7 @@ def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: boo
 
 def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bool) -> int:
     """Delete what no snapshot needs, or say what would be; return the exit code."""
-    fence_after_s = _seconds("fence_after", fence_after)
+    fence_after_s = seconds_of("fence_after", fence_after)
     try:
         below = parse_share(compact_below)
     except ValueError as error:
@@ -77,7 +80,8 @@ def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bo
         plan = plan_collection(
             session.repository, session.clock, fence_after_s=fence_after_s, compact_below=below)
         _show_plan(session, plan)
-        session.screen.json({"dry_run": True, "plan": _plan_body(plan)})
+        drills = _drop_drills(session, dry_run=True)
+        session.screen.json({"dry_run": True, "plan": _plan_body(plan), "old_drills": drills})
         return _exit_code(plan)
 
     def shown(plan: CollectionPlan) -> bool:
@@ -89,20 +93,44 @@ def prune(session: Session, fence_after: str, compact_below: str, *, dry_run: bo
         approve=shown)
     _show_done(session, done)
     plan = done.plans[0]
-    session.screen.json({"dry_run": False, "plan": _plan_body(plan), "done": _done_body(done)})
+    drills = _drop_drills(session, dry_run=False)
+    session.screen.json({
+        "dry_run": False, "plan": _plan_body(plan), "done": _done_body(done), "old_drills": drills})
     return RepositoryDamaged.exit_code if done.damaged else _exit_code(plan)
+
+
+def _drop_drills(session: Session, *, dry_run: bool) -> int:
+    """Delete records of drills whose snapshot is gone; return how many there are."""
+    count = drop_drills(session.storage, dry_run=dry_run)
+    if count:
+        session.screen.result(
+            f"{'to delete' if dry_run else 'deleted'}: {count} records of drills whose snapshots are gone")
+    return count
 
 
 def _verdicts(
     session: Session, known: list[SnapshotName], texts: Sequence[str], rules: Rules,
 ) -> list[Verdict[SnapshotName]]:
+    pins = pinned(session.storage)
     if texts:
-        return [Verdict(name, keep=False, reasons=("named",)) for name in resolve_all(known, texts)]
+        named = resolve_all(known, texts)
+        for name in named:
+            if name.sid in pins:
+                raise SnapshotPinned(f"{display_name(name)} is pinned.",
+                                     f"stillframe unpin {short_id(name.sid)} --repo REPO")
+        return [Verdict(name, keep=False, reasons=("named",)) for name in named]
     subject = [name for name in known if rules.guest in (None, name.guest)]
     if rules.guest is not None and not subject:
         raise SnapshotUnknown(f"There is no snapshot of {rules.guest}.",
                               f"stillframe list --repo {session.storage.address}")
-    return judge(subject, rules.policy())
+    return judge(subject, rules.policy(), session.storage.now(), pins)
+
+
+def _kept_if_booted(verdict: Verdict[SnapshotName], session: Session) -> Verdict[SnapshotName]:
+    """Return the verdict, or one that keeps a snapshot that a guest of this host reads from."""
+    guest = next((each.name for each in session.boot_store.known() if each.sid == verdict.snapshot.sid), "")
+    return verdict if verdict.keep or not guest else Verdict(
+        verdict.snapshot, keep=True, reasons=(f"{guest} runs from it: stillframe land {guest}",))
 
 
 def _exit_code(plan: CollectionPlan) -> int:
@@ -167,11 +195,3 @@ def _done_body(done: Collected) -> dict[str, object]:
         "waiting": [asdict(each) for each in done.waiting],
         "damaged": [{"pack": pack.text, "slot": slot} for pack, slot in done.damaged],
     }
-
-
-def _seconds(name: str, text: str) -> float:
-    try:
-        return parse_duration_s(text)
-    except ValueError as error:
-        option = f"--{name.replace('_', '-')}"
-        raise ConfigInvalid(f"{name} is {error}.", f"correct the option {option}") from error

@@ -13,6 +13,7 @@ from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_PARTIAL, GuestShutOff, NeedsAttention, StillframeError
 from stillframe.hypervisor.domain import all_domains
 from stillframe.hypervisor.model import ExcludedDisk, Power
+from stillframe.restore.drill_place import is_drilled
 
 
 class GuestResult(Protocol):
@@ -44,6 +45,8 @@ def all_guests(session: Session, options: GuestSettings) -> list[str]:
     """
     found = []
     for domain in all_domains(session.connection):
+        if is_drilled(session.state_folder, domain.uuid):
+            continue
         power, method = domain.power(), for_guest(session.settings, domain.name, options).method
         off = power in (Power.OFF, Power.GONE)
         if method is not Method.AUTO and off is not (method is Method.OFFLINE):

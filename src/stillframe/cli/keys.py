@@ -9,11 +9,11 @@ from pathlib import Path
 from stillframe.cli.secret import make_key_file, read_secret
 from stillframe.cli.session import Session
 from stillframe.clock import utc_text
-from stillframe.config import RepositorySettings
+from stillframe.config import RepositorySettings, storage_of
 from stillframe.errors import EXIT_OK, RepositoryExists, RepositoryRefused
 from stillframe.repository.keyslots import KeySlot, SlotKind, new_recovery_key, recovery_secret, wrap
 from stillframe.repository.opened import Secret, init_repository, key_slots, read_parameters
-from stillframe.storage.address import local_folder, open_storage
+from stillframe.storage.address import folder_of
 from stillframe.storage.local import UNFINISHED
 
 _MAY_BE_THERE = (UNFINISHED, "lost+found")
@@ -22,9 +22,9 @@ _MAY_BE_THERE = (UNFINISHED, "lost+found")
 def init(session: Session, new_key_file: Path | None, label: str) -> int:
     """Make a repository that one secret opens; return the exit code."""
     address = session.address
-    _refuse_full(local_folder(address))
+    _refuse_full(folder_of(address))
     secret = _new_secret(session, new_key_file)
-    storage = open_storage(address, make=True)
+    storage = storage_of(session.repository_settings, address, session.clock, make=True)
     made = init_repository(storage, secret, label, session.clock)
     slots = [_slot_body(slot) for slot in key_slots(storage)]
     session.screen.result(f"made the repository {made.address} ({made.parameters.id[:12]})")
@@ -117,8 +117,10 @@ def _new_secret(session: Session, new_key_file: Path | None) -> Secret:
     return read_secret(session.repository_settings, session.screen, new=True)
 
 
-def _refuse_full(folder: Path) -> None:
+def _refuse_full(folder: Path | None) -> None:
     """Raise RepositoryExists before anything is made in a folder that holds something else."""
+    if folder is None:
+        return  # init_repository looks
     with contextlib.suppress(OSError):
         found = sorted(name for name in os.listdir(folder) if name not in _MAY_BE_THERE)
         if found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import sys
 import threading
@@ -12,13 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from stillframe import __version__
-from stillframe.cli import backup as backup_command
-from stillframe.cli import doctor as doctor_command
-from stillframe.cli import mirror as mirror_command
-from stillframe.cli import recover as recover_command
-from stillframe.cli import repository_app
-from stillframe.cli import settle as settle_command
-from stillframe.cli import status as status_command
+from stillframe.cli import files_app, repository_app, restore_app
 from stillframe.cli.options import (
     Exclude,
     Guests,
@@ -30,9 +25,19 @@ from stillframe.cli.options import (
     run_command,
     taking,
 )
+from stillframe.cli.repository_app import DryRun, Snapshot
+from stillframe.cli.restore_app import check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.errors import EXIT_OK, EXIT_USAGE
+
+
+class OnError(enum.Enum):
+    """What comes of a booted guest while its repository can't be read."""
+
+    PAUSE = "pause"
+    REPORT = "report"
+
 
 app = typer.Typer(
     name="stillframe", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -42,6 +47,7 @@ app = typer.Typer(
 # How long the process waits in the end for a thread that may only be slow.
 _LAST_WAIT_S = 5.0
 
+BootedName = Annotated[str, typer.Argument(metavar="NAME", help="a guest that was booted from a snapshot")]
 AllGuests = Annotated[bool, typer.Option("--all", help="all guests, running and shut off")]
 
 
@@ -58,6 +64,8 @@ def mirror(
     ] = False,
 ) -> None:
     """Make and keep a plain image of each disk in DEST/GUEST, while the guest runs on or is shut off."""
+    from stillframe.cli import mirror as mirror_command
+
     *guests, destination = arguments
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests and then the folder, or --all and the folder")
@@ -77,6 +85,8 @@ def backup(
     all_guests: AllGuests = False,
 ) -> None:
     """Make a snapshot of each guest in a repository, while the guest runs on or is shut off."""
+    from stillframe.cli import backup as backup_command
+
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests, or --all")
     run_command(
@@ -93,6 +103,8 @@ def doctor(
     exclude: Exclude = None,
 ) -> None:
     """Say whether guests can be captured, how, and what is in the way. Changes nothing."""
+    from stillframe.cli import doctor as doctor_command
+
     options = GuestSettings(
         quiesce=quiesce, overlay_dir=overlay_dir, exclude=tuple(exclude) if exclude else None)
     run_command(
@@ -100,9 +112,9 @@ def doctor(
 
 
 @app.command()
-@taking(host_options)
+@taking(host_options, repository_options)
 def recover(
-    common: Common, *,
+    common: Common, repository: RepositorySettings, *,
     guests: Guests = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and do nothing")
@@ -113,6 +125,8 @@ def recover(
     ] = False,
 ) -> None:
     """After any crash: find what was left, bring the guest back, say what was done."""
+    from stillframe.cli import recover as recover_command
+
     if repair_status and not guests:
         raise typer.BadParameter("name the guests whose status file is to be mended")
     run_command(
@@ -120,7 +134,112 @@ def recover(
         lambda session: recover_command.recover(
             session, guests or [], dry_run=dry_run, repair_status=repair_status
         ),
+        repository,
     )
+
+
+@app.command()
+@taking(host_options, repository_options)
+def boot(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    name: Annotated[str | None, typer.Option("--as", help="the new guest's name")] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option("--pool", help="folder, or libvirt's pool, for what it writes (default: default)"),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option("--network", help="put all interfaces on this network of libvirt")] = None,
+    no_network: Annotated[bool, typer.Option("--no-network", help="leave all interfaces out")] = False,
+    same_identity: Annotated[
+        bool, typer.Option("--same-identity", help="keep UUID and MACs; the original must not be here"),
+    ] = False,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="where the repository can't be read: pause the guest, or "
+                                                 "report I/O errors to it")] = OnError.PAUSE,
+    patience: Annotated[
+        str, typer.Option(help="how long a read waits for a repository that can't be read")] = "60s",
+    dry_run: DryRun = False,
+) -> None:
+    """Run a snapshot as a new guest at once: it reads from the repository what it did not write itself."""
+    from stillframe.cli import boot as boot_command
+    from stillframe.restore.boot_plan import BootWish
+    from stillframe.restore.guest_plan import GuestWish
+
+    if network and no_network:
+        raise typer.BadParameter("choose one: --network or --no-network")
+    if name is not None:
+        check_name(name)
+    guest = GuestWish(
+        name or "", pool or "", format="qcow2", keeps_identity=same_identity,
+        network="" if no_network else network, nearest=nearest)
+    wish = BootWish(guest, on_error is OnError.PAUSE)
+    run_command(
+        common, lambda session: boot_command.boot(session, snapshot, wish, patience, dry_run=dry_run),
+        repository)
+
+
+@app.command()
+@taking(host_options, repository_options)
+def land(common: Common, repository: RepositorySettings, *, name: BootedName) -> None:
+    """Bring a booted guest home while it runs: from then on it needs neither snapshot nor repository."""
+    from stillframe.cli import boot as boot_command
+
+    run_command(common, lambda session: boot_command.land(session, name), repository)
+
+
+@app.command()
+@taking(host_options)
+def discard(common: Common, *, name: BootedName, dry_run: DryRun = False) -> None:
+    """Throw a booted guest away, with everything that it wrote, and with nothing else."""
+    from stillframe.cli import boot as boot_command
+
+    run_command(common, lambda session: boot_command.discard(session, name, dry_run=dry_run))
+
+
+@app.command()
+@taking(host_options, repository_options)
+def drill(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Annotated[
+        str | None, typer.Argument(metavar="[SNAPSHOT]", help="a snapshot as for restore; or --all-latest")
+    ] = None,
+    all_latest: Annotated[
+        bool, typer.Option("--all-latest", help="the newest snapshot of each guest of each host")] = False,
+    script: Annotated[
+        Path | None, typer.Option("--script", help="program on this host that must end with 0")] = None,
+    check: Annotated[
+        list[str] | None, typer.Option("--check", help="command in the guest, by its agent, that must end "
+                                                       "with 0; may be repeated")] = None,
+    expect: Annotated[
+        str | None, typer.Option("--expect", help="regular expression that its first serial port must print")
+    ] = None,
+    timeout: Annotated[str | None, typer.Option(help="longest wait for the guest (default 10m)")] = None,
+    check_timeout: Annotated[str, typer.Option(help="longest wait for a check, or for the script")] = "5m",
+    network: Annotated[
+        str | None, typer.Option("--network", help="isolated network of libvirt (else none)")] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
+    screenshot: Annotated[
+        Path | None, typer.Option("--screenshot", help="write the screen there, as PNG")] = None,
+) -> None:
+    """Boot a snapshot, apart from everything, and see that it works. What was found is written down."""
+    from stillframe.cli import drill as drill_command
+
+    if (snapshot is None) is not all_latest:
+        raise typer.BadParameter("name a snapshot, or --all-latest")
+    if script is not None and not (script.is_file() and os.access(script, os.X_OK)):
+        raise typer.BadParameter(f"{script} is no program that could be run")
+    if screenshot is not None and all_latest:
+        raise typer.BadParameter("--screenshot goes with one snapshot (later: stillframe show --screenshot)")
+    options = GuestSettings(
+        drill_check=tuple(check) if check else None, drill_expect=expect, drill_timeout=timeout)
+    order = drill_command.Order(
+        snapshot, options, str(script.absolute()) if script else "", check_timeout, network or "", nearest,
+        screenshot)
+    run_command(common, lambda session: drill_command.drill(session, order), repository)
 
 
 @app.command()
@@ -142,6 +261,8 @@ def settle(
     ] = None,
 ) -> None:
     """Bring guests that stand on overlays back onto their own images."""
+    from stillframe.cli import settle as settle_command
+
     options = GuestSettings(standing_limit=standing_limit)
     if watch and (guests or dry_run):
         raise typer.BadParameter("--watch looks at all guests and goes with neither names nor --dry-run")
@@ -155,10 +276,14 @@ def settle(
 @taking(host_options)
 def status(common: Common) -> None:
     """Show runs, leftovers, guests on overlays, the last mirror and the last snapshot of each guest."""
+    from stillframe.cli import status as status_command
+
     run_command(common, status_command.status)
 
 
 repository_app.add_to(app)
+restore_app.add_to(app)
+files_app.add_to(app)
 
 
 @app.command()

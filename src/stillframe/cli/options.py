@@ -20,7 +20,8 @@ from stillframe.capture.states import Quiesce
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Common, Session
 from stillframe.config import GuestSettings, RepositorySettings
-from stillframe.errors import StillframeError
+from stillframe.errors import ConfigInvalid, StillframeError
+from stillframe.units import parse_duration_s
 
 StateDir = Annotated[
     Path | None, typer.Option("--state-dir", help="folder of the journal (default /var/lib/stillframe)")
@@ -97,7 +98,7 @@ def guest_options(
 
 def repository_options(
     repo: Annotated[
-        str | None, typer.Option("--repo", "-r", help="the repository: a folder or a file:// address")
+        str | None, typer.Option("--repo", "-r", help="the repository: a folder, or s3://BUCKET/FOLDER")
     ] = None,
     passphrase_file: Annotated[
         str | None, typer.Option(help="file with the passphrase")
@@ -106,9 +107,14 @@ def repository_options(
         str | None, typer.Option(help="program, with its arguments, that prints the passphrase")
     ] = None,
     key_file: Annotated[str | None, typer.Option(help="file whose content opens the repository")] = None,
+    credentials_file: Annotated[
+        str | None, typer.Option(help="file that says who we are to the repository's server")] = None,
+    limit_rate: Annotated[
+        str | None, typer.Option(help="so many bytes a second at most, each way: 50M")] = None,
 ) -> RepositorySettings:
     """Return where the repository is and what opens it, as far as options say it."""
-    return RepositorySettings(repo, passphrase_file, passphrase_command, key_file)
+    return RepositorySettings(
+        repo, passphrase_file, passphrase_command, key_file, credentials_file, limit_rate)
 
 
 def taking(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -154,6 +160,15 @@ def run_command(
     finally:
         session.screen.close()
     sys.exit(code)
+
+
+def seconds_of(name: str, text: str) -> float:
+    """Return the duration that option *name* (in Python's spelling) was given. Raises ConfigInvalid."""
+    try:
+        return parse_duration_s(text)
+    except ValueError as error:
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigInvalid(f"{name} is {error}.", f"correct the option {option}") from error
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -9,14 +9,19 @@ from pathlib import Path
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.recover import next_steps, recover_domain
+from stillframe.capture.restoring import RestoringStore, attention
 from stillframe.capture.status_file import repair_status_file
 from stillframe.cli.find import find_guest, guest_of
+from stillframe.cli.recover_boot import booted_ones, recover_booted
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestState, GuestUnknown, NeedsAttention, StillframeError
+from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.guest import Guest
 from stillframe.mirror.recover import recover_folder
+from stillframe.restore.drill_place import clear_left_drills, left_drills
+from stillframe.restore.in_place import finish_untorn
 
 #: Longer than the guard holds a domain whose run was killed in the pivot.
 _LOCK_S = 10.0
@@ -35,9 +40,13 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
     """Recover the named guests, or all with something left; return the exit code."""
     if repair_status:
         return _repair(session, names)
+    booted = [(Outcome(record.name), record) for record in booted_ones(session, names)]
+    # Of a guest that still reads from a snapshot there is no run: it can't be captured.
+    others = [name for name in names if all(name not in (each.name, each.uuid) for _, each in booted)]
     outcomes = [
         (Outcome(domain.name), domain, folders)
-        for domain, folders in _domains(session, names).items()
+        for domain, folders in (_domains(session, others).items() if others or not names else ())
+        if all(domain.uuid != each.uuid for _, each in booted)
     ]
     with session.signals_as_stop("it ends by itself once the guests are back"):
         for outcome, domain, _folders in outcomes:
@@ -45,13 +54,31 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
             for word in standing_words(session, domain.uuid):
                 session.screen.result(f"{domain.name}: {word}")
             show_outcome(session, outcome, "nothing was left of a run")
+        for outcome, record in booted:
+            outcome.did, outcome.error = recover_booted(session, record, dry_run=dry_run, lock_s=_LOCK_S)
+            show_outcome(session, outcome, f"it was booted from {record.snapshot}, and all is well")
         # Only when all guests are back: a destination may hang.
         for outcome, _domain, folders in outcomes if not dry_run else ():
             _mirrors(session, outcome, folders)
-    if not outcomes:
+    drills = [] if names else _drills(session, dry_run=dry_run)
+    told = [*(outcome for outcome, _, _ in outcomes), *(outcome for outcome, _ in booted)]
+    if not told and not drills:
         session.screen.result("nothing was left by any run")
-    session.screen.json({"dry_run": dry_run, "guests": [outcome_body(outcome) for outcome, _, _ in outcomes]})
-    return exit_code([outcome for outcome, _, _ in outcomes])
+    session.screen.json({
+        "dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in told], "drills": drills})
+    return exit_code(told)
+
+
+def _drills(session: Session, *, dry_run: bool) -> list[str]:
+    """Remove what drills left that were killed; return in words what was done."""
+    left = left_drills(session.state_folder)
+    if dry_run or not left:
+        did = [f"would remove what a killed drill left ({made.name})" for made in left]
+    else:
+        did = clear_left_drills(session.state_folder, session.connection)
+    for words in did:
+        session.screen.result(words)
+    return did
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -82,11 +109,26 @@ def _guest(session: Session, outcome: Outcome, domain: Guest, *, dry_run: bool) 
         ):
             if dry_run:
                 outcome.did += _plan(session, domain, limits)
-                return
-            for each in recover_domain(domain, session.tools, limits):
-                outcome.did += each.told
+            else:
+                for each in recover_domain(domain, session.tools, limits):
+                    outcome.did += each.told
+            _restoring(session, outcome, domain, dry_run=dry_run)
     except StillframeError as error:
         outcome.error = error
+
+
+def _restoring(session: Session, outcome: Outcome, domain: Guest, *, dry_run: bool) -> None:
+    """End a restore in place that tore nothing. Raises NeedsAttention for one that must be run again."""
+    store = RestoringStore(session.journal.folder)
+    found = store.read(domain.uuid)
+    if found is None:
+        return
+    if found.phase.is_torn:
+        raise attention(found)
+    if not dry_run:
+        finish_untorn(found, store, domain)
+    can = "would be free" if dry_run else "is free"
+    outcome.did.append(f"{found.words()}: the guest {can} to start, its disks are whole")
 
 
 def standing_words(session: Session, uuid: str) -> list[str]:
@@ -142,8 +184,12 @@ def _domains(session: Session, names: Sequence[str]) -> dict[Guest, set[str]]:
                 raise
             domain = guest_of(session, known[0])
         found[domain.uuid] = domain
+    restoring = RestoringStore(session.journal.folder).all()
+    for each in restoring:
+        if not names or each.name in names or each.uuid in names:
+            found[each.uuid] = Domain(session.connection, each.uuid, each.name)
     if not names:
-        found = {run.uuid: guest_of(session, run) for run in (*recent, *runs)}
+        found |= {run.uuid: guest_of(session, run) for run in (*recent, *runs)}
     return {
         domain: {run.mirror_folder for run in (*recent, *runs) if run.uuid == uuid and run.mirror_folder}
         for uuid, domain in found.items()

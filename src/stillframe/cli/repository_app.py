@@ -8,19 +8,9 @@ from typing import Annotated
 
 import typer
 
-from stillframe.cli import diff as diff_command
-from stillframe.cli import forget as forget_command
-from stillframe.cli import keys as keys_command
-from stillframe.cli import restore as restore_command
-from stillframe.cli import restore_guest as restore_guest_command
-from stillframe.cli import serve as serve_command
-from stillframe.cli import snapshots as snapshots_command
-from stillframe.cli import verify as verify_command
-from stillframe.cli.options import host_options, plain_options, repository_options, run_command, taking
-from stillframe.cli.restore_guest import GuestOptions, guest_restore_options
+from stillframe.cli.options import plain_options, repository_options, run_command, taking
 from stillframe.cli.session import Common
 from stillframe.config import RepositorySettings
-from stillframe.restore.export import Serving
 from stillframe.units import parse_size_bytes
 
 Count = int | None
@@ -30,13 +20,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done,
 Label = Annotated[str, typer.Option("--label", help="a word for people, to know the key slot by")]
 NewKeyFile = Annotated[
     Path | None, typer.Option("--new-key-file", help="make this key file, and let it open the repository")]
-
-
-class Format(enum.Enum):
-    """What a disk is restored as."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 class Level(enum.Enum):
@@ -53,7 +36,7 @@ _key = typer.Typer(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (init, list_, show, diff, restore, serve, verify, forget, prune):
+    for command in (init, list_, show, diff, serve, verify, copy, pin, unpin, forget, prune):
         app.command(name=command.__name__.rstrip("_"))(command)
     for command in (key_add, key_list, key_remove, key_export):
         _key.command(name=command.__name__.removeprefix("key_"))(command)
@@ -64,14 +47,18 @@ def add_to(app: typer.Typer) -> None:
 def init(
     common: Common, repository: RepositorySettings, *,
     address: Annotated[
-        str | None, typer.Argument(metavar="[REPO]", help="a folder or a file:// address; or --repo")] = None,
+        str | None,
+        typer.Argument(metavar="[REPO]", help="a folder, or s3://BUCKET/FOLDER; or --repo"),
+    ] = None,
     new_key_file: NewKeyFile = None,
     label: Label = "first",
 ) -> None:
     """Make a repository. What opens it is asked for, or named by an option."""
+    from stillframe.cli import keys as keys_command
+
     if address is not None and repository.repository is not None:
         raise typer.BadParameter("name the repository once: as REPO or with --repo")
-    if new_key_file is not None and repository.has_secret:
+    if new_key_file is not None and repository.secrets:
         raise typer.BadParameter("choose one: --new-key-file, or a secret that is there already")
     chosen = RepositorySettings(address).over(repository)
     run_command(common, lambda session: keys_command.init(session, new_key_file, label), chosen)
@@ -83,13 +70,23 @@ def list_(
     guest: Annotated[str | None, typer.Option("--guest", help="only this guest's")] = None,
 ) -> None:
     """List the snapshots, the newest last. No key is needed."""
+    from stillframe.cli import snapshots as snapshots_command
+
     run_command(common, lambda session: snapshots_command.list_all(session, guest), repository)
 
 
 @taking(plain_options, repository_options)
-def show(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
-    """Show all that is known of one snapshot."""
-    run_command(common, lambda session: snapshots_command.show(session, snapshot), repository)
+def show(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    screenshot: Annotated[
+        Path | None, typer.Option("--screenshot", help="write the screen of its last drill there, as PNG")
+    ] = None,
+) -> None:
+    """Show all that is known of one snapshot, and its last drill."""
+    from stillframe.cli import snapshots as snapshots_command
+
+    run_command(common, lambda session: snapshots_command.show(session, snapshot, screenshot), repository)
 
 
 @taking(plain_options, repository_options)
@@ -100,39 +97,9 @@ def diff(
     extents: Annotated[bool, typer.Option("--extents", help="print each changed stretch")] = False,
 ) -> None:
     """Say what changed on each disk from snapshot A to snapshot B. No data is read."""
+    from stillframe.cli import diff as diff_command
+
     run_command(common, lambda session: diff_command.diff(session, old, new, extents=extents), repository)
-
-
-@taking(host_options, repository_options, guest_restore_options)
-def restore(
-    common: Common, repository: RepositorySettings, guest: GuestOptions, *,
-    snapshot: Annotated[
-        str, typer.Argument(metavar="SNAPSHOT[:DISK]", help="a snapshot, and one disk of it if not all")],
-    to: Annotated[
-        str | None,
-        typer.Option("--to", help="file or block device; a folder for a snapshot with several disks")] = None,
-    format_: Annotated[
-        Format | None, typer.Option("--format", help="else raw, or qcow2 if PATH ends so")] = None,
-    delta: Annotated[
-        bool, typer.Option("--delta", help="write only what differs into an image that is there")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="overwrite a file that is there, or a block device")] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="go on where data is lost, and name each lost range")] = False,
-) -> None:
-    """Write a snapshot's disks back (--to), or the whole guest as a new one (--as)."""
-    if guest.is_asked_for:
-        if to is not None or delta:
-            raise typer.BadParameter("--as goes with neither --to nor --delta")
-        order = guest.order(snapshot, format_.value if format_ else "", force=force, skip_bad=skip_bad)
-        run_command(common, lambda session: restore_guest_command.restore_guest(session, order), repository)
-    if to is None:
-        raise typer.BadParameter("say what is to be restored to: --to PATH, or --as NAME for a new guest")
-    # Path would drop the slash by which a folder is told from a file.
-    wish = restore_command.Wish(
-        snapshot, Path(to).absolute(), to.endswith("/"), format_.value if format_ else "",
-        delta, force, skip_bad)
-    run_command(common, lambda session: restore_command.restore(session, wish), repository)
 
 
 @taking(plain_options, repository_options)
@@ -158,6 +125,9 @@ def serve(
     cache: Annotated[str, typer.Option("--cache", help="memory for what was read, of each disk")] = "256M",
 ) -> None:
     """Serve a snapshot's disks over NBD, until Ctrl-C."""
+    from stillframe.cli import serve as serve_command
+    from stillframe.restore.export import Serving
+
     if socket is not None and port is not None:
         raise typer.BadParameter("choose one: --socket or --port")
     try:
@@ -181,7 +151,58 @@ def verify(
         str | None, typer.Option("--subset", help="only the longest unverified part: 1/30, 5%, 20G")] = None,
 ) -> None:
     """Check that what is stored is there and whole. Damage is written down, and the next backup heals it."""
+    from stillframe.cli import verify as verify_command
+
     run_command(common, lambda session: verify_command.verify(session, level.value, subset), repository)
+
+
+@taking(plain_options, repository_options)
+def copy(
+    common: Common, repository: RepositorySettings, *,
+    from_: Annotated[str, typer.Option("--from", help="the repository to copy from")],
+    to: Annotated[str | None, typer.Option("--to", help="the repository to copy to; or --repo")] = None,
+    from_passphrase_file: Annotated[
+        str | None, typer.Option(help="file with the passphrase of the first (default: as the other)")
+    ] = None,
+    from_passphrase_command: Annotated[
+        str | None, typer.Option(help="program that prints the passphrase of the first")] = None,
+    from_key_file: Annotated[str | None, typer.Option(help="key file of the first")] = None,
+    from_credentials_file: Annotated[
+        str | None, typer.Option(help="file that says who we are to the server of the first")] = None,
+    guest: Annotated[str | None, typer.Option("--guest", help="only this guest's")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Copy the snapshots that another repository lacks: a second site, another key, another storage."""
+    from stillframe.cli import copy as copy_command
+
+    if to is not None and repository.repository is not None:
+        raise typer.BadParameter("name the repository to copy to once: with --to or with --repo")
+    target = RepositorySettings(to).over(repository)
+    first = RepositorySettings(
+        from_, from_passphrase_file, from_passphrase_command, from_key_file, from_credentials_file)
+    run_command(
+        common, lambda session: copy_command.copy(
+            session, session.beside(first.over(target)), guest, dry_run=dry_run), target)
+
+
+@taking(plain_options, repository_options)
+def pin(
+    common: Common, repository: RepositorySettings, *,
+    snapshot: Snapshot,
+    why: Annotated[str, typer.Option("--why", help="a word for people, shown by show")] = "",
+) -> None:
+    """Keep a snapshot whatever the rules of forget say, until it is unpinned."""
+    from stillframe.cli import snapshots as snapshots_command
+
+    run_command(common, lambda session: snapshots_command.pin_snapshot(session, snapshot, why), repository)
+
+
+@taking(plain_options, repository_options)
+def unpin(common: Common, repository: RepositorySettings, *, snapshot: Snapshot) -> None:
+    """Let the rules of forget decide on a snapshot again."""
+    from stillframe.cli import snapshots as snapshots_command
+
+    run_command(common, lambda session: snapshots_command.unpin_snapshot(session, snapshot), repository)
 
 
 @taking(plain_options, repository_options)
@@ -201,6 +222,8 @@ def forget(
     dry_run: DryRun = False,
 ) -> None:
     """Drop snapshots, by name or by rules (for each guest of each host). Prune gives their space back."""
+    from stillframe.cli import forget as forget_command
+
     rules = forget_command.Rules(
         keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, keep_within, guest)
     if bool(snapshots) == rules.any_given:
@@ -222,6 +245,8 @@ def prune(
         str, typer.Option(help="copy packs of which less than this is used, and drop them")] = "50%",
 ) -> None:
     """Delete what no snapshot needs. Safe while backups run."""
+    from stillframe.cli import forget as forget_command
+
     run_command(
         common,
         lambda session: forget_command.prune(session, fence_after, compact_below, dry_run=dry_run),
@@ -237,6 +262,8 @@ def key_add(
     new_key_file: NewKeyFile = None,
 ) -> None:
     """Add a key slot: a passphrase (asked for, or from a file), or a new key file."""
+    from stillframe.cli import keys as keys_command
+
     if new_key_file is not None and new_passphrase_file is not None:
         raise typer.BadParameter("choose one: a passphrase or a key file")
     run_command(
@@ -247,6 +274,8 @@ def key_add(
 @taking(plain_options, repository_options)
 def key_list(common: Common, repository: RepositorySettings) -> None:
     """List the key slots. No key is needed."""
+    from stillframe.cli import keys as keys_command
+
     run_command(common, keys_command.list_all, repository)
 
 
@@ -257,10 +286,14 @@ def key_remove(
     dry_run: DryRun = False,
 ) -> None:
     """Remove a key slot. The last one stays."""
+    from stillframe.cli import keys as keys_command
+
     run_command(common, lambda session: keys_command.remove(session, slot, dry_run=dry_run), repository)
 
 
 @taking(plain_options, repository_options)
 def key_export(common: Common, repository: RepositorySettings, *, label: Label = "recovery") -> None:
     """Make a recovery key and print it once, to be kept on paper."""
+    from stillframe.cli import keys as keys_command
+
     run_command(common, lambda session: keys_command.export(session, label), repository)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass
-from typing import Annotated
-
-import typer
 
 from stillframe.cli.restore import say_restored, stop_of
+from stillframe.cli.restore_app import GuestOptions
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find, name_body
 from stillframe.errors import EXIT_OK, RepositoryDamaged
@@ -30,86 +28,26 @@ from stillframe.units import size_text
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be restored, and how."""
+    """What is to be restored, and how. *force* overwrites block devices."""
 
     snapshot: str
-    wish: GuestWish
+    options: GuestOptions
+    image_format: str
+    force: bool
     skip_bad: bool
-    starts: bool
-    dry_run: bool
-
-
-@dataclass(frozen=True)
-class GuestOptions:
-    """The options of `restore` that are for a whole guest."""
-
-    name: str | None
-    pool: str
-    devices: dict[str, str]
-    keeps_identity: bool
-    network: str | None
-    nearest: bool
-    starts: bool
     dry_run: bool
 
     @property
-    def is_asked_for(self) -> bool:
-        """Whether a whole guest is wanted. Raises BadParameter for options that are of no use without."""
-        if self.name is None and self != GuestOptions(None, "", {}, False, None, False, False, False):
-            raise typer.BadParameter("--pool, --disk, --same-identity, --network, --no-network, --nearest, "
-                                     "--start and --dry-run go with --as NAME")
-        return self.name is not None
+    def wish(self) -> GuestWish:
+        """What the guest is to be."""
+        chosen = self.options
+        return GuestWish(chosen.name or "", chosen.pool, chosen.devices, self.image_format, self.force,
+                         chosen.keeps_identity, chosen.network, chosen.nearest)
 
-    def order(self, snapshot: str, image_format: str, *, force: bool, skip_bad: bool) -> Order:
-        """Return what is asked for."""
-        wish = GuestWish(self.name or "", self.pool, self.devices, image_format, force, self.keeps_identity,
-                         self.network, self.nearest)
-        return Order(snapshot, wish, skip_bad, self.starts, self.dry_run)
-
-
-def guest_restore_options(  # noqa: PLR0913, PLR0917  # typer makes an option of each parameter
-    as_: Annotated[
-        str | None, typer.Option("--as", help="restore the whole guest as a new one of this name")] = None,
-    pool: Annotated[
-        str | None, typer.Option("--pool", help="--as: folder or libvirt's pool for disks (else default)")
-    ] = None,
-    disk: Annotated[
-        list[str] | None, typer.Option("--disk", help="--as: write a disk to a block device: vda=/dev/x")
-    ] = None,
-    same_identity: Annotated[
-        bool, typer.Option("--same-identity", help="--as: keep the guest's UUID and MAC addresses")] = False,
-    network: Annotated[
-        str | None, typer.Option("--network", help="--as: put all interfaces on this network of libvirt")
-    ] = None,
-    no_network: Annotated[
-        bool, typer.Option("--no-network", help="--as: leave all interfaces out")] = False,
-    nearest: Annotated[
-        bool, typer.Option("--nearest", help="--as: take what the host has instead of what it lacks")
-    ] = False,
-    start: Annotated[bool, typer.Option("--start", help="--as: start the guest")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="--as: show the definition's changes and the space, do nothing")
-    ] = False,
-) -> GuestOptions:
-    """Return how a whole guest is to be restored."""
-    if as_ is not None:
-        check_name(as_)
-    if network is not None and no_network:
-        raise typer.BadParameter("choose one: --network or --no-network")
-    devices = {}
-    for each in disk or ():
-        target, _, path = each.partition("=")
-        if not (target and path.startswith("/dev/")) or target in devices:
-            raise typer.BadParameter(f"--disk is TARGET=DEVICE, each target once: vda=/dev/x, not {each}")
-        devices[target] = path
-    chosen_network = "" if no_network else network
-    return GuestOptions(as_, pool or "", devices, same_identity, chosen_network, nearest, start, dry_run)
-
-
-def check_name(name: str) -> None:
-    """Raise BadParameter if no guest can be called *name*."""
-    if not name or "/" in name or name.startswith(".") or not name.isprintable():
-        raise typer.BadParameter(f"{name!r} can't be a guest's name")
+    @property
+    def starts(self) -> bool:
+        """Whether the guest is to be started."""
+        return self.options.starts
 
 
 def restore_guest(session: Session, order: Order) -> int:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from stillframe.capture.stepping import CommitProgress, Watcher
 from stillframe.errors import StillframeError
-from stillframe.mirror.update import CopyProgress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from stillframe.capture.stepping import CommitProgress, Watcher
+    from stillframe.mirror.update import CopyProgress
 
 
 class _Unbreakable(Console):
@@ -92,6 +88,8 @@ class Screen:
 
     def watcher(self) -> Watcher:
         """Return who is told what a run does."""
+        from stillframe.capture.stepping import Watcher
+
         return Watcher(say=self.say, commit=self._on_commit)
 
     def on_copy(self, guest: str) -> Callable[[CopyProgress], None]:
@@ -100,8 +98,8 @@ class Screen:
             f"{guest} {progress.target}: copy", progress.done_bytes, progress.total_bytes
         )
 
-    def bar(self, name: str, done_bytes: int, total_bytes: int) -> None:
-        """Draw how far the work called *name* is."""
+    def bar(self, name: str, done_bytes: int, total_bytes: int | None) -> None:
+        """Draw how far the work called *name* is; of how much may not be known."""
         if self._progress is None:
             return
         with contextlib.suppress(OSError, ValueError):
@@ -118,6 +116,15 @@ class Screen:
 
 
 def _make_progress(console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     return Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
         TransferSpeedColumn(), TimeRemainingColumn(), console=console,

@@ -5,6 +5,7 @@ The secret itself is never an option: other users could read it in the table of 
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import secrets
@@ -52,7 +53,27 @@ def read_secret(settings: RepositorySettings, screen: Screen, *, new: bool = Fal
 
 def must_be_asked(settings: RepositorySettings) -> bool:
     """Return whether a person has to type the secret."""
-    return not settings.has_secret
+    return not settings.secrets
+
+
+def read_disk_key(path: Path, screen: Screen) -> str:
+    """Return the passphrase of an encrypted disk, from a file. Raises KeyNeeded."""
+    line = _passphrase(_content(path, "key file", screen), f"The key file {path}").value
+    try:
+        if b"\0" in line:
+            raise ValueError("it has a zero byte")
+        return line.decode()
+    except ValueError as error:
+        # A limit of libguestfs, which takes keys as texts.
+        raise KeyNeeded(f"The key file {path} is no text: {error}.",
+                        "add a passphrase to the disk, or restore it whole and open that") from error
+
+
+def ask_disk_key(device: str, screen: Screen) -> str | None:
+    """Ask for the passphrase of an encrypted disk; None if nothing is typed."""
+    with screen.paused(), contextlib.suppress(EOFError):
+        return getpass.getpass(f"passphrase of {device} (none to leave it locked): ") or None
+    return None
 
 
 def make_key_file(path: Path) -> Secret:

@@ -1,4 +1,7 @@
-"""What every command needs: settings, the journal, libvirt, a repository, and signals turned into a stop."""
+"""What every command needs: settings, the journal, libvirt, a repository, and signals turned into a stop.
+
+What only some commands need is loaded when it is asked for: loading all takes longer than most commands do.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from stillframe.capture.journal import Journal
-from stillframe.capture.run import Tools
 from stillframe.cli.screen import Screen
-from stillframe.cli.secret import must_be_asked, read_secret
 from stillframe.clock import SystemClock
-from stillframe.config import RepositorySettings, Settings, read_settings, repository_settings
+from stillframe.config import (
+    RepositorySettings,
+    Settings,
+    access_to,
+    read_settings,
+    repository_settings,
+    storage_of,
+)
 from stillframe.errors import ConfigInvalid, Interrupted, StillframeError
-from stillframe.hypervisor.connection import Connection
-from stillframe.repository.opened import Repository, Secret, open_repository
-from stillframe.storage.address import open_storage
-from stillframe.storage.model import Storage
+
+if TYPE_CHECKING:
+    from stillframe.capture.journal import Journal
+    from stillframe.capture.run import Tools
+    from stillframe.hypervisor.connection import Connection
+    from stillframe.repository.opened import Repository, Secret
+    from stillframe.restore.boot_record import BootStore
+    from stillframe.storage.model import Storage
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,12 @@ class Session:
         #: What a run that is ended leaves as it was.
         self.kept = "The last good mirror is as it was."
 
+    def beside(self, repository: RepositorySettings) -> Session:
+        """Return a session on another repository, for the same person."""
+        other = Session(self._common, repository)
+        other.screen = self.screen
+        return other
+
     @cached_property
     def settings(self) -> Settings:
         """The configuration file. Raises ConfigInvalid."""
@@ -71,16 +89,29 @@ class Session:
     @cached_property
     def journal(self) -> Journal:
         """The journal. Raises StateFolderUnusable."""
+        from stillframe.capture.journal import Journal
+
         return Journal(self.state_folder, self.clock)
+
+    @cached_property
+    def boot_store(self) -> BootStore:
+        """The records of guests that were booted from a snapshot."""
+        from stillframe.restore.boot_record import BootStore
+
+        return BootStore(self.state_folder)
 
     @cached_property
     def connection(self) -> Connection:
         """The connection to libvirt. Raises NoHypervisor, NotPermitted."""
+        from stillframe.hypervisor.connection import Connection
+
         return Connection(self._common.connect or self.settings.connect, self.clock)
 
     @cached_property
     def tools(self) -> Tools:
         """What runs work with."""
+        from stillframe.capture.run import Tools
+
         return Tools(self.journal, self.clock, self.screen.watcher())
 
     @property
@@ -119,20 +150,41 @@ class Session:
     @cached_property
     def storage(self) -> Storage:
         """The storage of the repository. Raises ConfigInvalid, RepositoryRefused."""
-        return open_storage(self.address)
+        return storage_of(self.repository_settings, self.address, self.clock)
 
     @cached_property
     def secret(self) -> Secret:
         """What opens the repository; asked for if it must be. Raises KeyNeeded."""
+        from stillframe.cli.secret import read_secret
+
         return read_secret(self.repository_settings, self.screen)
 
     @cached_property
     def repository(self) -> Repository:
         """The repository, open. Raises RepositoryRefused, RepositoryDamaged, StorageError."""
-        return open_repository(self.storage, self.secret)
+        from stillframe.repository.opened import open_repository
+
+        access = access_to(self.repository_settings, self.address)
+        return open_repository(self.storage, self.secret, access)
+
+    def repository_at(self, address: str) -> Repository:
+        """Return the repository at another address, opened by what opens this session's. See `repository`."""
+        return self.beside(RepositorySettings(address).over(self._repository)).repository
+
+    @cached_property
+    def near_repository(self) -> Repository:
+        """The repository, open; on a server, with what never changes kept on this host: see with_cache."""
+        from stillframe.repository.opened import with_cache
+        from stillframe.storage.address import folder_of
+
+        if folder_of(self.address) is not None:
+            return self.repository
+        return with_cache(self.repository, self.state_folder / "cache")
 
     def ask_for_secret(self) -> None:
         """Ask for the secret now, if a person must type it; else it is read when it is needed."""
+        from stillframe.cli.secret import must_be_asked
+
         if must_be_asked(self.repository_settings):
             _ = self.secret
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
+from stillframe.cli.drilled import (
+    drill_body,
+    drill_name_body,
+    last_drill_of,
+    last_of_guests,
+    name_line,
+    save_picture,
+    show_lines,
+)
 from stillframe.cli.session import Session
 from stillframe.clock import utc_text
 from stillframe.errors import EXIT_OK, StillframeError
@@ -13,6 +23,7 @@ from stillframe.repository.catalog import display_name, list_snapshots, resolve
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.opened import read_parameters
+from stillframe.repository.pins import pin, pinned, read_pin, unpin
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.units import duration_text, size_text
 
@@ -47,8 +58,9 @@ def list_all(session: Session, guest: str | None) -> int:
     names = sorted(
         (name for name in list_snapshots(session.storage) if guest in (None, name.guest)),
         key=lambda each: (each.utc, each.sid))
+    pins = pinned(session.storage)
     for name in names:
-        session.screen.result(name_words(name))
+        session.screen.result(name_words(name) + ("  pinned" if name.sid in pins else ""))
     if not names:
         of_guest = f" of {guest}" if guest else ""
         session.screen.say(
@@ -57,8 +69,31 @@ def list_all(session: Session, guest: str | None) -> int:
     standing = _standing(session, {name.guest for name in names})
     for name_, run in standing.items():
         session.screen.result(f"{name_} stands on the overlays of run {run} by intention")
-    bodies = [name_body(name) for name in names]
-    session.screen.json({"repository": session.storage.address, "snapshots": bodies, "standing": standing})
+    drills = last_of_guests(session, guest)
+    for drill in drills:
+        session.screen.result(name_line(drill))
+    session.screen.json({
+        "repository": session.storage.address, "standing": standing,
+        "snapshots": [{**name_body(name), "pinned": name.sid in pins} for name in names],
+        "drills": [drill_name_body(drill) for drill in drills]})
+    return EXIT_OK
+
+
+def pin_snapshot(session: Session, text: str, why: str) -> int:
+    """Keep a snapshot whatever the rules of `forget` say; return the exit code."""
+    name = find(session, text)
+    new = pin(session.storage, name, why, session.clock)
+    session.screen.result(f"{name_words(name)}: {'pinned' if new else 'was pinned already'}")
+    session.screen.json({"snapshot": name_body(name), "pinned": True, "changed": new})
+    return EXIT_OK
+
+
+def unpin_snapshot(session: Session, text: str) -> int:
+    """Let the rules of `forget` decide on a snapshot again; return the exit code."""
+    name = find(session, text)
+    was = unpin(session.storage, name)
+    session.screen.result(f"{name_words(name)}: {'no longer pinned' if was else 'was not pinned'}")
+    session.screen.json({"snapshot": name_body(name), "pinned": False, "changed": was})
     return EXIT_OK
 
 
@@ -73,13 +108,24 @@ def _standing(session: Session, guests: set[str]) -> dict[str, str]:
     return {run.name: run.id for run in runs if run.name in guests}
 
 
-def show(session: Session, text: str) -> int:
-    """Show one snapshot in full; return the exit code."""
+def show(session: Session, text: str, screenshot: Path | None) -> int:
+    """Show one snapshot in full, and its last drill; return the exit code.
+
+    *screenshot* is the file that the screen in that drill is written to.
+    """
     name = find(session, text)
     manifest = read_snapshot(session.repository, name)
-    for line in _lines(name, manifest):
+    held = read_pin(session.storage, name.sid) if name.sid in pinned(session.storage) else None
+    drill = last_drill_of(session, name)
+    for line in (*_lines(name, manifest), *show_lines(drill)):
         session.screen.result(line)
-    session.screen.json({"snapshot": {**name_body(name), **msgspec.to_builtins(manifest)}})
+    if held is not None:
+        session.screen.result(f"pinned at {held.at}" + (f": {held.why}" if held.why else ""))
+    if screenshot is not None:
+        save_picture(session, drill, screenshot)
+    session.screen.json({
+        "snapshot": {**name_body(name), "pinned": held is not None, **msgspec.to_builtins(manifest)},
+        "last_drill": None if drill is None else drill_body(drill)})
     return EXIT_OK
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
+from stillframe.capture.restoring import RestoringStore, attention
 from stillframe.capture.standing import past_limit
 from stillframe.capture.watched import Watched
+from stillframe.cli.boot import BootedGuest, booted_guests
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words
 from stillframe.config import GuestSettings, for_guest
@@ -43,10 +45,13 @@ def status(session: Session) -> int:
             unreachable, unreachable_code = error.message, error.exit_code
             session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
     standing = _standing(session)
+    restoring = _restoring(session)
     mirrors = _mirrors(session)
+    booted = _booted(session)
     snapshots, repository_error = _snapshots(session)
     session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "standing": standing,
-                         "mirrors": mirrors,
+                         "restoring": restoring, "mirrors": mirrors,
+                         "booted": [each.body() for each in booted],
                          "snapshots": [name_body(name) for name in snapshots],
                          "libvirt_error": unreachable, "repository_error": repository_error})
     _print(session, runs, overlaid, mirrors)
@@ -55,15 +60,22 @@ def status(session: Session) -> int:
             f"{each['guest']} stands on the overlays of run {each['run']} by intention, for its next run to "
             f"{each['destination']}" + (f"; {each['past_limit']}: stillframe settle --past-limit"
                                         if each["past_limit"] else ""))
+    for each in restoring:
+        state = each["holder"] or f"it can't be started: {each['next_command']}"
+        session.screen.result(f"{each['words']}; {state}")
+    for guest in booted:
+        for line in guest.words():
+            session.screen.result(line)
     for name in snapshots:
         session.screen.result(f"last snapshot of {name.guest}: {name_words(name)}")
-    if not (runs or overlaid or standing or mirrors or snapshots):
+    if not (runs or overlaid or standing or restoring or booted or mirrors or snapshots):
         session.screen.result("no run yet: stillframe mirror GUEST DEST, or stillframe backup GUEST")
     left = [run for run in runs if not run["running"]]
     unknown = [each for each in overlaid if each["run"] == ""]
     busy = {run["guest"] for run in runs if run["running"]}
     bad = [each for each in mirrors if each["state"] in _BAD_MIRRORS and each["guest"] not in busy]
-    if left or unknown or bad:
+    torn = any(not each["holder"] for each in restoring) or any(each.trouble for each in booted)
+    if left or unknown or bad or torn:
         return NeedsAttention.exit_code
     return unreachable_code
 
@@ -88,6 +100,17 @@ def _print(
             + (f", as of {mirror['captured_at']}, {mirror['consistency']}-consistent"
                if mirror["captured_at"] else "")
         )
+
+
+def _restoring(session: Session) -> list[dict[str, str]]:
+    """Return the restores in place that are under way or were broken off."""
+    folder = session.journal.folder
+    return [
+        {"guest": each.name, "snapshot": each.sid, "phase": each.phase.value, "words": each.words(),
+         "state_before": each.before, "holder": lock_holder(folder, each.uuid),
+         "next_command": attention(each).next_command}
+        for each in RestoringStore(folder).all()
+    ]
 
 
 def _snapshots(session: Session) -> tuple[list[SnapshotName], str]:
@@ -125,6 +148,14 @@ def _standing(session: Session) -> list[dict[str, str]]:
          "past_limit": past_limit(run, for_guest(session.settings, run.name, GuestSettings()).limits)}
         for run in session.journal.standing_runs()
     ]
+
+
+def _booted(session: Session) -> list[BootedGuest]:
+    try:
+        return booted_guests(session)
+    except StillframeError as error:
+        session.screen.warn(f"how guests that were booted from snapshots are is not known: {error.message}")
+        return []
 
 
 def _without_libvirt(session: Session) -> bool:

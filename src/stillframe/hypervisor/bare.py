@@ -172,7 +172,7 @@ class BareGuest:
             raise HypervisorError(f"No commit of stillframe runs on {target}.", 0)
         self._until_over(target, partial(qemu_commit.finish, target=target, overlay_file=overlay))
 
-    def abort_commit(self, target: str) -> None:
+    def abort_block_job(self, target: str) -> None:
         """See Guest."""
         name = OWN_COMMIT.format(target)
 

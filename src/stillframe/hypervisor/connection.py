@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
@@ -69,6 +70,16 @@ class Connection:
         qemu_number = self.look(lambda connect: int(connect.getVersion()))
         return _version(libvirt_number), _version(qemu_number)
 
+    def qemu_owner(self) -> tuple[int, int] | None:
+        """Return the user and the group that libvirt runs QEMU as, None if it does not say."""
+        text = self.look(lambda connect: str(connect.getCapabilities()))
+        for model in ET.fromstring(text).iterfind("./host/secmodel"):
+            if model.findtext("model") == "dac":
+                label = model.findtext("baselabel", "")
+                user, _, group = label.replace("+", "").partition(":")
+                return (int(user), int(group)) if user.isdigit() and group.isdigit() else None
+        return None
+
     def act(self, step: Callable[[libvirt.virConnect], T]) -> T:
         """Return what *step* returns; it is made once.
 
@@ -104,6 +115,10 @@ class Connection:
     def starts(self, uuid: str) -> tuple[int, int]:
         """Return what is another value once the domain was started, or its start may have been missed."""
         return self._opened, self._starts[uuid]
+
+    def count(self) -> int:
+        """Return how many times the connection was made by now."""
+        return self._opened
 
     def close(self) -> None:
         """End the connection."""

@@ -134,7 +134,7 @@ class Guest(Protocol):
         """End the commit of *target* by making the base its image again."""
         ...
 
-    def abort_commit(self, target: str) -> None:
+    def abort_block_job(self, target: str) -> None:
         """End the commit of *target*; the guest stays on its overlay, and nothing is lost."""
         ...
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 #: What an overlay's file name ends in.
 OVERLAY_SUFFIX = ".stillframe-overlay.qcow2"
+#: Where the sockets are that guests read snapshots from which they were booted from: UUID/TARGET below it.
+BOOT_SOCKETS = Path("/run/stillframe")
 #: The name of a commit that stillframe itself starts in QEMU, by target.
 OWN_COMMIT = "stillframe-commit-{}"
 #: What libvirt calls such a job in a disk's <mirror>.

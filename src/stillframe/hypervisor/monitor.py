@@ -16,7 +16,6 @@ from stillframe.errors import HypervisorError
 from stillframe.hypervisor.model import QemuBitmap, QemuDisk, QemuJob, QemuNode, QemuView
 
 _MAJOR_WITH_SAFE_NBD = 9
-_VERSION_WITH_SUBCLUSTERS = (5, 2)
 #: Runs one QMP command and returns what is under "return".
 Qmp = Callable[[str, Mapping[str, Any]], Any]
 
@@ -102,15 +101,22 @@ def delete_bitmap(qmp: Qmp, files: Container[str], name: str) -> None:
             qmp("block-dirty-bitmap-remove", {"node": node.name, "name": name})
 
 
+def flush_node(qmp: Qmp, node: str) -> None:
+    """Have QEMU write down all that it keeps of a node in memory. Raises HypervisorError."""
+    # QMP has no command for it. Without quotes, the words would be taken for further arguments.
+    said = qmp("human-monitor-command", {"command-line": f'qemu-io {node} "flush"'})
+    if said.strip():
+        raise HypervisorError(f"QEMU said of a flush of {node}: {said.strip()}", 0)
+
+
+def poke_node(qmp: Qmp, node: str) -> None:
+    """Have QEMU begin to read a little from a node; what comes of it is not said. Raises HypervisorError."""
+    qmp("human-monitor-command", {"command-line": f'qemu-io {node} "aio_read -q 1M 512"'})
+
+
 def qemu_major(qmp: Qmp) -> int:
     """Return the first number of the version of the QEMU that runs."""
     return int(qmp("query-version", {})["qemu"]["major"])
-
-
-def knows_subclusters(qmp: Qmp) -> bool:
-    """Return whether the QEMU that runs can use a qcow2 image with subclusters (extended L2 entries)."""
-    version = qmp("query-version", {})["qemu"]
-    return (int(version["major"]), int(version["minor"])) >= _VERSION_WITH_SUBCLUSTERS
 
 
 def nbd_problem(qmp: Qmp) -> str:
@@ -209,19 +215,22 @@ def read_disk(inserted: Mapping[str, Any]) -> QemuDisk:
 
 def fsfreeze_status(look: Callable[[Callable[[Any], str]], str], timeout_s: int) -> str:
     """Return the guest agent's fsfreeze status ("thawed" or "frozen"), asked through *look*."""
-    return look(lambda domain: str(_agent(domain, "guest-fsfreeze-status", timeout_s)))
+    return look(lambda domain: str(agent_command(domain, "guest-fsfreeze-status", timeout_s)))
 
 
 def agent_ping(look: Callable[[Callable[[Any], bool]], bool], timeout_s: int) -> bool:
     """Return True once the guest agent answered, asked through *look*."""
 
     def ping(domain: Any) -> bool:
-        _agent(domain, "guest-ping", timeout_s)
+        agent_command(domain, "guest-ping", timeout_s)
         return True
 
     return look(ping)
 
 
-def _agent(domain: Any, command: str, timeout_s: int) -> Any:
-    text = json.dumps({"execute": command})
+def agent_command(
+    domain: Any, command: str, timeout_s: int, arguments: Mapping[str, object] | None = None
+) -> Any:
+    """Return what the guest agent answers to a command. Raises libvirtError."""
+    text = json.dumps({"execute": command, "arguments": arguments or {}})
     return json.loads(libvirt_qemu.qemuAgentCommand(domain, text, timeout_s, 0))["return"]

@@ -69,6 +69,19 @@ class SlotFetcher:
             self._pool.submit(partial(self._fetch, request))
         return wanted
 
+    def at_hand(self, place: SlotRef) -> Chunks | None:
+        """Return a slot if it is kept and there, else None."""
+        at = (place.pack, place.slot)
+        with self._lock:
+            coming = self._kept.get(at)
+            if coming is None:
+                return None
+            self._kept.move_to_end(at)
+        try:
+            return coming.result(0)  # one lock, where asking first whether it is there would take three
+        except (TimeoutError, StillframeError):
+            return None
+
     def _located(self, orders: Iterable[tuple[SlotRef, Coming]]) -> Iterator[_Order]:
         for place, coming in orders:
             try:

@@ -6,7 +6,9 @@
     main/p/<sid>/<n>                 data packs                                   (pack.py, slots.py)
     main/t/<sid>/<n>                 tree packs                                   (pack.py, nodes.py)
     main/m/<host>/<vm>/<utc>-<sid>   manifests and tombstones                     (manifest.py)
+    main/d/<host>/<vm>/<utc>-<sid>-<verdict>   drills                            (drills.py)
     main/g/<n>                       generations of the collector                 (generation.py)
+    main/pins/<sid>                  pinned snapshots                             (pins.py)
     main/v/...                       what verifying found and what healed         (heal.py, verify.py)
 
 `main` is the domain of trust: one key, one deduplication, one collector. All objects but a
@@ -202,6 +204,8 @@ def generation_number(key: str) -> int:
 SESSIONS = f"{DOMAIN}/s/"
 GENERATIONS = f"{DOMAIN}/g/"
 MANIFESTS = f"{DOMAIN}/m/"
+PINS = f"{DOMAIN}/pins/"
+DRILLS = f"{DOMAIN}/d/"
 KEY_SLOTS = f"{DOMAIN}/keys/"
 BAD = f"{DOMAIN}/v/bad/"
 HEALED = f"{DOMAIN}/v/heal/"

@@ -112,7 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     *parent* is the session ID of the snapshot whose tree was built upon, "" if none. *frozen_s* is how
     long the guest was frozen. *stored_bytes* is all that this snapshot added, trees included. *anchor* is
     what was left in the guest for the next backup to count from, None if nothing was. *generation* is the
-    number of the generation that the session went by, None where nobody wrote it down.
+    number of the generation that the session went by, None where nobody wrote it down. *origin* is the
+    session ID of the snapshot that this one was copied from, in another repository; "" if it was not copied.
     """
 
     version: int = FORMAT_VERSION
@@ -138,6 +139,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[str, ...] = ()
     anchor: Anchor | None = None
     generation: int | None = None
+    origin: str = ""
 
 
 class _Version(msgspec.Struct):

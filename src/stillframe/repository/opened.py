@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from stillframe.clock import Clock, utc_text
@@ -20,14 +21,19 @@ from stillframe.errors import (
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind, decode_slot, recovery_secret, unwrap, wrap
 from stillframe.repository.layout import (
+    GENERATIONS,
     KEY_SLOTS,
     MANIFESTS,
     REPOSITORY_KEY,
     SID_BYTES,
+    PackKind,
     Parameters,
     decode_parameters,
+    packs_prefix,
 )
 from stillframe.repository.slots import SlotCodec
+from stillframe.storage.access import NOBODY, Access
+from stillframe.storage.cache import Cached
 from stillframe.storage.model import Storage
 from stillframe.storage.probe import probe_create_if_absent
 from stillframe.storage.wrappers import Retried
@@ -49,12 +55,13 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """An open repository. For several threads."""
+    """An open repository. For several threads. *access* is who we are to its server."""
 
     storage: Storage
     parameters: Parameters
     key: DomainKey
     codec: SlotCodec
+    access: Access = NOBODY
 
     @property
     def address(self) -> str:
@@ -69,6 +76,21 @@ def retried(storage: Storage, clock: Clock, **options: Any) -> Retried:
     are those of Retried.
     """
     return Retried(storage, clock, sent_once=lambda key: key.startswith(MANIFESTS), **options)
+
+
+#: Created once and never changed, and needed again by the next backup of this host.
+_KEPT_NEAR = (packs_prefix(PackKind.TREE), MANIFESTS, GENERATIONS)
+
+
+def with_cache(repository: Repository, caches: Path) -> Repository:
+    """Return *repository* with its trees, manifests and generations kept in a folder of its own in *caches*.
+
+    For who finds by a listing what it reads: a backup, or a list. Not for who must see what is missing or
+    damaged in the storage (`verify`), or decides what to delete by it (`prune`).
+    """
+    storage = Cached(repository.storage, caches / repository.parameters.id, _KEPT_NEAR,
+                     listed=packs_prefix(PackKind.TREE))
+    return replace(repository, storage=storage)
 
 
 def init_repository(
@@ -100,14 +122,14 @@ def init_repository(
     return Repository(storage, made, key, SlotCodec(key, made))
 
 
-def open_repository(storage: Storage, secret: Secret) -> Repository:
-    """Open a repository.
+def open_repository(storage: Storage, secret: Secret, access: Access = NOBODY) -> Repository:
+    """Open a repository. *access* is who the storage was opened as.
 
     Raises RepositoryUnknown, RepositoryNewer, RepositoryDamaged, KeyWrong, KeyNeeded, StorageError.
     """
     parameters = read_parameters(storage)
     key = _unlocked(storage, secret)
-    return Repository(storage, parameters, key, SlotCodec(key, parameters))
+    return Repository(storage, parameters, key, SlotCodec(key, parameters), access)
 
 
 def read_parameters(storage: Storage) -> Parameters:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Self
 
 from stillframe.block.reader import Connection, OneByOne
@@ -47,6 +48,9 @@ class DiskView:
         self._leaf_chunks = places.repository.parameters.leaf_chunks
         self.size_bytes = content.size_bytes
         self._chunks = places.repository.parameters.chunks(content.size_bytes)
+        # The tree never changes; by its number a leaf is found without hashing the places above it.
+        self._leaf_at = lru_cache(kept_leaves)(self._tree.leaf_at)
+        self._zeroes = memoryview(bytes(self._chunk_bytes))
         self._fetcher = SlotFetcher(places, threads, kept_bytes)
         self._leaves = ThreadPoolExecutor(1, "leaves")
         self._heals: Mapping[bytes, ChunkRef] | None = None
@@ -74,9 +78,15 @@ class DiskView:
         if not 0 <= offset_bytes <= end <= self.size_bytes:
             raise ValueError(f"{len(buffer)} bytes at {offset_bytes} are not within the disk")
         first, last = offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes)
+        within = end < (first + 1) * self._chunk_bytes
         with self._lock:
-            onward = offset_bytes in self._ends and (first + 1) * self._chunk_bytes <= end
+            onward = not within and offset_bytes in self._ends
             self._ends.append(end)
+        at_hand = self._at_hand(first) if within else None
+        if at_hand is not None:
+            begin = offset_bytes - first * self._chunk_bytes
+            buffer[:] = at_hand[begin : begin + len(buffer)]
+            return
         until = self._chunks if onward else last
         for chunk in range(first, last, _PORTION_CHUNKS):
             portion = range(chunk, min(chunk + _PORTION_CHUNKS, last))
@@ -92,9 +102,8 @@ class DiskView:
         wanted: dict[SlotRef, None] = {}
         chunks = range(offset_bytes // self._chunk_bytes, -(-end // self._chunk_bytes))
         for first in range(chunks.start, chunks.stop, self._leaf_chunks):
-            for entry in self._entries(range(first, min(first + self._leaf_chunks, chunks.stop))):
-                if entry is not None:
-                    wanted[entry.place] = None
+            portion = range(first, min(first + self._leaf_chunks, chunks.stop))
+            wanted.update(dict.fromkeys(_places(self._entries(portion))))
             if len(wanted) >= self._fetcher.most // 2:
                 break
         coming = self._fetcher.want(list(wanted)[: self._fetcher.most // 2])
@@ -130,16 +139,28 @@ class DiskView:
         return iter(Pieces(
             self._tree, self._fetcher, self._leaves, self._chunk, first_byte // leaf_bytes, end))
 
+    def _at_hand(self, number: int) -> memoryview | None:
+        """Return a chunk that needs no waiting: what a small read mostly finds, by the shortest way.
+
+        None: there may be one all the same. Raises SlotDamaged, StorageError.
+        """
+        index, at = divmod(number, self._leaf_chunks)
+        leaf = self._leaf_at(index)
+        entry = None if leaf is None else leaf.entries[at]
+        if entry is None:
+            return self._zeroes
+        chunks = self._fetcher.at_hand(entry.place)
+        return None if chunks is None or not _is_right(entry, chunks) else chunks.chunk(entry.position)
+
     def _read_portion(self, buffer: memoryview, offset: int, portion: range, ahead: range) -> None:
         entries = self._entries(portion)
-        needed = dict.fromkeys(entry.place for entry in entries if entry is not None)
-        wanted = dict(needed)
+        wanted = dict.fromkeys(_places(entries))
+        most = len(wanted) + _AHEAD_SLOTS
         with contextlib.suppress(SlotDamaged):  # whoever reads that part will see it
-            for entry in self._entries(ahead):
-                if len(wanted) >= len(needed) + _AHEAD_SLOTS:
+            for place in _places(self._entries(ahead)):
+                if len(wanted) >= most:
                     break
-                if entry is not None:
-                    wanted[entry.place] = None
+                wanted[place] = None
         coming = self._fetcher.want(wanted)
         end = offset + len(buffer)
         for number, entry in zip(portion, entries, strict=True):
@@ -174,7 +195,7 @@ class DiskView:
         while len(found) < len(chunks):
             index, at = divmod(chunks.start + len(found), self._leaf_chunks)
             count = min(self._leaf_chunks - at, len(chunks) - len(found))
-            leaf = self._tree.leaf_at(index)
+            leaf = self._leaf_at(index)
             found += [None] * count if leaf is None else leaf.entries[at : at + count]
         return found
 
@@ -216,8 +237,21 @@ class _ViewConnection(OneByOne):
         self._view.read_into(buffer, offset_bytes)
 
 
+def _places(entries: Iterable[ChunkRef | None]) -> Iterator[SlotRef]:
+    """Yield the slots of *entries*, not each as often as neighbours are in it: hashing one takes long."""
+    last: SlotRef | None = None
+    for entry in entries:
+        if entry is not None and entry.place is not last:
+            last = entry.place
+            yield last
+
+
+def _is_right(entry: ChunkRef, chunks: Chunks) -> bool:
+    return entry.position < len(chunks.ids) and chunks.ids[entry.position] == entry.id
+
+
 def _checked(entry: ChunkRef, chunks: Chunks) -> memoryview:
     """Return the chunk of an opened slot if it is the one that the leaf names. Raises SlotDamaged."""
-    if entry.position >= len(chunks.ids) or chunks.ids[entry.position] != entry.id:
+    if not _is_right(entry, chunks):
         raise SlotDamaged(entry.place, f"the chunk at {entry.position} is not the one that the tree names")
     return chunks.chunk(entry.position)

@@ -53,8 +53,8 @@ class Place:
     its medium stays, but for those in *ejected*. *network*: None as it was, "" no interface at all, else the
     network of libvirt that all are on. *nvram* is the file with the firmware's variables. *files* maps boot
     files (kernel, initrd, dtb, loader) of the old host to those of this one. *is_original*: the guest is
-    itself, not beside itself, and keeps what two guests can't share. The rest is what this host has instead,
-    "" for as it was.
+    itself, not beside itself, and keeps what two guests can't share, but for character devices that write to
+    one of *unwritable*. The rest is what this host has instead, "" for as it was.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Place:
     nvram: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     is_original: bool = False
+    unwritable: tuple[str, ...] = ()
     machine: str = ""
     virt_type: str = ""
     emulator: str = ""
@@ -106,6 +107,10 @@ def domain_for(xml_text: str, place: Place) -> str:
     _connect(root, place)
     if not place.is_original:
         _part_from_original(root)
+    for device in chardevs(root):
+        source = device.find("source")
+        if source is not None and source.get("path") in place.unwritable:
+            _to_terminal(device)
     _adapt(root, place)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode") + "\n"
@@ -211,13 +216,12 @@ def _connect(root: ET.Element, place: Place) -> None:
 
 def _part_from_original(root: ET.Element) -> None:
     """Take from the guest what the original has, too, and only one can have."""
-    for kind in ("serial", "console", "parallel", "channel"):
-        for device in root.iterfind(f"devices/{kind}"):
-            _drop(device, "log")
-            if kind != "channel" and device.get("type") in _SHARED_CHARDEVS:
-                for name in ("source", "protocol"):
-                    _drop(device, name)
-                device.set("type", "pty")
+    for channel in root.iterfind("devices/channel"):
+        _drop(channel, "log")
+    for device in chardevs(root):
+        _drop(device, "log")
+        if device.get("type") in _SHARED_CHARDEVS:
+            _to_terminal(device)
     for graphics in root.iterfind("devices/graphics"):
         for name in ("port", "tlsPort", "websocket", "socket"):
             graphics.attrib.pop(name, None)
@@ -250,6 +254,19 @@ def _adapt(root: ET.Element, place: Place) -> None:
             root.remove(old)
         else:
             root.append(new)
+
+
+def chardevs(root: ET.Element) -> Iterator[ET.Element]:
+    """Yield the character devices that a guest has for people."""
+    for kind in ("serial", "console", "parallel"):
+        yield from root.iterfind(f"devices/{kind}")
+
+
+def _to_terminal(device: ET.Element) -> None:
+    """Let a character device end in a terminal of this host, where anybody may look, or nobody."""
+    for name in ("source", "protocol"):
+        _drop(device, name)
+    device.set("type", "pty")
 
 
 def _macs(root: ET.Element) -> Iterator[ET.Element]:

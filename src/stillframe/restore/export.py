@@ -118,7 +118,7 @@ def exported(order: Order, clock: Clock, serving: Serving = Serving()) -> Iterat
     Raises ProgramMissing, ExportFailed.
     """
     with (
-        _private_folder() as folder,
+        private_folder() as folder,
         _begun(order, folder, serving, process.running) as server,
     ):
         export = _ready(server, order, folder, serving, clock)
@@ -181,7 +181,7 @@ def _begun(order: Order, folder: Path, serving: Serving, start: _Starter) -> Ite
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             server = stack.enter_context(start(
-                _command(folder, serving), environment=_environment(), told=order.encode(), output=log))
+                _command(folder, serving), environment=python_environment(), told=order.encode(), output=log))
         finally:
             os.close(log)
         yield server
@@ -195,8 +195,8 @@ def _command(folder: Path, serving: Serving) -> list[str]:
     return [*command, "python", str(Path(__file__).with_name("export_plugin.py"))]
 
 
-def _environment() -> dict[str, str]:
-    """Return what leads the plugin's Python to what this one has."""
+def python_environment() -> dict[str, str]:
+    """Return what leads another Python (a plugin's, a worker's) to what this one has."""
     own = str(Path(stillframe.__file__).parents[1])
     found = dict.fromkeys([own, *(entry for entry in sys.path if os.path.isabs(entry))])
     return {"PYTHONPATH": os.pathsep.join(found)}
@@ -256,7 +256,7 @@ def _end_of(log: str) -> str:
 
 
 @contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
+def private_folder() -> Iterator[Path]:
     """Give a folder that nobody else can enter, for the block. What killed processes left is removed."""
     base = Path(tempfile.gettempdir())
     for old in base.glob(f"{_PREFIX}*"):

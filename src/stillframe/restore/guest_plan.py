@@ -48,6 +48,9 @@ from stillframe.units import size_text
 _IMAGES = "/var/lib/libvirt/images"
 _DEFAULT_POOL = "default"
 _ARGUMENTS = "<qemu:commandline>"
+#: A warning; a guest that has them taken away again does not need it.
+KEEPS_ARGUMENTS = ("the definition has arguments for QEMU itself (qemu:commandline): they are as they were, "
+                   "whatever of the original they name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +100,6 @@ class GuestPlan:
     findings: tuple[Finding, ...]
     lacking: tuple[Finding, ...]
     warnings: tuple[str, ...]
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """The folders that are to be made, outermost first."""
-        return self.claim.folders
 
     @property
     def needed_bytes(self) -> int:
@@ -169,8 +167,7 @@ def plan_guest(
                       for disk in disks)
     warnings = [*_left_out(original, definition), *_unreachable(folder, disks)]
     if _ARGUMENTS in definition and not place.is_original:
-        warnings.append("the definition has arguments for QEMU itself (qemu:commandline): they are as they "
-                        "were, whatever of the original they name")
+        warnings.append(KEEPS_ARGUMENTS)
     return GuestPlan(claim, earlier, original, definition, disks, files, tuple(findings), tuple(left),
                      tuple(warnings))
 

@@ -17,9 +17,10 @@ import libvirt
 from stillframe.errors import HypervisorError
 from stillframe.hypervisor.backup_xml import machine_of
 from stillframe.hypervisor.connection import Connection
-from stillframe.restore.definition import Place
+from stillframe.restore.definition import Place, chardevs
 
 _VERSION = re.compile(r"^(.*?)-(\d+)\.(\d+)(?:\.(\d+))?$")
+_TERMINAL = "a terminal instead of that file"
 _REMOVABLE = ("cdrom", "floppy")
 
 
@@ -29,8 +30,8 @@ class Finding:
     """Something that the definition names and the host lacks.
 
     *what* is the kind ("machine", "cpu", "virt-type", "emulator", "architecture", "firmware", "file",
-    "network", "bridge", "medium", "device"), *named* what the definition says, *nearest* what the host has
-    instead ("" for nothing).
+    "network", "bridge", "folder", "medium", "device"), *named* what the definition says, *nearest* what the
+    host has instead ("" for nothing).
     """
 
     what: str
@@ -86,6 +87,7 @@ def lacking(definition: str, host: HostFacts) -> list[Finding]:
 def accept(place: Place, findings: list[Finding]) -> Place:
     """Return *place* with the nearest choice for each of the findings that has one."""
     nearest = {finding.what: finding.nearest for finding in findings if finding.nearest}
+    unwritable = tuple(finding.named for finding in findings if finding.what == "folder")
     ejected = tuple(finding.named for finding in findings if finding.what == "medium")
     files = {finding.named: finding.nearest for finding in findings
              if finding.what == "firmware" and finding.nearest}
@@ -94,7 +96,8 @@ def accept(place: Place, findings: list[Finding]) -> Place:
         virt_type=nearest.get("virt-type", place.virt_type), emulator=nearest.get("emulator", place.emulator),
         cpu_mode=nearest.get("cpu", place.cpu_mode),
         network=nearest.get("network", nearest.get("bridge", place.network)),
-        ejected=(*place.ejected, *ejected), files={**place.files, **files})
+        ejected=(*place.ejected, *ejected),
+        unwritable=(*place.unwritable, *unwritable), files={**place.files, **files})
 
 
 def _machine(definition: str, host: HostFacts) -> Iterator[Finding]:
@@ -187,6 +190,11 @@ def _files(root: ET.Element, host: HostFacts) -> Iterator[Finding]:
         path = source.get("file") or source.get("dev") or ""
         if not path or not host.exists(path):
             yield Finding("medium", target.get("dev", ""), is_fatal=False)
+    for device in chardevs(root):
+        source = device.find("source")
+        path = "" if source is None else source.get("path", "")
+        if device.get("type") == "file" and not host.exists(os.path.dirname(path)):
+            yield Finding("folder", path, _TERMINAL, is_fatal=False)
     for device in root.iterfind("devices/hostdev"):
         yield Finding("device", f"of {device.get('type', '?')} that is handed through", is_fatal=False)
 

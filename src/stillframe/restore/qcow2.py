@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stillframe import process
-from stillframe.block.image import file_place
+from stillframe.block.image import ImagePlace, file_place
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import (
     DestinationFull,
@@ -73,8 +73,8 @@ def open_qcow2_target(wishes: Wishes, size_bytes: int, data_bytes: int, clock: C
         raise _unfit(wishes.path, "a block device holds a raw disk", "--format raw")
     if facts is not None and wishes.delta:
         _check_existing(wishes.path, size_bytes)
-        with _served(wishes.path, wishes.path, "writeback", clock) as server:
-            yield Qcow2Target(server, wishes.path, wishes.path, None, clock)
+        with open_image_target(file_place(wishes.path, "qcow2"), clock) as target:
+            yield target
         return
     with kept_away(wishes.path, facts), Naming(wishes.path, replace=facts is not None) as naming:
         check_room(wishes.path, data_bytes)
@@ -83,12 +83,23 @@ def open_qcow2_target(wishes: Wishes, size_bytes: int, data_bytes: int, clock: C
         rounded = -(-size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES
         process.run(["qemu-img", "create", "-q", "-f", "qcow2", naming.temporary, str(rounded)],
                     timeout_s=_CREATE_TIMEOUT_S)
-        with _served(naming.temporary, wishes.path, "unsafe", clock) as server:
+        with _served(file_place(naming.temporary, "qcow2"), wishes.path, "unsafe", clock) as server:
             yield Qcow2Target(server, naming.temporary, wishes.path, naming, clock)
 
 
+@contextlib.contextmanager
+def open_image_target(place: ImagePlace, clock: Clock) -> Iterator[Target]:
+    """Open an image that is there, whatever QEMU reaches it by: what is written goes into the topmost image.
+
+    Its persistent bitmaps mark what is written, so that a checkpoint stays true.
+    Raises TargetInUse, DestinationUnwritable, ProgramMissing.
+    """
+    with _served(place, place.text(), "writeback", clock) as server:
+        yield Qcow2Target(server, place.path, place.text(), None, clock)
+
+
 class Qcow2Target:
-    """See Target. *image* is the file that is written, *path* what it is for."""
+    """See Target. *image* is the file that is written ("" if it is none), *path* what it is for."""
 
     def __init__(self, server: _Server, image: str, path: str, naming: Naming | None, clock: Clock) -> None:
         self._server = server
@@ -131,9 +142,15 @@ class Qcow2Target:
         for at in range(offset_bytes, offset_bytes + length_bytes, GIB):
             self._server.zero(at, min(GIB, offset_bytes + length_bytes - at))
 
+    def flush(self) -> None:
+        """See Target."""
+        self._server.flush()
+
     def publish(self) -> None:
         """See Target."""
         self._server.finish(self._clock)
+        if not self._image:
+            return
         with write_errors(self._path):
             fd = os.open(self._image, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -185,11 +202,16 @@ class _Server:
             self._handle.block_status(length, offset, take)
         return pairs or [(length, 0)]
 
-    def finish(self, clock: Clock) -> None:
-        """Have all written, and wait until qemu-nbd has closed the image."""
+    def flush(self) -> None:
+        """Have all written, durably."""
         with self._errors("writing"):
             self._wait(0)
             self._handle.flush()
+
+    def finish(self, clock: Clock) -> None:
+        """Have all written, and wait until qemu-nbd has closed the image."""
+        self.flush()
+        with self._errors("writing"):
             self._handle.shutdown()
         deadline = Deadline(clock, _END_TIMEOUT_S)
         while self._helper.poll() is None:
@@ -226,12 +248,12 @@ class _Server:
 
 
 @contextlib.contextmanager
-def _served(image: str, path: str, cache: str, clock: Clock) -> Iterator[_Server]:
-    """Serve *image* for the length of the block; qemu-nbd takes QEMU's lock on it."""
+def _served(place: ImagePlace, path: str, cache: str, clock: Clock) -> Iterator[_Server]:
+    """Serve the image for the length of the block; qemu-nbd takes QEMU's lock on it."""
     with tempfile.TemporaryDirectory(prefix="stillframe-nbd-") as folder:
         socket = os.path.join(folder, "socket")
         command = ["qemu-nbd", f"--cache={cache}", "--discard=unmap", "--aio=threads", "--socket", socket,
-                   file_place(image, "qcow2").json_name()]
+                   place.json_name()]
         with process.running(command, environment=_KEEP_BUFFERS) as helper:
             handle = _connected(helper, socket, path, clock)
             try:

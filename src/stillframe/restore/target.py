@@ -89,6 +89,10 @@ class Target(Protocol):
         """Make a stretch read as zeroes."""
         ...
 
+    def flush(self) -> None:
+        """Make durable what was written so far."""
+        ...
+
     def publish(self) -> None:
         """Make it durable and give it its name."""
         ...
@@ -146,6 +150,12 @@ class FileTarget:
         self._touched = self._naming is None
         with write_errors(self._path):
             make_zero(self._fd, offset_bytes, length_bytes)
+
+    def flush(self) -> None:
+        """See Target."""
+        with write_errors(self._path):
+            self._bulk.finish()
+            os.fsync(self._fd)
 
     def publish(self) -> None:
         """See Target."""
@@ -207,6 +217,20 @@ def unfinished(path: str) -> list[str]:
 
 
 @contextlib.contextmanager
+def open_existing_target(path: str, size_bytes: int) -> Iterator[Target]:
+    """Open a raw image in a file, or a block device, that is there, for a disk of *size_bytes*.
+
+    Raises TargetSmall, TargetInUse, NotPermitted, DestinationUnwritable.
+    """
+    with opened(path, os.O_RDWR) as fd:
+        room = os.lseek(fd, 0, os.SEEK_END)
+        if room < size_bytes:
+            raise small(path, f"has {size_text(room)}", size_bytes)
+        with FileTarget(fd, path, size_bytes, None) as target:
+            yield target
+
+
+@contextlib.contextmanager
 def open_file_target(wishes: Wishes, size_bytes: int, data_bytes: int) -> Iterator[Target]:
     """Open a raw file or block device for a disk of *size_bytes*, *data_bytes* of which are not zero.
 
@@ -214,12 +238,8 @@ def open_file_target(wishes: Wishes, size_bytes: int, data_bytes: int) -> Iterat
     """
     facts = look(wishes)
     if facts is not None and (stat.S_ISBLK(facts.st_mode) or wishes.delta):
-        with opened(wishes.path, os.O_RDWR) as fd:
-            room = os.lseek(fd, 0, os.SEEK_END)
-            if room < size_bytes:
-                raise small(wishes.path, f"has {size_text(room)}", size_bytes)
-            with FileTarget(fd, wishes.path, size_bytes, None) as target:
-                yield target
+        with open_existing_target(wishes.path, size_bytes) as target:
+            yield target
         return
     with kept_away(wishes.path, facts), Naming(wishes.path, replace=facts is not None) as naming:
         check_room(wishes.path, data_bytes)

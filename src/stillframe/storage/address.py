@@ -4,21 +4,121 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
+import msgspec
+
+from stillframe.clock import Clock, SystemClock
 from stillframe.errors import RepositoryRefused
+from stillframe.storage.access import NOBODY, Access
+from stillframe.storage.files import FileStorage
 from stillframe.storage.local import LocalStorage
 from stillframe.storage.model import Storage
 
+if TYPE_CHECKING:
+    from stillframe.storage.sftp import SftpPlace
+    from stillframe.storage.smb import SmbPlace
+
+_SERVERS = ("s3", "sftp", "smb")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-def open_storage(address: str, *, make: bool = False) -> Storage:
-    """Return the storage at *address*, a folder or a file:// address. *make* makes the folder.
+def scheme_of(address: str) -> str:
+    """Return what kind of address it is: "file" for a folder, however it is written; "s3", …."""
+    scheme = _SCHEME.match(address)
+    return "file" if scheme is None or Path(address).is_dir() else scheme[0][:-1].lower()
 
-    Raises RepositoryRefused for other kinds of addresses.
+
+def open_storage(
+    address: str, access: Access = NOBODY, *, make: bool = False, clock: Clock | None = None,
+) -> Storage:
+    """Return the storage at *address*, where *access* lets us in. *make* makes the folder.
+
+    Raises RepositoryRefused for an address that is none, StorageError.
     """
+    kind = scheme_of(address)
+    # What reaches a server takes long to load: each on its own, and only when it is wanted.
+    if kind == "s3":
+        from stillframe.storage.s3 import S3Storage
+
+        bucket, prefix, access = _in_bucket(address, access)
+        return S3Storage(bucket, prefix, access, address)
+    if kind == "sftp":
+        from stillframe.storage.sftp import SftpServer
+
+        return FileStorage(SftpServer(_on_host(address)), make=make, address=address)
+    if kind == "smb":
+        from stillframe.storage.smb import SmbServer
+
+        place, access = _on_share(address, access)
+        server = SmbServer(place, access, clock or SystemClock())
+        return FileStorage(server, make=make, address=address)
     return LocalStorage(local_folder(address), make=make)
+
+
+def _in_bucket(address: str, access: Access) -> tuple[str, str, Access]:
+    """Return bucket, prefix and access of s3://BUCKET/FOLDER?endpoint=URL&region=NAME."""
+    how = "s3://BUCKET/FOLDER?endpoint=https://HOST&region=NAME"
+    parts, options = _parts(address, how, "endpoint", "region")
+    if parts.username or parts.port:
+        raise _no_address(address, how)
+    return parts.netloc, unquote(parts.path).strip("/"), msgspec.structs.replace(access, **options)
+
+
+def _on_host(address: str) -> SftpPlace:
+    """Return the place of sftp://USER@HOST:PORT/FOLDER; a folder /~/NAME is below where the user begins."""
+    from stillframe.storage.sftp import SftpPlace
+
+    how = "sftp://USER@HOST/FOLDER?identity=FILE&known_hosts=FILE"
+    parts, options = _parts(address, how, "identity", "known_hosts")
+    path = unquote(parts.path).rstrip("/")
+    if parts.password or path in ("", "/~"):
+        raise _no_address(address, how)
+    return SftpPlace(host=parts.hostname or "", path=path.removeprefix("/~/"), port=parts.port or 0,
+                     user=unquote(parts.username or ""), **options)
+
+
+def _on_share(address: str, access: Access) -> tuple[SmbPlace, Access]:
+    """Return the place of smb://DOMAIN;USER@HOST:PORT/SHARE/FOLDER, and who we are there."""
+    from stillframe.storage.smb import SmbPlace
+
+    how = "smb://USER@HOST/SHARE/FOLDER"
+    parts, _ = _parts(address, how)
+    share, _, folder = unquote(parts.path).strip("/").partition("/")
+    if parts.password or not share:
+        raise _no_address(address, how)
+    domain, semicolon, user = unquote(parts.username or "").rpartition(";")
+    if user:
+        access = msgspec.structs.replace(access, user=user)
+    if semicolon:
+        access = msgspec.structs.replace(access, domain=domain)
+    port = {"port": parts.port} if parts.port else {}
+    return SmbPlace(host=parts.hostname or "", share=share, folder=folder, **port), access
+
+
+def _parts(address: str, how: str, *known: str) -> tuple[SplitResult, dict[str, str]]:
+    """Return the parts of an address, and its options, which must be *known*. Raises RepositoryRefused."""
+    try:
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        raise _no_address(address, how) from error
+    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    if not parts.hostname or parts.fragment or options.keys() - set(known):
+        raise _no_address(address, how)
+    return parts, options
+
+
+def _no_address(address: str, how: str) -> RepositoryRefused:
+    # A password in it would end up in a log.
+    shown = address if "@" not in address else f"{address.partition('://')[0]}://…@{address.rpartition('@')[2]}"
+    return RepositoryRefused(f"{shown} is not an address of a repository.", f"write it as {how}")
+
+
+def folder_of(address: str) -> Path | None:
+    """Return the folder of this host that *address* names, None for a server's. Raises RepositoryRefused."""
+    return local_folder(address) if scheme_of(address) not in _SERVERS else None
 
 
 def local_folder(address: str) -> Path:
@@ -31,8 +131,8 @@ def local_folder(address: str) -> Path:
     parts = urlsplit(address)
     if parts.scheme.lower() != "file":
         raise RepositoryRefused(
-            f"{address} begins with {scheme[0]}, a kind of address that is not supported (yet).",
-            "name a folder, for instance one where the share is mounted: --repo /srv/repository")
+            f"{address} begins with {scheme[0]}, a kind of address that is not supported.",
+            "name a folder, or s3://BUCKET/FOLDER, sftp://HOST/FOLDER, smb://HOST/SHARE/FOLDER")
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise RepositoryRefused(f"{address} names no folder of this host.", "write it as file:///srv/repository")
     return Path(unquote(parts.path))

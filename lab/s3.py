@@ -1,0 +1,59 @@
+"""A real S3 server on loopback: SeaweedFS, one binary from PyPI.
+
+with S3Server(folder) as server:
+storage = S3Storage(BUCKET, "a/folder", server.access)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Self
+
+from lab.ports import free_ports
+from lab.server import Server
+from stillframe.storage.access import Access
+from stillframe.storage.s3 import S3Storage
+
+ACCESS_KEY_ID, SECRET_ACCESS_KEY = "labkey", "labsecret12345"
+BUCKET = "lab"
+_REGION = "us-east-1"
+
+
+class S3Server(Server):
+    """Runs within the block, with one bucket."""
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        data = self._folder / "data"
+        data.mkdir(exist_ok=True)
+        identity = {"name": "lab", "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+                    "credentials": [{"accessKey": ACCESS_KEY_ID, "secretKey": SECRET_ACCESS_KEY}]}
+        settings = self._folder / "s3.json"
+        settings.write_text(json.dumps({"identities": [identity]}))
+        self.port, master, volume, filer, *grpc = free_ports(8)
+        command = [
+            str(Path(sys.executable).with_name("weed")), "server", f"-dir={data}", "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-master.volumeSizeLimitMB=512", "-volume.max=50", "-filer", "-s3", f"-s3.port={self.port}",
+            f"-s3.config={settings}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={master}",
+            f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port.grpc={grpc[0]}",
+            f"-master.port.grpc={grpc[1]}", f"-volume.port.grpc={grpc[2]}", f"-filer.port.grpc={grpc[3]}",
+        ]
+        self._start(command)
+        # It makes a bucket of whatever is written to first; only then the bucket can be listed.
+        first = S3Storage(BUCKET, "", self.access)
+        first.create("first", b"x")
+        first.delete(["first"])
+        return self
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def access(self) -> Access:
+        """What the owner of all buckets says to it."""
+        return Access(user=ACCESS_KEY_ID, secret=SECRET_ACCESS_KEY, endpoint=self.endpoint, region=_REGION)

@@ -1,0 +1,34 @@
+"""A server on loopback that the lab starts and ends."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.ports import listens
+from lab.waiting import PATIENCE_S, wait_for
+
+
+class Server:
+    """A process that listens at `port` once `_start` has returned, and is gone after the block.
+
+    *folder* is for all that it keeps; its output is in ``output`` there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(PATIENCE_S)
+            self._process = None
+
+    def _start(self, command: Sequence[str]) -> None:
+        with open(self._folder / "output", "ab") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        wait_for(f"{command[0]} listens", lambda: listens(self.port), PATIENCE_S)

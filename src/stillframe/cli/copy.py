@@ -1,0 +1,70 @@
+"""`stillframe copy`: the snapshots of one repository into another."""
+
+from __future__ import annotations
+
+import contextlib
+
+from stillframe.cli.session import Session
+from stillframe.cli.snapshots import name_body, name_words, short_id
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, RepositoryDamaged, RepositoryRefused
+from stillframe.repository.catalog import list_snapshots
+from stillframe.repository.copy import Copied, Copier, missing
+from stillframe.repository.hints import ChunkHints
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.opened import read_parameters
+from stillframe.units import size_text
+
+
+def copy(session: Session, source: Session, guest: str | None, *, dry_run: bool) -> int:
+    """Copy what *session*'s repository lacks of *source*'s; return the exit code."""
+    if read_parameters(source.storage).id == read_parameters(session.storage).id:
+        raise RepositoryRefused(f"{source.address} and {session.address} are one repository.",
+                                "name another one with --to")
+    left = [name for name in missing(list_snapshots(source.storage), list_snapshots(session.storage))
+            if guest in (None, name.guest)]
+    if dry_run:
+        for name in left:
+            session.screen.result(f"would copy  {name_words(name)}")
+        session.screen.json({"dry_run": True, "missing": [name_body(name) for name in left]})
+        return EXIT_OK
+    session.kept = "What was copied is whole; the snapshot that was under way is not listed."
+    copied, failed = _copied(session, source, left)
+    if not left:
+        session.screen.say("nothing to copy")
+    session.screen.json({"dry_run": False, "copied": copied, "failed": failed})
+    return EXIT_PARTIAL if failed else EXIT_OK
+
+
+def _copied(
+    session: Session, source: Session, left: list[SnapshotName],
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Copy *left*; return what was copied, and what could not be, damaged in the source as it is."""
+    copied: list[dict[str, object]] = []
+    failed: list[dict[str, object]] = []
+    repository = session.repository
+    with contextlib.suppress(OSError):
+        session.hints_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (
+        contextlib.closing(ChunkHints(repository.parameters.id, session.hints_folder)) as hints,
+        session.signals_as_stop("the snapshot that is under way is given up"),
+    ):
+        copier = Copier(source.repository, repository, hints, session.clock, session.host)
+        for name in left:
+            try:
+                done = copier.copy(
+                    name, stop=session.stop,
+                    report=lambda target, progress, name=name: session.screen.bar(  # type: ignore[misc]
+                        f"{short_id(name.sid)} {target}: copy", progress.done_bytes, progress.size_bytes))
+            except RepositoryDamaged as error:
+                session.screen.error(error, name_words(name))
+                failed.append({**name_body(name), "error": error.message})
+                continue
+            copied.append(_shown(session, name, done))
+    return copied, failed
+
+
+def _shown(session: Session, original: SnapshotName, done: Copied) -> dict[str, object]:
+    session.screen.result(f"{name_words(original)}: copied as {short_id(done.name.sid)}; "
+                          f"{size_text(done.read_bytes)} read, {size_text(done.stored_bytes)} stored")
+    return {**name_body(done.name), "origin": original.sid, "read_bytes": done.read_bytes,
+            "stored_bytes": done.stored_bytes}

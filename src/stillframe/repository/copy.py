@@ -1,0 +1,202 @@
+"""Copying snapshots into another repository: a second site, another key, another kind of storage.
+
+A copy is a snapshot like any other there: opened with the one key, sealed with the other. Of a guest's first
+all is read; of the next ones only what differs from the one before, as the trees of the two say, if the
+target holds a copy of that one; what the target has by its ID moves no byte. A copy keeps host, guest and
+moment, and by them it is known to be there already. So copying goes on where it ended, a snapshot at a time.
+
+The anchor (what a guest's next backup counts from) is not copied: it belongs to backups into the first
+repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from stillframe.block.reader import Connection
+from stillframe.clock import Clock, utc_text
+from stillframe.errors import RepositoryDamaged, StillframeError
+from stillframe.extent import Extent
+from stillframe.repository.catalog import list_snapshots
+from stillframe.repository.difference import changed_extents
+from stillframe.repository.heal import read_bad, write_heals
+from stillframe.repository.hints import ChunkHints
+from stillframe.repository.layout import SnapshotName
+from stillframe.repository.manifest import Content, DiskEntry, FileEntry, Manifest, Root, encode_manifest
+from stillframe.repository.opened import Repository
+from stillframe.repository.places import Places
+from stillframe.repository.reader import DiskView
+from stillframe.repository.session import Session, open_session
+from stillframe.repository.snapshots import read_snapshot
+from stillframe.repository.tree import Tree
+from stillframe.repository.writer import Progress, Since, SnapshotWriter
+
+#: Told of the disk and of how far it is.
+Report = Callable[[str, Progress], None]
+Stop = Callable[[], StillframeError | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A snapshot that was copied. *read_bytes* of the disks were read, *stored_bytes* stored anew."""
+
+    name: SnapshotName
+    read_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """The copy to build upon: the original's manifest in the source, and its own in the target."""
+
+    original: Manifest
+    copy: Manifest
+
+
+def missing(source: Iterable[SnapshotName], target: Iterable[SnapshotName]) -> list[SnapshotName]:
+    """Return those of *source* that *target* has no snapshot of, the oldest first."""
+    there = {_moment(name) for name in target}
+    return sorted(
+        (name for name in source if _moment(name) not in there), key=lambda each: (each.utc, each.sid))
+
+
+class Copier:
+    """Copies snapshots from *source* to *target*. *host* is this host, *hints* are those of the target."""
+
+    def __init__(
+        self, source: Repository, target: Repository, hints: ChunkHints, clock: Clock, host: str,
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._hints = hints
+        self._clock = clock
+        self._host = host
+
+    def copy(
+        self, name: SnapshotName, *, stop: Stop = lambda: None, report: Report = lambda *_: None,
+    ) -> Copied:
+        """Copy one snapshot that the target has not.
+
+        Raises SlotDamaged where data is lost in the source, StorageError, and what *stop* returns; then
+        nothing new is listed.
+        """
+        with contextlib.ExitStack() as sessions:
+            with contextlib.suppress(StillframeError):  # who may only read can't keep a prune waiting
+                sessions.enter_context(open_session(
+                    self._source.storage, self._source.key, self._clock, self._host, lambda _: ""))
+            manifest = read_snapshot(self._source, name)
+            session = sessions.enter_context(open_session(
+                self._target.storage, self._target.key, self._clock, self._host,
+                lambda sid: SnapshotName(name.host, name.guest, name.utc, sid).key))
+            one = _One(self._source, self._target, session, self._clock, stop, report)
+            return one.copy(name, manifest, self._hints)
+
+
+class _One:
+    """One snapshot on its way."""
+
+    def __init__(
+        self, source: Repository, target: Repository, session: Session, clock: Clock, stop: Stop,
+        report: Report,
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._session = session
+        self._clock = clock
+        self._stop = stop
+        self._report = report
+        self._places = Places(source)
+
+    def copy(self, name: SnapshotName, manifest: Manifest, hints: ChunkHints) -> Copied:
+        began_at = utc_text(self._clock.now())
+        before = self._before(name)
+        with SnapshotWriter(
+            self._target, self._session, Places(self._target, self._session.generation),
+            bad=read_bad(self._target.storage), hints=hints,
+        ) as writer:
+            disks = tuple(self._disk(writer, disk, before) for disk in manifest.disks)
+            files = tuple(self._file(writer, file) for file in manifest.files)
+            stored_bytes = writer.finish(self._stop)
+            write_heals(self._target, self._session.sid, writer.healed)
+        copied = msgspec.structs.replace(
+            manifest, sid=self._session.sid, origin=manifest.origin or manifest.sid,
+            parent="" if before is None else before.copy.sid, began_at=began_at,
+            ended_at=utc_text(self._clock.now()), disks=disks, files=files, stored_bytes=stored_bytes,
+            anchor=None, generation=self._session.generation.number)
+        self._session.commit(encode_manifest(copied, self._session.record.manifest_key, self._target.key))
+        return Copied(SnapshotName(name.host, name.guest, name.utc, copied.sid),
+                      sum(disk.read_bytes for disk in disks), stored_bytes)
+
+    def _before(self, name: SnapshotName) -> _Before | None:
+        """Return the newest copy in the target, no newer than *name*, whose original is still in the source.
+
+        The session is registered, so what is listed now keeps all that it needs.
+        """
+        originals = {_moment(each): each for each in list_snapshots(self._source.storage)}
+        older = [each for each in list_snapshots(self._target.storage)
+                 if (each.host, each.guest) == (name.host, name.guest) and each.utc < name.utc]
+        for each in sorted(older, key=lambda one: one.utc, reverse=True):
+            original = originals.get(_moment(each))
+            if original is None:
+                continue
+            with contextlib.suppress(RepositoryDamaged):
+                copy, first = read_snapshot(self._target, each), read_snapshot(self._source, original)
+                if copy.origin == (first.origin or first.sid):
+                    return _Before(first, copy)
+        return None
+
+    def _disk(self, writer: SnapshotWriter, disk: DiskEntry, before: _Before | None) -> DiskEntry:
+        original = _of(before.original, disk.target) if before is not None else None
+        copy = _of(before.copy, disk.target) if before is not None else None
+        since = Since.of(before.copy, copy) if before is not None and copy is not None else None
+        with DiskView(self._places, disk) as view:
+            reader = _Reader(view, self._tree(original) if original is not None else None, self._tree(disk))
+            written = writer.write(
+                reader, copy, since=since if original is not None else None, stop=self._stop,
+                report=lambda progress: self._report(disk.target, progress))
+        return msgspec.structs.replace(
+            disk, root=Root.of(written.root), read_bytes=written.read_bytes,
+            changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes)
+
+    def _file(self, writer: SnapshotWriter, file: FileEntry) -> FileEntry:
+        content = bytearray(file.size_bytes)
+        with DiskView(self._places, file) as view:
+            view.read_into(memoryview(content), 0)
+        return msgspec.structs.replace(file, root=Root.of(writer.write_bytes(bytes(content)).root))
+
+    def _tree(self, content: Content) -> Tree:
+        return Tree(self._places, content.size_bytes, content.place)
+
+
+class _Reader:
+    """A snapshot's disk as a DiskReader that knows what differs from an older one."""
+
+    def __init__(self, view: DiskView, old: Tree | None, new: Tree) -> None:
+        self._view = view
+        self._old = old
+        self._new = new
+        self.size_bytes = view.size_bytes
+
+    def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Iterator[Extent]:
+        """See DiskReader."""
+        return self._view.extents(offset_bytes, length_bytes)
+
+    def changed(self) -> Iterator[Extent] | None:
+        """See DiskReader. Raises SlotDamaged."""
+        return None if self._old is None else changed_extents(self._old, self._new)
+
+    def connect(self) -> contextlib.AbstractContextManager[Connection]:
+        """See DiskReader."""
+        return self._view.connect()
+
+
+def _of(manifest: Manifest, target: str) -> DiskEntry | None:
+    return next((disk for disk in manifest.disks if disk.target == target), None)
+
+
+def _moment(name: SnapshotName) -> tuple[str, str, str]:
+    return name.host, name.guest, name.utc.isoformat()

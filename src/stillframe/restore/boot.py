@@ -1,0 +1,136 @@
+"""Booting a snapshot at once: a new guest on overlays of its own, over disks that are served."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from stillframe.block.image import file_identity
+from stillframe.block.tools import create_overlay
+from stillframe.capture.let_go_on import fsync, fsync_definition
+from stillframe.capture.lock import domain_lock
+from stillframe.errors import (
+    BootFailed,
+    ConnectionLost,
+    GuestState,
+    HypervisorError,
+    ProgramFailed,
+    StillframeError,
+    TargetExists,
+)
+from stillframe.repository.opened import Repository
+from stillframe.restore.boot_record import BootDisk, BootRecord, BootState
+from stillframe.restore.boot_server import serve, served_place
+from stillframe.restore.boot_steps import BootTools, BootWay
+
+
+@dataclass(frozen=True, slots=True)
+class BootPlan:
+    """A boot that may begin: the record as it is to be, and the new guest's definition.
+
+    *write_machine* makes the files and folders that the record names (NVRAM, TPM), and that of the overlays.
+    """
+
+    record: BootRecord
+    definition: str
+    repository: Repository
+    warnings: tuple[str, ...] = ()
+    write_machine: Callable[[], None] = lambda: None
+
+
+Stop = Callable[[], StillframeError | None]
+
+
+def boot_guest(plan: BootPlan, tools: BootTools, stop: Stop) -> BootRecord:
+    """Boot the guest; return its record. If it fails, nothing is left of it, or recover removes it.
+
+    Raises BootFailed, TargetExists, ExportFailed and whatever else a step raises.
+    """
+    planned = plan.record
+    with domain_lock(tools.store.state_folder, planned.uuid, planned.name, "boot", tools.clock):
+        begun = tools.store.begin(planned)
+        try:
+            return _Boot(plan, tools, stop).run(begun)
+        except BaseException as error:
+            _undo(begun, tools, error)
+            raise
+
+
+class _Boot:
+    def __init__(self, plan: BootPlan, tools: BootTools, stop: Stop) -> None:
+        self._plan = plan
+        self._tools = tools
+        self._stop = stop
+
+    def run(self, record: BootRecord) -> BootRecord:
+        store, domain = self._tools.store, self._tools.domain(record)
+        record = self._enter(record, BootState.MAKING)
+        self._plan.write_machine()
+        for disk in record.disks:
+            record = self._make(record, disk)
+        record = self._enter(store.note(record), BootState.SERVING)
+        owner = self._tools.owner()
+        for disk in record.disks:
+            serve(store, record, disk, self._plan.repository, owner, self._tools.clock)
+        record = self._enter(store.note(record), BootState.DEFINING, define_begun=True)
+        domain.define(self._plan.definition)
+        fsync_definition(domain)
+        record = self._enter(store.note(record), BootState.STARTING)
+        self._start(record)
+        return store.enter(store.note(record), BootState.BOOTED)
+
+    def _enter(self, record: BootRecord, state: BootState, *, define_begun: bool = False) -> BootRecord:
+        stopped = self._stop()
+        if stopped is not None:
+            raise stopped
+        self._tools.say(f"{record.name}: {state.value}")
+        return self._tools.store.enter(record, state, define_begun=define_begun or record.define_begun)
+
+    def _make(self, record: BootRecord, disk: BootDisk) -> BootRecord:
+        """Make a disk's overlay. It is known by its identity before it gets its name."""
+        try:
+            create_overlay(disk.making_path, served_place(disk), disk.content.size_bytes)
+            changed = msgspec.structs.replace(disk, overlay_identity=file_identity(disk.making_path))
+            record = self._tools.store.note(record, disks=record.with_disk(changed))
+            os.link(disk.making_path, disk.overlay_path)
+            os.unlink(disk.making_path)
+            fsync(Path(disk.overlay_path).parent)
+        except FileExistsError as error:
+            raise TargetExists(
+                f"{disk.overlay_path} exists.", "choose another name with --as, or --pool") from error
+        except (OSError, ProgramFailed) as error:
+            raise BootFailed(f"The overlay {disk.overlay_path} can't be made: {error}.",
+                             f"df {os.path.dirname(disk.overlay_path)}") from error
+        return record
+
+    def _start(self, record: BootRecord) -> None:
+        domain = self._tools.domain(record)
+        try:
+            domain.start()
+        except ConnectionLost:
+            if not domain.power().has_qemu:
+                raise
+        except HypervisorError as error:
+            raise BootFailed(
+                f"{record.name} could not be started: {error.message}",
+                f"tail /var/log/libvirt/qemu/{record.name}.log") from error
+
+
+def _undo(record: BootRecord, tools: BootTools, error: BaseException) -> None:
+    """Remove what a failed boot made, by the same way as recover does."""
+    way = BootWay(tools.store.current(record), tools)
+    try:
+        way.settle()
+    except StillframeError as trouble:
+        if isinstance(error, StillframeError):
+            error.message += f" What was made is still there: {trouble.message}"
+            error.next_command = f"stillframe recover {record.name}"
+            error.guest = GuestState.UNKNOWN
+    else:
+        with contextlib.suppress(AttributeError):
+            error.guest = GuestState.UNTOUCHED  # type: ignore[attr-defined]

@@ -1,0 +1,264 @@
+"""Taking the steps that `decide_boot` names, one after the other, each after a new look."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from stillframe.block.tools import stand_on
+from stillframe.capture.let_go_on import fsync, fsync_definition
+from stillframe.capture.watched import Watched
+from stillframe.clock import Clock, Deadline
+from stillframe.errors import GuestState, NeedsAttention, StillframeError
+from stillframe.hypervisor import monitor
+from stillframe.hypervisor.connection import Connection
+from stillframe.hypervisor.domain import Domain
+from stillframe.hypervisor.model import Power
+from stillframe.repository.opened import Repository, read_parameters
+from stillframe.restore.boot_decide import BootDecision, BootSight, BootStep, decide_boot
+from stillframe.restore.boot_record import BootRecord, BootState, BootStore
+from stillframe.restore.boot_server import Owner, end_servers, log_of, serve, served_place
+from stillframe.restore.boot_sight import left_of, look_at_boot, running_names
+from stillframe.restore.boot_xml import kept_on_snapshot, on_overlay_alone
+from stillframe.storage.address import open_storage
+
+#: More steps than any way has: a guest that changes under our hands must not keep us for ever.
+_MOST_STEPS = 50
+_STORAGE_TIMEOUT_S = 15.0
+_RESUME_TRIES = 5
+_RECONNECTS = 4
+#: A guest that reads again from what failed is paused again within this.
+_RESUMED_S = 2.0
+_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True)
+class BootTools:
+    """What booted guests are handled with. *opened* opens a repository; only a server's start needs that."""
+
+    store: BootStore
+    connection: Connection
+    clock: Clock
+    opened: Callable[[str], Repository]
+    say: Callable[[str], None] = lambda _text: None
+
+    def domain(self, record: BootRecord) -> Domain:
+        """Return the guest of a record, whether libvirt has it or not."""
+        return Domain(self.connection, record.uuid, record.name)
+
+    def owner(self) -> Owner | None:
+        """Return whom QEMU runs as, None if libvirt does not say."""
+        found = self.connection.qemu_owner()
+        return None if found is None else Owner(*found)
+
+
+@dataclass
+class BootWay:
+    """One guest's way on, by the guest's lock. *did* says in words what was done.
+
+    *record* is None once the guest is an ordinary one, or is gone.
+    """
+
+    record: BootRecord | None
+    tools: BootTools
+    did: list[str] = field(default_factory=list)
+
+    def decide(self) -> BootDecision:
+        """Return what would be done next. Raises HypervisorError, NoHypervisor."""
+        return decide_boot(self.known, self.look())
+
+    def look(self) -> BootSight:
+        """Return what is to be seen of the guest now."""
+        return look_at_boot(self.tools.store, self.known, self._domain)
+
+    def settle(self) -> None:
+        """Take steps until nothing is to be done. Raises NeedsAttention where only a person can decide."""
+        for _ in range(_MOST_STEPS):
+            if self.is_over():
+                return
+            decision = self.decide()
+            if decision.step is BootStep.NOTHING:
+                return
+            self.take(decision)
+        name = self.known.name
+        raise NeedsAttention(f"{name} changes all the while.", f"stillframe recover {name}")
+
+    def take(self, decision: BootDecision) -> None:
+        """Take one step."""
+        if decision.step is BootStep.ASK:
+            raise _attention(self.known, decision)
+        step = decision.step
+        self.tools.say(f"{self.known.name}: {step.value}, because {decision.reason}")
+        self._take(decision)
+        if step in _WORDS:
+            about = f" ({', '.join(decision.targets)})" if decision.targets else ""
+            self.did.append(_WORDS[step] + about)
+
+    def is_over(self) -> bool:
+        """Whether the guest is an ordinary one now, or is gone."""
+        return self.record is None
+
+    @property
+    def known(self) -> BootRecord:
+        """The record of a guest whose way is not over."""
+        assert self.record is not None
+        return self.record
+
+    @property
+    def _domain(self) -> Domain:
+        return self.tools.domain(self.known)
+
+    def _take(self, decision: BootDecision) -> None:
+        step, targets = decision.step, decision.targets
+        if step in _ENTERED:
+            self.record = self.tools.store.enter(self.known, _ENTERED[step], decision.reason)
+        elif step is BootStep.SERVE:
+            self._serve(targets)
+        elif step is BootStep.RESUME:
+            self._resume()
+        elif step is BootStep.FLUSH:
+            self._flush(targets[0])
+        elif step is BootStep.STAND:
+            for target in targets:
+                disk = self.known.disk(target)
+                stand_on(disk.overlay_path, served_place(disk))
+        elif step is BootStep.KEEP:
+            self.keep(targets)
+        elif step is BootStep.REDEFINE:
+            disks = [self.known.disk(target) for target in targets]
+            self._define(lambda text: on_overlay_alone(text, disks))
+        else:
+            self._take_away(step)
+
+    def _take_away(self, step: BootStep) -> None:
+        record, store = self.known, self.tools.store
+        if step is BootStep.DESTROY:
+            self._domain.destroy()
+        elif step is BootStep.UNDEFINE:
+            self._domain.undefine()
+        elif step is BootStep.END_SERVERS:
+            end_servers(store, record, self.tools.clock)
+        elif step is BootStep.REMOVE:
+            _remove(record)
+        elif step is BootStep.FORGET:
+            end_servers(store, record, self.tools.clock)  # what is left of their sockets, too
+            store.remove(record)
+            self.record = None
+
+    def keep(self, targets: tuple[str, ...]) -> None:
+        """Make the definition go on naming the snapshot, whatever is pulled (see `kept_on_snapshot`)."""
+        view = self._domain.view()
+        disks = [self.known.disk(target) for target in targets]
+        self._define(lambda text: kept_on_snapshot(text, disks, running_names(view)))
+
+    def _define(self, changed: Callable[[str], str]) -> None:
+        inactive = self._domain.view().inactive
+        if inactive is not None:
+            self._domain.define(changed(inactive.text))
+            fsync_definition(self._domain)
+
+    def _serve(self, targets: tuple[str, ...]) -> None:
+        record, tools = self.known, self.tools
+        repository = tools.opened(record.address)
+        owner = tools.owner()
+        for target in targets:
+            serve(tools.store, record, record.disk(target), repository, owner, tools.clock)
+        self._reconnect(targets)
+
+    def _reconnect(self, targets: tuple[str, ...]) -> None:
+        """Have a QEMU that runs find its servers now, so that the guest does not notice.
+
+        It makes a new connection only upon a request, and that request still fails.
+        """
+        sockets = [self.known.disk(target).socket for target in targets]
+        qemu = self._domain.view().qemu
+        nodes = [node.name for node in (qemu.nodes if qemu is not None else ())
+                 if node.driver == "nbd" and any(socket in node.file for socket in sockets)]
+        for _ in range(_RECONNECTS if nodes else 0):
+            for node in nodes:
+                self._domain.qmp(partial(monitor.poke_node, node=node))
+            self.tools.clock.pause(_PAUSE_S)
+
+    def _flush(self, target: str) -> None:
+        record = self.known
+        disk = record.disk(target)
+        qemu = self._domain.view().qemu
+        if qemu is None:
+            return  # it ended just now: the next look decides
+        record = self.tools.store.enter(record, BootState.LANDING, f"{target} is pulled")
+        node = qemu.disks[target].node
+        self._domain.qmp(lambda qmp: monitor.flush_node(qmp, node))
+        fsync(Path(disk.overlay_path))
+        self.record = self.tools.store.note(
+            record, disks=record.with_disk(msgspec.structs.replace(disk, landed=True)))
+
+    def _resume(self) -> None:
+        record, tools = self.known, self.tools
+        self._await_repository()
+        # Where a server died, QEMU makes a new connection only for a request that fails: several may.
+        for _ in range(_RESUME_TRIES):
+            self._domain.resume()
+            deadline = Deadline(tools.clock, _RESUMED_S)
+            while self._domain.power() is Power.RUNNING:
+                if deadline.passed():
+                    return
+                tools.clock.pause(_PAUSE_S)
+        said = [f"\n  {line}" for disk in record.disks for line in log_of(tools.store, record, disk)[-2:]]
+        raise NeedsAttention(
+            f"{record.name} was paused again by an I/O error each time that it was resumed.{''.join(said)}",
+            f"df {os.path.dirname(record.disks[0].overlay_path)}; virsh domblkerror {record.name}",
+            GuestState.STOPPED)
+
+    def _await_repository(self) -> None:
+        """Raise what is wrong with the repository, if anything is: the guest would be paused again."""
+        record = self.known
+        back = f"once {record.address} can be read again"
+        try:
+            Watched(lambda _: read_parameters(open_storage(record.address)), self.tools.clock, "look").result(
+                lambda: None, stall_timeout_s=_STORAGE_TIMEOUT_S, grace_s=0)
+        except StillframeError as error:
+            error.guest = GuestState.STOPPED
+            error.next_command = f"stillframe recover {record.name}   # {back}"
+            raise
+
+
+def _remove(record: BootRecord) -> None:
+    for path in left_of(record):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            Path(path).unlink(missing_ok=True)
+        fsync(Path(path).parent)
+
+
+def _attention(record: BootRecord, decision: BootDecision) -> NeedsAttention:
+    paths = [disk.overlay_path for disk in record.disks if disk.target in decision.targets]
+    about = f" {', '.join(paths)}." if paths else ""
+    return NeedsAttention(
+        f"{record.name}, which was booted from {record.snapshot}: {decision.reason}.{about}",
+        f"virsh dumpxml {record.name}; or, to throw it away: stillframe discard {record.name}",
+        GuestState.OVERLAID)
+
+
+_ENTERED = {
+    BootStep.ADOPT: BootState.BOOTED, BootStep.UNDO: BootState.UNDOING, BootStep.CLOSE: BootState.LANDED}
+_WORDS = {
+    BootStep.ADOPT: "wrote down that it was booted",
+    BootStep.DESTROY: "ended it",
+    BootStep.UNDEFINE: "removed its definition",
+    BootStep.END_SERVERS: "ended its servers",
+    BootStep.REMOVE: "removed the files that were made for it",
+    BootStep.STAND: "put the snapshot back below its overlay",
+    BootStep.KEEP: "made its definition name the snapshot again",
+    BootStep.SERVE: "started its servers again",
+    BootStep.RESUME: "resumed it",
+    BootStep.FLUSH: "had QEMU write down what was pulled",
+    BootStep.REDEFINE: "made its definition name its own images alone",
+    BootStep.CLOSE: "it has landed",
+}

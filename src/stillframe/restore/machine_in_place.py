@@ -1,0 +1,81 @@
+"""The files of a machine, its NVRAM and the state of its TPM, put back where its guest has them now.
+
+They belong to the state that the disks had: what the firmware boots is in the one, what disks are encrypted
+with may be in the other. A file takes the old one's place as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from stillframe.errors import DestinationUnwritable, SlotDamaged
+from stillframe.hypervisor.guest import Guest
+from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, FileEntry, Manifest
+from stillframe.repository.places import Places
+from stillframe.repository.reader import DiskView
+from stillframe.restore.target import Naming, write_errors
+
+
+@dataclass(frozen=True, slots=True)
+class MachineInPlace:
+    """What was written, what could not be read, and what has no place in this guest."""
+
+    files: tuple[str, ...]
+    lost: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad: bool) -> MachineInPlace:
+    """Write the machine's files; it can be repeated. Raises SlotDamaged and what a target raises."""
+    files, lost, warnings = list[str](), list[str](), list[str]()
+    definition = domain.view().inactive
+    for entry in manifest.files:
+        path = _path(entry, manifest.uuid, domain.uuid, "" if definition is None else definition.text)
+        if not path:
+            warnings.append(f"the guest has no {entry.role} now: {entry.path} was not restored")
+            continue
+        content = bytearray(entry.size_bytes)
+        try:
+            with DiskView(places, entry) as view:
+                view.read_into(memoryview(content), 0)
+        except SlotDamaged as damage:
+            if not skip_bad:
+                raise
+            # Half of a firmware's variables is worse than the ones that are there.
+            lost.append(f"{path} ({damage.why})")
+            continue
+        _write(path, content, entry)
+        files.append(path)
+    return MachineInPlace(tuple(files), tuple(lost), tuple(warnings))
+
+
+def _path(entry: FileEntry, old_uuid: str, uuid: str, definition: str) -> str:
+    """Return where the guest has the file now, "" if it has none like it."""
+    root = ET.fromstring(definition) if definition else ET.Element("domain")
+    if entry.role == NVRAM:
+        element = root.find("./os/nvram")
+        if element is None:
+            return ""
+        source = element.find("./source")
+        return source.get("file", "") if source is not None else (element.text or "").strip()
+    if entry.role == TPM and root.find("./devices/tpm/backend[@type='emulator']") is not None:
+        inside = PurePosixPath(entry.path.rpartition(f"/{old_uuid}/")[2])
+        if not inside.is_absolute() and ".." not in inside.parts:
+            return str(TPM_FOLDER / uuid / inside)
+    return ""
+
+
+def _write(path: str, content: bytearray, entry: FileEntry) -> None:
+    with Naming(path, replace=True) as naming, write_errors(path, DestinationUnwritable):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        fd = os.open(naming.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(fd, entry.mode & 0o777)
+            os.fchown(fd, entry.uid, entry.gid)
+            os.fsync(fd)
+        naming.publish()

@@ -1,0 +1,290 @@
+"""A folder on a share of Windows or Samba, reached by smbprotocol: smb://HOST:PORT/SHARE/FOLDER.
+
+Nothing is mounted and no root is needed. Packets are signed, or encrypted if the server wants that.
+
+Shares don't tell upper case from lower, and Windows drops a dot at the end of a name and keeps names of old
+devices for itself (`aux`, `com1`). So a name is written in lower case with `^` before each letter that is
+upper case, a `^` behind a dot at its end, and a `^` before a device's name: no key has that character. A
+repository that was made here is therefore none for a host that mounts the share, and the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import stat as stat_bits
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import msgspec
+import smbclient
+from smbprotocol.exceptions import (
+    AccessDenied,
+    BadNetworkName,
+    LogonFailure,
+    SMBAuthenticationError,
+    SMBException,
+    SMBOSError,
+)
+
+from stillframe.clock import Clock, Deadline
+from stillframe.errors import StorageFull, StorageLost, StorageRefused
+from stillframe.storage.access import Access
+from stillframe.storage.files import Entry
+from stillframe.storage.model import Stat
+from stillframe.units import MIB
+
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT_S = 20
+_PORT = 445
+_WRITE_BYTES = MIB
+#: Calls at a time; those beyond it wait.
+_THREADS = 16
+_OPEN_PATIENCE_S = 30.0
+_OPEN_PAUSE_S = 0.01
+_REFUSED = (AccessDenied, BadNetworkName, LogonFailure, SMBAuthenticationError)
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
+_UPPER = re.compile(r"[A-Z]")
+_MARKED = re.compile(r"\^([a-z])")
+_DEVICE = re.compile(r"(?:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
+#: STATUS_DISK_FULL and STATUS_QUOTA_EXCEEDED of [MS-ERREF], which have no errno of their own in smbprotocol.
+_IN_USE_STATUS = (0xC0000022, 0xC0000043)  # STATUS_ACCESS_DENIED, STATUS_SHARING_VIOLATION
+_FULL_STATUS = (0xC000007F, 0xC0000044)
+
+
+class SmbPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A folder ("" for all of it) of a share."""
+
+    host: str
+    share: str
+    folder: str = ""
+    port: int = _PORT
+
+    @property
+    def address(self) -> str:
+        """The address as a person writes it."""
+        port = "" if self.port == _PORT else f":{self.port}"
+        return f"smb://{self.host}{port}/{self.share}{'/' if self.folder else ''}{self.folder}"
+
+
+class SmbServer:
+    """See FileServer."""
+
+    def __init__(self, place: SmbPlace, access: Access, clock: Clock) -> None:
+        self._place = place
+        self._clock = clock
+        self._access = access
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(_THREADS, "smb")
+        # Of this storage alone: a connection that broke is thrown away without touching another's.
+        self._connections: dict[str, Any] = {}
+        self._is_in = False
+
+    @property
+    def address(self) -> str:
+        """See FileServer."""
+        return self._place.address
+
+    def read(self, path: str, offset_bytes: int, length_bytes: int | None) -> tuple[bytes, int]:
+        """See FileServer."""
+        def call() -> tuple[bytes, int]:
+            with self._open(path, "rb") as file:
+                size = int(file.fd.end_of_file)
+                end = size if length_bytes is None else min(size, offset_bytes + length_bytes)
+                file.seek(offset_bytes)
+                return _read(file, max(0, end - offset_bytes)), size
+
+        return self._run(f"reading {path}", call)
+
+    def write(self, path: str, content: memoryview) -> None:
+        """See FileServer."""
+        data = bytes(content)
+
+        def call() -> None:
+            with self._open(path, "xb") as file:
+                at = 0
+                while at < len(data):
+                    at += file.write(data[at:at + _WRITE_BYTES])
+                file.flush()
+
+        self._run(f"writing {path}", call)
+
+    def publish(self, temporary: str, path: str) -> None:
+        """See FileServer."""
+        old, new = self._path(temporary), self._path(path)
+        self._run(f"naming {path}", lambda: smbclient.rename(old, new, **self._options()))
+
+    def replace(self, temporary: str, path: str) -> None:
+        """See FileServer."""
+        old, new = self._path(temporary), self._path(path)
+
+        def call() -> None:
+            deadline = Deadline(self._clock, _OPEN_PATIENCE_S)
+            while True:
+                try:
+                    smbclient.replace(old, new, **self._options())
+                except SMBOSError as error:
+                    # No file is replaced while somebody has it open. Readers are done soon.
+                    if error.ntstatus not in _IN_USE_STATUS or deadline.passed():
+                        raise
+                else:
+                    return
+                self._clock.pause(_OPEN_PAUSE_S)
+
+        self._run(f"naming {path}", call)
+
+    def remove(self, path: str) -> None:
+        """See FileServer."""
+        self._run(f"removing {path}", lambda: smbclient.remove(self._path(path), **self._options()))
+
+    def make_folder(self, path: str) -> None:
+        """See FileServer."""
+        def call() -> None:
+            if not path:
+                smbclient.makedirs(self._path(path), exist_ok=True, **self._options())
+                return
+            try:
+                smbclient.mkdir(self._path(path), **self._options())
+            except SMBOSError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+
+        self._run(f"making the folder {path}", call)
+
+    def remove_folder(self, path: str) -> None:
+        """See FileServer."""
+        def call() -> None:
+            try:
+                smbclient.rmdir(self._path(path), **self._options())
+            except SMBOSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+
+        self._run(f"removing the folder {path}", call)
+
+    def scan(self, path: str) -> list[Entry]:
+        """See FileServer."""
+        return self._run(f"listing {path}", lambda: [
+            Entry(_key_name(entry.name), entry.is_dir(), entry.smb_info.end_of_file)
+            for entry in smbclient.scandir(self._path(path), **self._options())])
+
+    def stat(self, path: str) -> Stat:
+        """See FileServer."""
+        def call() -> Stat:
+            facts = smbclient.stat(self._path(path), **self._options())
+            if not stat_bits.S_ISREG(facts.st_mode):
+                raise FileNotFoundError(path)
+            return Stat(facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+
+        return self._run(f"looking at {path}", call)
+
+    def _run(self, what: str, call: Callable[[], T]) -> T:
+        """Run *call* in a thread of our own. Its errors become those of a storage.
+
+        smbclient keeps errors, and with them the frames of whoever called it: buffers would live on in there.
+        """
+        with self._errors(what):
+            return self._threads.submit(call).result()
+
+    @contextlib.contextmanager
+    def _open(self, path: str, mode: str) -> Iterator[Any]:
+        with smbclient.open_file(
+                self._path(path), mode=mode, buffering=0, share_access="rwd", **self._options()) as file:
+            yield file
+
+    def _path(self, path: str) -> str:
+        parts = [_server_name(part) for part in path.split("/") if part]
+        folder = [part for part in self._place.folder.split("/") if part]
+        return "\\".join([rf"\\{self._place.host}\{self._place.share}", *folder, *parts])
+
+    def _options(self) -> dict[str, Any]:
+        """Return what each call needs, once somebody is logged in."""
+        options: dict[str, Any] = {"port": self._place.port, "connection_cache": self._connections}
+        with self._lock:
+            if not self._is_in:
+                access = self._access
+                user = f"{access.domain}\\{access.user}" if access.domain else access.user
+                smbclient.register_session(
+                    self._place.host, username=user or None, password=access.secret or None,
+                    connection_timeout=_CONNECT_TIMEOUT_S, **options)
+                self._is_in = True
+        return options
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except _REFUSED as error:
+            raise self._refused(what, str(error)) from error
+        except SMBOSError as error:
+            error.__traceback__ = None  # see _run
+            if error.errno in _NOT_THERE:
+                raise FileNotFoundError(what) from error
+            if error.errno == errno.EEXIST:
+                raise FileExistsError(what) from error
+            if error.ntstatus in _FULL_STATUS or error.errno in _FULL:
+                raise StorageFull(
+                    f"The storage {self.address} is full: {what}. What was stored before is whole.",
+                    "free some space there, then run again") from error
+            if error.errno in _FORBIDDEN or error.ntstatus in _IN_USE_STATUS[:1]:
+                raise self._refused(what, str(error)) from error
+            raise self._lost(what, error) from error
+        except FileNotFoundError:
+            raise
+        except (SMBException, OSError, ValueError) as error:
+            # A connection that broke raises whatever comes first; the next call makes another.
+            self._drop()
+            raise self._lost(what, error) from error
+
+    def _drop(self) -> None:
+        with self._lock:
+            self._is_in = False
+            broken, self._connections = self._connections, {}
+        with contextlib.suppress(SMBException, OSError, ValueError):
+            smbclient.reset_connection_cache(fail_on_error=False, connection_cache=broken)
+
+    def _refused(self, what: str, why: str) -> StorageRefused:
+        return StorageRefused(
+            f"The storage {self.address} refuses ({why}): {what}.",
+            f"smbclient -U {self._access.user or 'USER'} //{self._place.host}/{self._place.share} -c ls")
+
+    def _lost(self, what: str, error: Exception) -> StorageLost:
+        return StorageLost(
+            f"The storage {self.address} failed ({str(error) or type(error).__name__}): {what}. "
+            "What was stored before is whole.",
+            f"smbclient -U {self._access.user or 'USER'} //{self._place.host}/{self._place.share} -c ls")
+
+
+def _read(file: Any, length_bytes: int) -> bytes:
+    """Return what the file has from where it stands, at most so much."""
+    content = bytearray(length_bytes)
+    at = 0
+    with memoryview(content) as rest:
+        while at < length_bytes:
+            done = file.readinto(rest[at:])
+            if not done:
+                break
+            at += done
+    return bytes(content[:at])
+
+
+def _server_name(part: str) -> str:
+    name = _UPPER.sub(lambda found: f"^{found[0].lower()}", part)
+    if name.endswith("."):
+        name += "^"
+    return f"^{name}" if _DEVICE.match(name) else name
+
+
+def _key_name(name: str) -> str:
+    """Return the part of a key that `_server_name` made *name* of."""
+    plain = name.removesuffix("^")
+    if plain.startswith("^") and _DEVICE.match(plain[1:]):
+        plain = plain[1:]
+    return _MARKED.sub(lambda found: found[1].upper(), plain)

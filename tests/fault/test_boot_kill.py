@@ -1,0 +1,162 @@
+"""The tool, a server, QEMU or libvirtd is killed at each step of a boot and of a landing: nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lab.booted import BootedGuest
+from lab.images import MIB
+from lab.waiting import PATIENCE_S, wait_for
+from stillframe.capture.lock import lock_holder
+from stillframe.errors import Interrupted
+from stillframe.restore.boot_record import BootState
+from tests.fault.harness import Run
+from tests.integration.booting import Booting, end_servers
+
+_NAME = "b1"
+_BOOT = (BootState.PLANNED, BootState.MAKING, BootState.SERVING, BootState.DEFINING, BootState.STARTING,
+         BootState.BOOTED)
+_BOOT_CELLS = [(state, phase) for state in _BOOT for phase in ("intent", "done")
+               if (state, phase) not in ((BootState.PLANNED, "done"), (BootState.BOOTED, "done"))]
+#: The steps of a landing with two disks: begun; a disk is pulled, and then seen to have landed; all have.
+_LAND_CELLS = [(BootState.LANDING, "intent", 1), (BootState.LANDING, "intent", 2),
+               (BootState.LANDING, "done", 2), (BootState.LANDED, "intent", 1)]
+
+
+class BootRun(Run):
+    """The command, stopped at a step of the record."""
+
+    def __init__(self, booting: Booting, state: BootState, phase: str, number: int, *words: str) -> None:
+        line = booting.repo.command(*words)[3:]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fault.boot_driver", state.value, phase, str(number), *line],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=booting.repo.root,
+            env=booting.repo.environment(), stdin=subprocess.DEVNULL)
+        self.output = ""
+
+
+def boot_words(booting: Booting) -> list[str]:
+    return ["boot", booting.snapshot.sid, "--as", _NAME, "--pool", str(booting.pool)]
+
+
+def assert_whole(booting: Booting, guest: BootedGuest) -> None:
+    """Recover, and check that the guest is there with every byte, or that nothing of it is."""
+    done = booting.repo.call("recover")
+    assert done.returncode == 0, done.stdout + done.stderr
+    if booting.record(_NAME) is None and not guest.is_defined():
+        booting.assert_nothing_is_left(_NAME)
+        return
+    if not guest.running():
+        guest.domain().create()
+    for target in guest.targets():
+        guest.assert_disk_equals_model(target)
+
+
+@pytest.mark.parametrize(("state", "phase"), _BOOT_CELLS)
+def test_the_tool_is_killed_in_a_boot(booting: Booting, state: BootState, phase: str) -> None:
+    run = BootRun(booting, state, phase, 1, *boot_words(booting))
+    assert run.wait_reached(), run.output
+    run.kill()
+    guest = booting.guest(_NAME)
+    assert_whole(booting, guest)
+    ran = state is BootState.BOOTED or (state, phase) == (BootState.STARTING, "done")
+    assert guest.is_defined() is ran
+    if not ran:  # the name is free: the same command works now
+        assert booting.boot(_NAME).running()
+
+
+@pytest.mark.parametrize(("state", "phase"), [
+    (BootState.SERVING, "done"), (BootState.DEFINING, "done"), (BootState.STARTING, "done")])
+def test_the_servers_are_killed_in_a_boot(booting: Booting, state: BootState, phase: str) -> None:
+    run = BootRun(booting, state, phase, 1, *boot_words(booting))
+    assert run.wait_reached(), run.output
+    end_servers()
+    run.go_on()
+    assert_whole(booting, booting.guest(_NAME))
+
+
+def test_qemu_is_killed_at_the_end_of_a_boot(booting: Booting) -> None:
+    run = BootRun(booting, BootState.STARTING, "done", 1, *boot_words(booting))
+    assert run.wait_reached(), run.output
+    guest = booting.guest(_NAME)
+    guest.write("vda", 2 * MIB, 4096, 0x77)
+    guest.flush()
+    booting.daemons.kill_qemu(_NAME)
+    run.kill()
+    assert_whole(booting, guest)
+    assert guest.running()
+
+
+def test_the_tool_is_killed_while_a_guest_is_thrown_away(booting: Booting) -> None:
+    guest = booting.boot(_NAME)
+    run = BootRun(booting, BootState.DISCARDING, "intent", 1, "discard", _NAME)
+    assert run.wait_reached(), run.output
+    run.kill()
+    assert guest.running()
+    assert_whole(booting, guest)
+    booting.assert_nothing_is_left(_NAME)
+
+
+def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
+    guest = booting.boot(_NAME)
+    guest.write("vda", 6 * MIB + 512, 100 * 1024, 0x55)
+
+    def land_slowly() -> subprocess.Popen[bytes]:
+        guest.domain().blockPull("vda", 1)  # MiB a second: land finds it at work, and waits for it
+        process = subprocess.Popen(
+            booting.repo.command("land", _NAME, "-q"), env=booting.repo.environment(), cwd=booting.repo.root)
+        uuid = guest.domain().UUIDString()
+        wait_for("it holds the guest", lambda: str(process.pid) in lock_holder(
+            booting.repo.place.state_dir, uuid), PATIENCE_S)
+        wait_for("it lands", lambda: (booting.record(_NAME) or {})["detail"] == "pulling vda", PATIENCE_S)
+        return process
+
+    killed = land_slowly()
+    assert booting.repo.json("status")["booted"][0]["trouble"] == ""
+    killed.kill()
+    killed.wait()
+    assert guest.domain().blockJobInfo("vda")
+    said = booting.repo.json("recover")["guests"][0]["did"]
+    assert said == [f"it has not landed yet: stillframe land {_NAME}"]
+    guest.domain().blockJobAbort("vda")
+    wait_for("the job is gone", lambda: not guest.domain().blockJobInfo("vda"), PATIENCE_S)
+
+    interrupted = land_slowly()
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(PATIENCE_S) == Interrupted.exit_code
+    wait_for("the job is gone", lambda: not guest.domain().blockJobInfo("vda"), PATIENCE_S)
+    assert guest.disk_xml("vda", inactive=True).find("backingStore/source") is not None
+    booting.repo.json("land", _NAME)
+    booting.assert_landed(guest)
+
+
+@pytest.mark.parametrize("victim", ["tool", "servers", "qemu", "libvirtd", "all"])
+@pytest.mark.parametrize(("state", "phase", "number"), _LAND_CELLS)
+def test_something_is_killed_in_a_landing(
+    booting: Booting, state: BootState, phase: str, number: int, victim: str,
+) -> None:
+    guest = booting.boot(_NAME)
+    for target in guest.targets():
+        guest.write(target, 6 * MIB + 512, 100 * 1024, 0x55)
+    guest.flush()
+    run = BootRun(booting, state, phase, number, "land", _NAME)
+    assert run.wait_reached(), run.output
+    if victim in ("tool", "all"):
+        run.kill()
+    if victim in ("servers", "all"):
+        end_servers()
+    if victim in ("qemu", "all"):
+        booting.daemons.kill_qemu(_NAME)
+    if victim == "libvirtd":
+        booting.daemons.kill_libvirtd()
+        booting.daemons.start()
+    if victim not in ("tool", "all"):
+        run.go_on()
+    assert_whole(booting, guest)
+    if booting.record(_NAME) is not None:
+        booting.repo.json("land", _NAME)
+    booting.assert_landed(guest)
