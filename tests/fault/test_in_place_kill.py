@@ -13,7 +13,7 @@ import pytest
 
 from lab.diskguest import DiskGuest
 from lab.disks import Kind
-from lab.images import MIB, run
+from lab.images import MIB
 from stillframe.capture.restoring import MARK
 from stillframe.errors import EXIT_FELL_BACK, DestinationLost, Interrupted, NeedsAttention
 from tests.fault.harness import Place, recover
@@ -102,7 +102,9 @@ def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, step: str)
     assert guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) == text
     assert not list(guest.folder.glob(f"*{MARK}"))
     assert repo.json("status")["restoring"] == []
-    run("qemu-img", "check", "-q", guest.disks["vdb"].path)
+    # A killed qemu-nbd leaves clusters that nobody refers to (3): room is lost, no data.
+    checked = subprocess.run(["qemu-img", "check", "-q", guest.disks["vdb"].path], check=False)
+    assert checked.returncode in (0, 3)
 
 
 def assert_cant_start_now(guest: DiskGuest) -> None:
