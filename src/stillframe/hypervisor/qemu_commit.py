@@ -48,7 +48,13 @@ def cancel(qmp: Qmp, job: str) -> None:
     if found is not None and found["status"] == "concluded":
         qmp("job-dismiss", {"id": job})
     elif found is not None and found["status"] not in _ENDING:
-        qmp("block-job-cancel", {"device": job, "force": True})
+        try:
+            qmp("block-job-cancel", {"device": job, "force": True})
+        except HypervisorError:
+            now = job_of(qmp, job)
+            if now is not None and now["status"] != "concluded":
+                raise
+            dismiss_concluded(qmp, job)  # it ended between the look and the request
 
 
 def close_unused(qmp: Qmp, target: str, overlay_file: str) -> None:
