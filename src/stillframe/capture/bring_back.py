@@ -22,12 +22,13 @@ from stillframe.capture.decide import Action, Decision, Sight, Why, decide
 from stillframe.capture.explain import attention
 from stillframe.capture.guard import Guard, start_guard
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
-from stillframe.capture.let_go_on import fsync, fsync_definition, let_go_on, unequal_again
+from stillframe.capture.let_go_on import fsync_definition, let_go_on, unequal_again
 from stillframe.capture.limits import Limits
 from stillframe.capture.sight import drained, look, qemu_mark, ready_to_pivot, stray_job
 from stillframe.capture.states import DiskPhase, State
 from stillframe.capture.stepping import REPEATS_LIMIT, CommitProgress, Stepping, Watcher, again
 from stillframe.clock import Clock, Deadline, utc_text
+from stillframe.durable import fsync
 from stillframe.errors import (
     CopyFailed,
     GuestState,

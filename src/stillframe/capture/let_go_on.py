@@ -6,14 +6,13 @@ Used by the run where it ends in an error, and by the guard where the run was ki
 from __future__ import annotations
 
 import contextlib
-import os
-from pathlib import Path
 
 from stillframe.capture.decide import Seen, Sight, may_resume
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
 from stillframe.capture.sight import look
 from stillframe.capture.states import DiskPhase
 from stillframe.clock import Clock
+from stillframe.durable import fsync
 from stillframe.errors import StillframeError
 from stillframe.hypervisor.guest import Guest
 
@@ -49,15 +48,6 @@ def fsync_definition(domain: Guest) -> None:
     """Make the domain's definition durable."""
     for path in domain.definition_files():
         fsync(path)
-
-
-def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def let_go_on(record: RunRecord, domain: Guest, journal: Journal, clock: Clock, why: str) -> bool:

@@ -8,7 +8,6 @@ name it. What keeps the guest from starting meanwhile is in restore/protect.py.
 from __future__ import annotations
 
 import enum
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe.block.image import FileIdentity, ImageKind, ImagePlace
-from stillframe.capture.let_go_on import fsync
+from stillframe.durable import fsync, write_record
 from stillframe.errors import GuestState, NeedsAttention, StateFolderUnusable
 from stillframe.hypervisor.model import Source
 
@@ -137,16 +136,9 @@ class RestoringStore:
     def write(self, restoring: Restoring) -> None:
         """Write it down, durably."""
         path = self._path(restoring.uuid)
-        new = path.with_suffix(".new")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(restoring), indent=1))
-                file.flush()
-                os.fsync(fd)
-            new.replace(path)
-            fsync(self._folder)
+            write_record(path, restoring)
             fsync(self._folder.parent)
         except OSError as error:
             raise _unwritable(path, error) from error

@@ -23,13 +23,14 @@ from stillframe.capture.decide import Action as BackAction
 from stillframe.capture.decide import Decision, Why
 from stillframe.capture.explain import attention
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
-from stillframe.capture.let_go_on import fsync, fsync_definition
+from stillframe.capture.let_go_on import fsync_definition
 from stillframe.capture.limits import Limits
 from stillframe.capture.standing_decide import Lowering, LowerView, Step, decide_lowering
 from stillframe.capture.standing_sight import header_backing, look_lower, lower_job
 from stillframe.capture.states import DiskPhase, State
 from stillframe.capture.stepping import REPEATS_LIMIT, CommitProgress, Stepping, Watcher, again
 from stillframe.clock import Clock, Deadline
+from stillframe.durable import fsync
 from stillframe.errors import (
     CopyFailed,
     GuestUnknown,

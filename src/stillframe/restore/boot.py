@@ -12,8 +12,9 @@ import msgspec
 
 from stillframe.block.image import file_identity
 from stillframe.block.tools import create_overlay
-from stillframe.capture.let_go_on import fsync, fsync_definition
+from stillframe.capture.let_go_on import fsync_definition
 from stillframe.capture.lock import domain_lock
+from stillframe.durable import fsync
 from stillframe.errors import (
     BootFailed,
     ConnectionLost,

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from stillframe.block.image import FileIdentity, file_identity
-from stillframe.capture.let_go_on import fsync
+from stillframe.durable import fsync, write_record
 from stillframe.errors import GuestState, GuestUnknown, StateFolderUnusable
 from stillframe.repository.manifest import Content
 
@@ -211,16 +211,8 @@ class BootStore:
         return self._read(self.folder(record.uuid) / _RECORD)
 
     def _write(self, record: BootRecord, phase: str) -> BootRecord:
-        folder = self.folder(record.uuid)
-        new = folder / f"{_RECORD}.new"
         with self._trouble():
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(record), indent=1))
-                file.flush()
-                os.fsync(fd)
-            new.replace(folder / _RECORD)
-            fsync(folder)
+            write_record(self.folder(record.uuid) / _RECORD, record)
         if self._hook is not None:
             self._hook(record.state, phase)
         return record

@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 
 from stillframe.block.tools import stand_on
-from stillframe.capture.let_go_on import fsync, fsync_definition
+from stillframe.capture.let_go_on import fsync_definition
 from stillframe.capture.watched import Watched
 from stillframe.clock import Clock, Deadline
+from stillframe.durable import fsync
 from stillframe.errors import GuestState, NeedsAttention, StillframeError
 from stillframe.hypervisor import monitor
 from stillframe.hypervisor.connection import Connection

@@ -16,9 +16,9 @@ from urllib.parse import quote
 import msgspec
 
 from stillframe.block.image import FileIdentity, file_identity
-from stillframe.capture.let_go_on import fsync
 from stillframe.capture.lock import domain_lock
 from stillframe.clock import Clock
+from stillframe.durable import write_record
 from stillframe.errors import StateFolderUnusable
 from stillframe.restore.target import unfinished
 
@@ -102,14 +102,7 @@ class Claims:
         path = self._path(claim.name)
         with self._trouble(path):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new = path.with_suffix(".new")
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(claim), indent=1))
-                file.flush()
-                os.fsync(fd)
-            new.replace(path)
-            fsync(self._folder)
+            write_record(path, claim)
 
     def remove(self, name: str) -> None:
         """Forget the claim."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from stillframe.capture.let_go_on import fsync
+from stillframe.durable import write_record
 from stillframe.errors import StateFolderUnusable
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.transient import TransientGuest
@@ -83,9 +83,7 @@ def drill_place(state_folder: Path, made: Made, connection: Connection) -> Itera
         place.folder.mkdir(mode=0o700, parents=True)
         lock = _lock(place.folder)
         assert lock is not None
-        (place.folder / _MADE).write_bytes(msgspec.json.encode(made))
-        fsync(place.folder / _MADE)
-        fsync(place.folder)
+        write_record(place.folder / _MADE, made)
         for folder in (DRILL_SOCKETS, place.run_folder):
             folder.mkdir(exist_ok=True)
             folder.chmod(_FOLDER_MODE)
