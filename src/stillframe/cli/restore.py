@@ -22,7 +22,7 @@ from stillframe.errors import (
 from stillframe.repository.catalog import display_name
 from stillframe.repository.manifest import DiskEntry, Manifest
 from stillframe.repository.places import Places
-from stillframe.repository.reader import DiskView
+from stillframe.repository.reader import read_whole
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.run import Restored, RestoreProgress, restore_disk
 from stillframe.restore.target import Wishes, check_room
@@ -157,10 +157,8 @@ def _machine(places: Places, manifest: Manifest, wish: Wish) -> tuple[list[Path]
         written.append(wish.to / _DEFINITION)
         _write_file(written[0], definition.encode(), replace=replace)
     for entry in manifest.files:
-        content = bytearray(entry.size_bytes)
         try:
-            with DiskView(places, entry) as view:
-                view.read_into(memoryview(content), 0)
+            content = read_whole(places, entry)
         except SlotDamaged as damage:
             if not wish.skip_bad:
                 raise
@@ -168,7 +166,7 @@ def _machine(places: Places, manifest: Manifest, wish: Wish) -> tuple[list[Path]
             hurt.append(f"{entry.path} ({damage.why})")
             continue
         written.append(wish.to / f"{entry.role}-{Path(entry.path).name}")
-        _write_file(written[-1], bytes(content), replace=replace)
+        _write_file(written[-1], content, replace=replace)
     return written, hurt
 
 

@@ -29,7 +29,7 @@ from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, DiskEntry, FileEntry, Manifest, Root, encode_manifest
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
-from stillframe.repository.reader import DiskView
+from stillframe.repository.reader import DiskView, read_whole
 from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.repository.tree import Tree
@@ -163,10 +163,8 @@ class _One:
             changed_bytes=written.changed_bytes, stored_bytes=written.stored_bytes)
 
     def _file(self, writer: SnapshotWriter, file: FileEntry) -> FileEntry:
-        content = bytearray(file.size_bytes)
-        with DiskView(self._places, file) as view:
-            view.read_into(memoryview(content), 0)
-        return msgspec.structs.replace(file, root=Root.of(writer.write_bytes(bytes(content)).root))
+        content = read_whole(self._places, file)
+        return msgspec.structs.replace(file, root=Root.of(writer.write_bytes(content).root))
 
     def _tree(self, content: Content) -> Tree:
         return Tree(self._places, content.size_bytes, content.place)

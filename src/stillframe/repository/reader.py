@@ -229,6 +229,14 @@ class DiskView:
             at = until
 
 
+def read_whole(places: Places, content: Content) -> bytes:
+    """Return all of a small file that is kept as a tree. Raises SlotDamaged, StorageError."""
+    whole = bytearray(content.size_bytes)
+    with DiskView(places, content) as view:
+        view.read_into(memoryview(whole), 0)
+    return bytes(whole)
+
+
 class _ViewConnection(OneByOne):
     def __init__(self, view: DiskView) -> None:
         self._view = view

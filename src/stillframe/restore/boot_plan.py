@@ -16,13 +16,14 @@ from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, Manifest
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
+from stillframe.repository.reader import read_whole
 from stillframe.restore.boot import BootPlan
 from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootRecord, BootState
 from stillframe.restore.boot_server import socket_of
 from stillframe.restore.boot_steps import BootTools
 from stillframe.restore.boot_xml import policies_of, with_policies, with_snapshot
 from stillframe.restore.guest_plan import GuestPlan, GuestWish, PlannedDisk, plan_guest
-from stillframe.restore.machine_files import make_folder, read_entry, write_machine_file
+from stillframe.restore.machine_files import make_folder, write_machine_file
 from stillframe.units import MIB, size_text
 
 #: What the file system of the overlays must have free: a guest that can't write is paused at once.
@@ -80,7 +81,7 @@ def _write(plan: GuestPlan, places: Places) -> None:
     for folder in plan.claim.folders:
         make_folder(folder)
     for target in plan.files:
-        write_machine_file(target, read_entry(places, target.entry))
+        write_machine_file(target, read_whole(places, target.entry))
 
 
 def _check_room(disks: tuple[BootDisk, ...]) -> None:

@@ -41,6 +41,7 @@ from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import TPM_FOLDER, Manifest
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
+from stillframe.repository.reader import read_whole
 from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootStore
 from stillframe.restore.boot_server import Owner, boot_order, hand_over
 from stillframe.restore.drill_place import DrillPlace, Made, drill_place
@@ -49,7 +50,7 @@ from stillframe.restore.drill_watch import AGENT, Proof, Watch
 from stillframe.restore.drill_xml import has_agent, isolated, reaches_beyond
 from stillframe.restore.export import Export, Serving, exported
 from stillframe.restore.guest_plan import KEEPS_ARGUMENTS, GuestPlan, GuestWish, plan_guest
-from stillframe.restore.machine_files import make_folder, read_entry, write_machine_file
+from stillframe.restore.machine_files import make_folder, write_machine_file
 
 _NAME_PREFIX = "drill-"
 _ID_SHOWN = 8
@@ -174,7 +175,7 @@ def _write_machine(guest: GuestPlan, repository: Repository) -> None:
         if Path(folder).is_relative_to(TPM_FOLDER):
             make_folder(folder)
     for target in guest.files:
-        write_machine_file(target, read_entry(places, target.entry))
+        write_machine_file(target, read_whole(places, target.entry))
 
 
 def _facts(plan: DrillPlan, tools: DrillTools, place: DrillPlace) -> dict[str, str]:

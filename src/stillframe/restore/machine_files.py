@@ -13,8 +13,6 @@ from pathlib import Path
 
 from stillframe.errors import DestinationUnwritable, TargetExists
 from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, FileEntry, Manifest
-from stillframe.repository.places import Places
-from stillframe.repository.reader import DiskView
 from stillframe.restore.target import Naming, write_errors
 
 _NVRAM_FOLDER = Path("/var/lib/libvirt/qemu/nvram")
@@ -57,14 +55,6 @@ def machine_targets(manifest: Manifest, uuid: str, nvram: str) -> tuple[MachineT
                 continue  # a manifest is sealed, but a path out of the folder is nothing to follow
             found.append(MachineTarget(entry, str(TPM_FOLDER / uuid / inside)))
     return tuple(found)
-
-
-def read_entry(places: Places, entry: FileEntry) -> bytes:
-    """Return the file's content. Raises SlotDamaged, StorageError."""
-    content = bytearray(entry.size_bytes)
-    with DiskView(places, entry) as view:
-        view.read_into(memoryview(content), 0)
-    return bytes(content)
 
 
 def write_machine_file(target: MachineTarget, content: bytes) -> None:

@@ -15,7 +15,7 @@ from stillframe.errors import DestinationUnwritable, SlotDamaged
 from stillframe.hypervisor.guest import Guest
 from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, FileEntry, Manifest
 from stillframe.repository.places import Places
-from stillframe.repository.reader import DiskView
+from stillframe.repository.reader import read_whole
 from stillframe.restore.target import Naming, write_errors
 
 
@@ -37,10 +37,8 @@ def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad
         if not path:
             warnings.append(f"the guest has no {entry.role} now: {entry.path} was not restored")
             continue
-        content = bytearray(entry.size_bytes)
         try:
-            with DiskView(places, entry) as view:
-                view.read_into(memoryview(content), 0)
+            content = read_whole(places, entry)
         except SlotDamaged as damage:
             if not skip_bad:
                 raise
@@ -68,7 +66,7 @@ def _path(entry: FileEntry, old_uuid: str, uuid: str, definition: str) -> str:
     return ""
 
 
-def _write(path: str, content: bytearray, entry: FileEntry) -> None:
+def _write(path: str, content: bytes, entry: FileEntry) -> None:
     with Naming(path, replace=True) as naming, write_errors(path, DestinationUnwritable):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         fd = os.open(naming.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

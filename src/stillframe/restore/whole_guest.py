@@ -27,9 +27,10 @@ from stillframe.errors import (
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
 from stillframe.repository.places import Places
+from stillframe.repository.reader import read_whole
 from stillframe.restore.claim import Claim, Claims
 from stillframe.restore.guest_plan import GuestPlan, PlannedDisk, refuse_guest
-from stillframe.restore.machine_files import MachineTarget, make_folder, read_entry, write_machine_file
+from stillframe.restore.machine_files import MachineTarget, make_folder, write_machine_file
 from stillframe.restore.run import Restored, RestoreProgress, restore_disk
 
 
@@ -177,7 +178,7 @@ class _Work:
     def _write(self, target: MachineTarget) -> None:
         if not self._claim.finished(target.path):
             try:
-                content = read_entry(self._tools.places, target.entry)
+                content = read_whole(self._tools.places, target.entry)
             except SlotDamaged as damage:
                 if not self._skip_bad:
                     raise
