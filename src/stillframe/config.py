@@ -165,12 +165,14 @@ def repository_settings(settings: Settings, options: RepositorySettings) -> Repo
     return found
 
 
-def storage_of(settings: RepositorySettings, address: str, clock: Clock, *, make: bool = False) -> Storage:
-    """Return the storage of the repository at *address*; *make* makes its folder.
+def storage_of(
+    settings: RepositorySettings, address: str, access: Access, clock: Clock, *, make: bool = False,
+) -> Storage:
+    """Return the storage of the repository at *address*, for *access*; *make* makes its folder.
 
     Raises ConfigInvalid, RepositoryRefused, StorageError.
     """
-    storage = open_storage(address, access_to(settings, address), make=make, clock=clock)
+    storage = open_storage(address, access, make=make, clock=clock)
     limited = storage if settings.limit_rate is None else _limited(storage, settings.limit_rate, clock)
     if folder_of(address) is not None:
         return limited

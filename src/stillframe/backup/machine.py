@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stillframe import __version__
 from stillframe.clock import Clock, utc_text
+from stillframe.hypervisor.domain_xml import nvram_file
 from stillframe.hypervisor.guest import Link
 from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, Versions
 from stillframe.units import MIB
@@ -75,12 +76,9 @@ def _paths(live_xml: str, tpm_folder: Path) -> Iterator[tuple[str, Path]]:
     if not live_xml:
         return  # without libvirt nothing tells where such files are
     domain = ET.fromstring(live_xml)
-    nvram = domain.find("./os/nvram")
-    if nvram is not None:
-        source = nvram.find("./source")
-        path = source.get("file", "") if source is not None else (nvram.text or "").strip()
-        if path:
-            yield NVRAM, Path(path)
+    nvram = nvram_file(domain)
+    if nvram:
+        yield NVRAM, Path(nvram)
     if domain.find("./devices/tpm/backend[@type='emulator']") is not None:
         for folder, _, names in os.walk(tpm_folder):
             yield from ((TPM, Path(folder, name)) for name in sorted(names) if not name.endswith(_NOT_STATE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -171,7 +171,8 @@ class SnapshotRun:
             lambda sid: replace(name, sid=sid).key))
         watch.tick()
         parent = self._confirmed(repository)
-        with self._hints() as hints, SnapshotWriter(
+        known = ChunkHints(self._repository.parameters.id, self._hints_folder)
+        with contextlib.closing(known) as hints, SnapshotWriter(
             repository, session, Places(repository, session.generation), bad=read_bad(storage), hints=hints,
         ) as writer:
             disks = tuple(
@@ -210,13 +211,6 @@ class SnapshotRun:
             return self._parent
         self.parent_note = "its parent was forgotten just now"
         return Parent(None, None)
-
-    @contextlib.contextmanager
-    def _hints(self) -> Iterator[ChunkHints]:
-        with contextlib.suppress(OSError):
-            self._hints_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.closing(ChunkHints(self._repository.parameters.id, self._hints_folder)) as hints:
-            yield hints
 
     def _disk(
         self, writer: SnapshotWriter, watch: Watch, disk: StillDisk, reader: DiskReader, parent: Parent,

@@ -42,8 +42,6 @@ def _copied(
     copied: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
     repository = session.repository
-    with contextlib.suppress(OSError):
-        session.hints_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (
         contextlib.closing(ChunkHints(repository.parameters.id, session.hints_folder)) as hints,
         session.signals_as_stop("the snapshot that is under way is given up"),

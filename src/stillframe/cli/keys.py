@@ -24,7 +24,7 @@ def init(session: Session, new_key_file: Path | None, label: str) -> int:
     address = session.address
     _refuse_full(folder_of(address))
     secret = _new_secret(session, new_key_file)
-    storage = storage_of(session.repository_settings, address, session.clock, make=True)
+    storage = storage_of(session.repository_settings, address, session.access, session.clock, make=True)
     made = init_repository(storage, secret, label, session.clock)
     slots = [_slot_body(slot) for slot in key_slots(storage)]
     session.screen.result(f"made the repository {made.address} ({made.parameters.id[:12]})")

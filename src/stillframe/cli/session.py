@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stillframe.hypervisor.connection import Connection
     from stillframe.repository.opened import Repository, Secret
     from stillframe.restore.boot_record import BootStore
+    from stillframe.storage.access import Access
     from stillframe.storage.model import Storage
 
 
@@ -148,9 +149,14 @@ class Session:
                 "--repo REPO", f"--repo {shlex.quote(self._address)}")
 
     @cached_property
+    def access(self) -> Access:
+        """Who we are to the repository's server. Raises ConfigInvalid."""
+        return access_to(self.repository_settings, self.address)
+
+    @cached_property
     def storage(self) -> Storage:
         """The storage of the repository. Raises ConfigInvalid, RepositoryRefused."""
-        return storage_of(self.repository_settings, self.address, self.clock)
+        return storage_of(self.repository_settings, self.address, self.access, self.clock)
 
     @cached_property
     def secret(self) -> Secret:
@@ -164,8 +170,7 @@ class Session:
         """The repository, open. Raises RepositoryRefused, RepositoryDamaged, StorageError."""
         from stillframe.repository.opened import open_repository
 
-        access = access_to(self.repository_settings, self.address)
-        return open_repository(self.storage, self.secret, access)
+        return open_repository(self.storage, self.secret, self.access)
 
     def repository_at(self, address: str) -> Repository:
         """Return the repository at another address, opened by what opens this session's. See `repository`."""

@@ -48,6 +48,15 @@ def read_domain_xml(text: str) -> DomainXml:
     )
 
 
+def nvram_file(domain: ET.Element) -> str | None:
+    """Return the file with the firmware's variables, "" if libvirt chooses it; None if there are none."""
+    nvram = domain.find("./os/nvram")
+    if nvram is None:
+        return None
+    source = nvram.find("./source")
+    return source.get("file", "") if source is not None else (nvram.text or "").strip()
+
+
 def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:
     """Return a disk-only snapshot's XML: *overlays* maps a target to its overlay's path.
 

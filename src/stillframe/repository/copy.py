@@ -21,7 +21,6 @@ from stillframe.block.reader import Connection
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import RepositoryDamaged, StillframeError
 from stillframe.extent import Extent
-from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.difference import changed_extents
 from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
@@ -31,7 +30,7 @@ from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView, read_whole
 from stillframe.repository.session import Session, open_session
-from stillframe.repository.snapshots import read_snapshot
+from stillframe.repository.snapshots import read_snapshot, snapshots_of
 from stillframe.repository.tree import Tree
 from stillframe.repository.writer import Progress, Since, SnapshotWriter
 
@@ -136,9 +135,8 @@ class _One:
 
         The session is registered, so what is listed now keeps all that it needs.
         """
-        originals = {_moment(each): each for each in list_snapshots(self._source.storage)}
-        older = [each for each in list_snapshots(self._target.storage)
-                 if (each.host, each.guest) == (name.host, name.guest) and each.utc < name.utc]
+        originals = {_moment(each): each for each in snapshots_of(self._source, name.host, name.guest)}
+        older = [each for each in snapshots_of(self._target, name.host, name.guest) if each.utc < name.utc]
         for each in sorted(older, key=lambda one: one.utc, reverse=True):
             original = originals.get(_moment(each))
             if original is None:

@@ -134,6 +134,8 @@ class ChunkHints:
         """Return the folder's file, opened for this run alone; None if another process has it."""
         path = folder / _FILE
         with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
             if path.stat().st_size > limit_bytes:
                 _remove(path)
         for attempt in range(2):

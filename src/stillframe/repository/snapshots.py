@@ -24,6 +24,11 @@ def read_snapshot(repository: Repository, name: SnapshotName) -> Manifest:
     return decode_manifest(content, name.key, repository.key)
 
 
+def snapshots_of(repository: Repository, host: str, guest: str) -> Iterator[SnapshotName]:
+    """Yield the names of all snapshots of a guest of a host, in no order. Raises StorageError."""
+    return _listed(repository, f"{MANIFESTS}{safe(host)}/{safe(guest)}/")
+
+
 def newest_of(
     repository: Repository, host: str, guest: str, uuid: str,
 ) -> tuple[tuple[SnapshotName, Manifest] | None, list[str]]:
@@ -32,7 +37,7 @@ def newest_of(
     None if there is none of the guest with that UUID on that host. Raises StorageError.
     """
     problems: list[str] = []
-    names = _listed(repository, f"{MANIFESTS}{safe(host)}/{safe(guest)}/")
+    names = snapshots_of(repository, host, guest)
     for name in sorted(names, key=lambda each: (each.utc, each.sid), reverse=True):
         try:
             manifest = read_snapshot(repository, name)

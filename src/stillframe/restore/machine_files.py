@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.errors import DestinationUnwritable, TargetExists
+from stillframe.hypervisor.domain_xml import nvram_file
 from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, FileEntry, Manifest
 from stillframe.restore.target import Naming, write_errors
 
@@ -34,11 +35,9 @@ def nvram_path(definition: str, name: str, folder: str) -> str:
 
     It is libvirt's own folder for that, if the host has it, else *folder*.
     """
-    element = ET.fromstring(definition).find("os/nvram")
-    if element is None:
+    old = nvram_file(ET.fromstring(definition))
+    if old is None:
         return ""
-    source = element.find("source")
-    old = (element.text or "").strip() or ("" if source is None else source.get("file", ""))
     place = _NVRAM_FOLDER if _NVRAM_FOLDER.is_dir() else Path(folder)
     return str(place / f"{name}_VARS{Path(old).suffix or '.fd'}")
 
@@ -50,11 +49,18 @@ def machine_targets(manifest: Manifest, uuid: str, nvram: str) -> tuple[MachineT
         if entry.role == NVRAM and nvram:
             found.append(MachineTarget(entry, nvram))
         elif entry.role == TPM:
-            inside = entry.path.rpartition(f"/{manifest.uuid}/")[2].lstrip("/")
-            if ".." in Path(inside).parts:
-                continue  # a manifest is sealed, but a path out of the folder is nothing to follow
-            found.append(MachineTarget(entry, str(TPM_FOLDER / uuid / inside)))
+            path = tpm_path(entry, manifest.uuid, uuid)
+            if path:
+                found.append(MachineTarget(entry, path))
     return tuple(found)
+
+
+def tpm_path(entry: FileEntry, old_uuid: str, uuid: str) -> str:
+    """Return where a part of a TPM's state goes for the guest *uuid*, "" if its old path leads elsewhere."""
+    inside = Path(entry.path.rpartition(f"/{old_uuid}/")[2])
+    if inside.is_absolute() or ".." in inside.parts:
+        return ""  # a manifest is sealed, but a path out of the folder is nothing to follow
+    return str(TPM_FOLDER / uuid / inside)
 
 
 def write_machine_file(target: MachineTarget, content: bytes) -> None:

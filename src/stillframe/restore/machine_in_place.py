@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from stillframe.errors import DestinationUnwritable, SlotDamaged
+from stillframe.hypervisor.domain_xml import nvram_file
 from stillframe.hypervisor.guest import Guest
-from stillframe.repository.manifest import NVRAM, TPM, TPM_FOLDER, FileEntry, Manifest
+from stillframe.repository.manifest import NVRAM, TPM, FileEntry, Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.reader import read_whole
+from stillframe.restore.machine_files import tpm_path
 from stillframe.restore.target import Naming, write_errors
 
 
@@ -54,15 +55,9 @@ def _path(entry: FileEntry, old_uuid: str, uuid: str, definition: str) -> str:
     """Return where the guest has the file now, "" if it has none like it."""
     root = ET.fromstring(definition) if definition else ET.Element("domain")
     if entry.role == NVRAM:
-        element = root.find("./os/nvram")
-        if element is None:
-            return ""
-        source = element.find("./source")
-        return source.get("file", "") if source is not None else (element.text or "").strip()
+        return nvram_file(root) or ""
     if entry.role == TPM and root.find("./devices/tpm/backend[@type='emulator']") is not None:
-        inside = PurePosixPath(entry.path.rpartition(f"/{old_uuid}/")[2])
-        if not inside.is_absolute() and ".." not in inside.parts:
-            return str(TPM_FOLDER / uuid / inside)
+        return tpm_path(entry, old_uuid, uuid)
     return ""
 
 
