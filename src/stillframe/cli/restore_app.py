@@ -157,29 +157,30 @@ def restore(
     if [to is not None, guest.is_asked_for, in_place.is_asked_for].count(True) != 1:
         raise typer.BadParameter("say what is to be restored to: --to PATH, --as NAME for a new guest, or "
                                  "--in-place for the one that is there; one of them")
-    image_format = format_.value if format_ else ""
     if delta and to is None:
         raise typer.BadParameter("--delta goes with --to")
-    if guest.is_asked_for:
+    if dry_run and to is not None:
+        raise typer.BadParameter("--dry-run does not go with --to")
+    if format_ is not None and in_place.is_asked_for:
+        raise typer.BadParameter("--format does not go with --in-place")
+    image_format = format_.value if format_ else ""
+    if to is not None:
+        from stillframe.cli import restore as restore_command
+
+        # Path would drop the slash by which a folder is told from a file.
+        wish = restore_command.Wish(
+            snapshot, Path(to).absolute(), to.endswith("/"), image_format, delta, force, skip_bad)
+        run_command(common, lambda session: restore_command.restore(session, wish), repository)
+    elif guest.is_asked_for:
         from stillframe.cli import restore_guest as guest_command
 
         new = guest_command.Order(snapshot, guest, image_format, force, skip_bad, dry_run)
         run_command(common, lambda session: guest_command.restore_guest(session, new), repository)
-    if in_place.is_asked_for:
+    else:
         from stillframe.cli import restore_in_place as in_place_command
 
-        if format_ is not None:
-            raise typer.BadParameter("--format does not go with --in-place")
         over = in_place_command.Order(snapshot, in_place, force, skip_bad, dry_run)
         run_command(common, lambda session: in_place_command.restore_over(session, over), repository)
-    if to is None or dry_run:
-        raise typer.BadParameter("--dry-run does not go with --to")
-    from stillframe.cli import restore as restore_command
-
-    # Path would drop the slash by which a folder is told from a file.
-    wish = restore_command.Wish(
-        snapshot, Path(to).absolute(), to.endswith("/"), image_format, delta, force, skip_bad)
-    run_command(common, lambda session: restore_command.restore(session, wish), repository)
 
 
 def check_name(name: str) -> None:
