@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Protocol
 
 from stillframe.errors import ObjectExists, ObjectMissing, StorageError, StorageLost
+from stillframe.storage.listing import Entry, listed
 from stillframe.storage.model import (
     Capabilities,
     Content,
@@ -24,7 +24,6 @@ from stillframe.storage.model import (
     check_key,
     check_prefix,
     check_range,
-    is_part,
     readable_bytes,
     view_of,
 )
@@ -33,15 +32,6 @@ UNFINISHED = ".unfinished"
 _LEFTOVER_AGE = timedelta(hours=1)
 #: How often a folder may vanish under a create: others remove folders that they see empty.
 _FOLDER_TRIES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One name in a folder of a server."""
-
-    name: str
-    is_folder: bool
-    size_bytes: int
 
 
 class FileServer(Protocol):
@@ -231,25 +221,14 @@ class FileStorage:
 
     def _list(self, prefix: str) -> Iterator[Listed]:
         self._check_there()
-        yield from self._list_folder(prefix[:prefix.rfind("/") + 1], prefix)
+        yield from listed(self._scan, prefix)
 
-    def _list_folder(self, folder: str, prefix: str) -> Iterator[Listed]:
-        """Yield what is in *folder* ("" or with a slash at its end) and begins with *prefix*."""
+    def _scan(self, folder: str) -> Iterable[Entry]:
         try:
-            entries = self._server.scan(folder.rstrip("/"))
+            return self._server.scan(folder.rstrip("/"))
         except FileNotFoundError:
             self._check_there()
-            return
-        # With its slash, a folder stands where its objects' keys belong: "a-b" < "a/b" < "a0".
-        found = {f"{folder}{entry.name}{'/' if entry.is_folder else ''}": entry
-                 for entry in entries if is_part(entry.name)}
-        for key in sorted(found):
-            if not key.startswith(prefix) and not (key.endswith("/") and prefix.startswith(key)):
-                continue
-            if key.endswith("/"):
-                yield from self._list_folder(key, prefix)
-            else:
-                yield Listed(key, found[key].size_bytes)
+            return ()
 
     @contextlib.contextmanager
     def _missing_unless_there(self, key: str) -> Iterator[None]:

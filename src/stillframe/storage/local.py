@@ -19,12 +19,13 @@ import contextlib
 import errno
 import os
 import stat as stat_bits
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from stillframe.direct import write_new
 from stillframe.errors import ObjectExists, ObjectMissing, RepositoryUnsafe
+from stillframe.storage.listing import Entry, listed
 from stillframe.storage.model import (
     Capabilities,
     Content,
@@ -33,7 +34,6 @@ from stillframe.storage.model import (
     check_key,
     check_prefix,
     check_range,
-    is_part,
     readable_bytes,
     view_of,
 )
@@ -269,26 +269,22 @@ class LocalStorage:
     def _list(self, prefix: str) -> Iterator[Listed]:
         with storage_errors(self._root, f"listing {prefix}"):
             self._check_root()
-            yield from self._list_folder(prefix[:prefix.rfind("/") + 1], prefix)
+            yield from listed(self._scan, prefix)
 
-    def _list_folder(self, folder: str, prefix: str) -> Iterator[Listed]:
-        """Yield what is in *folder* ("" or with a slash at its end) and begins with *prefix*."""
+    def _scan(self, folder: str) -> Iterable[Entry]:
         try:
             with os.scandir(self._path(folder)) as entries:
-                # With its slash, a folder stands where its objects' keys belong: "a-b" < "a/b" < "a0".
-                found = {f"{folder}{entry.name}{_slash(entry)}": entry
-                         for entry in entries if is_part(entry.name)}
+                found = list(entries)
         except (FileNotFoundError, NotADirectoryError):
             self._check_root()  # a listing cut short by an unmount would pass for one of few objects
             return
-        for key, entry in sorted(found.items(), key=lambda item: item[0]):
-            if not key.startswith(prefix):
-                continue
-            if key.endswith("/"):
-                yield from self._list_folder(key, prefix)
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                yield Entry(entry.name, is_folder=True, size_bytes=0)
             elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
-                    yield Listed(key, entry.stat(follow_symlinks=False).st_size)
+                    yield Entry(entry.name, is_folder=False,
+                                size_bytes=entry.stat(follow_symlinks=False).st_size)
 
     def _missing(self, key: str) -> ObjectMissing:
         self._check_root()
@@ -312,10 +308,6 @@ class LocalStorage:
 
 def _rename(temporary: str, path: str) -> None:
     os.rename(temporary, path)
-
-
-def _slash(entry: os.DirEntry[str]) -> str:
-    return "/" if entry.is_dir(follow_symlinks=False) else ""
 
 
 def _inode(folder: str) -> int | None:

@@ -23,7 +23,7 @@ import asyncssh
 import msgspec
 
 from stillframe.errors import StorageFull, StorageLost, StorageRefused
-from stillframe.storage.files import Entry
+from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
 
 T = TypeVar("T")

@@ -34,7 +34,7 @@ from smbprotocol.exceptions import (
 from stillframe.clock import Clock, Deadline
 from stillframe.errors import StorageFull, StorageLost, StorageRefused
 from stillframe.storage.access import Access
-from stillframe.storage.files import Entry
+from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
 from stillframe.units import MIB
 
