@@ -24,7 +24,8 @@ from pathlib import Path
 import libvirt
 
 from lab.daemons import LibvirtDaemons, OutsideLab
-from lab.dbguest import CheckResult, DbGuest, check_image
+from lab.database import CheckResult
+from lab.dbguest import DbGuest, boot_and_check
 from lab.demo_snapshots import DemoFailed, show_snapshots
 from lab.disks import DiskSpec
 from lab.enter import IMAGES_DIR
@@ -247,7 +248,7 @@ def _boot_mirror(show: Show, guest: DbGuest, acknowledged: int) -> CheckResult:
     show.step("Boot a second guest from the mirror and let SQLite check the database")
     show.tell("It is the mirror of the run that was killed: its copy was durable before the commit began.")
     began_s = time.monotonic()
-    check = check_image(_IMAGE, "raw")
+    check = boot_and_check(_IMAGE, "raw")
     show.tell(f"Booted, checked and off again in {duration_text(time.monotonic() - began_s)}; "
               f"the live guest is at row {guest.acknowledged()} by now.")
     show.promise(check.integrity == "ok", f"pragma integrity_check: {check.integrity}")

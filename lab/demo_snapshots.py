@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lab.dbguest import DbGuest, check_image
+from lab.dbguest import DbGuest, boot_and_check
 from lab.show import Show
 from stillframe.errors import EXIT_OK
 from stillframe.units import duration_text, size_text
@@ -31,7 +31,7 @@ def show_snapshots(show: Show, guest: DbGuest, place: Path, settings: Path) -> l
     middle = str(snapshots[1]["name"])
     ran = show.run("stillframe", "restore", f"{middle}:vda", "--to", str(image))
     show.promise(ran.code == EXIT_OK, f"exit code {ran.code} after {duration_text(ran.seconds)}")
-    check = check_image(image, "raw")
+    check = boot_and_check(image, "raw")
     show.promise(check.integrity == "ok", f"pragma integrity_check: {check.integrity}")
     show.promise(check.whole, f"rows {check.first} to {check.last} are contiguous: {check.rows} of them")
     show.promise(acknowledged[1] <= check.last < acknowledged[2],

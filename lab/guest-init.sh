@@ -3,7 +3,7 @@
 #   (nothing)              write rows to the database on vda and acknowledge each on the console
 #   stillframe.pause=S     the same, with S seconds between rows instead of as many as the machine can
 #   stillframe.counter=1   write a counter to vda, then vdb, and acknowledge it
-#   stillframe.check=N     look whether the databases on the first N disks are whole, say so, power off
+#   stillframe.check=1     look whether the database on vda is whole, say so, power off
 # Every line for the host begins with a word in capitals.
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
@@ -68,7 +68,7 @@ one_word() {
 
 check() {
 	counts=
-	if mount -t ext4 "$1" /data; then
+	if mount -t ext4 /dev/vda /data; then
 		integrity=$(sqlite3 -batch /data/rows.db 'PRAGMA integrity_check' 2>&1 | one_word)
 		counts=$(sqlite3 -batch /data/rows.db "SELECT 'rows='||count(*)||' min='||coalesce(min(n),0)||' max='||coalesce(max(n),0) FROM rows" 2>&1)
 		umount /data
@@ -82,15 +82,12 @@ check() {
 		counts="rows=0 min=0 max=0"
 		;;
 	esac
-	echo "CHECK $1 integrity=${integrity:-none} $counts"
+	echo "CHECK vda integrity=${integrity:-none} $counts"
 }
 
-disks=$(setting check)
-if [ -n "$disks" ]; then
-	for disk in $(printf '%s\n' vda vdb vdc vdd | head -n "$disks"); do
-		wait_path "/dev/$disk"
-		check "/dev/$disk"
-	done
+if [ -n "$(setting check)" ]; then
+	wait_path /dev/vda
+	check
 	poweroff -f
 fi
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
 from pathlib import Path
+from typing import BinaryIO
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -37,14 +39,27 @@ def assert_equal_images(one: Path, other: Path) -> None:
         raise ImagesDiffer(f"{one} has {sizes[0]} bytes, {other} has {sizes[1]}")
     with one.open("rb") as first, other.open("rb") as second:
         offset = 0
-        while left := first.read(_STEP_BYTES):
-            right = second.read(_STEP_BYTES)
+        # Where both have a hole both hold zeroes: of 100 GiB there may be little to read.
+        while (offset := min(_data_at(first, offset), _data_at(second, offset))) < sizes[0]:
+            first.seek(offset)
+            second.seek(offset)
+            left, right = first.read(_STEP_BYTES), second.read(_STEP_BYTES)
             if left != right:
                 at = next(i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b)
                 raise ImagesDiffer(f"{one} and {other} differ first at offset {offset + at} "
                                    f"(0x{offset + at:x}): {left[at]:#04x} and {right[at]:#04x}; "
                                    f"{_differing_blocks(one, other)}")
             offset += len(left)
+
+
+def _data_at(file: BinaryIO, offset_bytes: int) -> int:
+    """Return where the first data at or behind *offset_bytes* is; the file's end when only a hole follows."""
+    try:
+        return os.lseek(file.fileno(), offset_bytes, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return os.fstat(file.fileno()).st_size
 
 
 def _differing_blocks(one: Path, other: Path) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.dbguest import DbGuest, check_images
+from lab.database import check_image
+from lab.dbguest import DbGuest
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import PULL_STATES, State
@@ -67,7 +68,8 @@ def strike_and_look(
     guest.destroy()
     source, image_format = guest.disk_source("vda", inactive=True)
     assert "stillframe-overlay" not in source
-    check, mirror = check_images((source, image_format), (place.mirror(guest) / "vda.img", "raw"))
+    check = check_image(source, image_format)
+    mirror = check_image(place.mirror(guest) / "vda.img", "raw")
     assert check.whole, check
     assert check.last >= acknowledged
     assert mirror.whole, mirror

@@ -16,7 +16,8 @@ import libvirt
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.dbguest import DbGuest, check_images
+from lab.database import check_image
+from lab.dbguest import DbGuest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.guest import Guest
@@ -190,7 +191,8 @@ def assert_whole(place: Place, guest: DbGuest, store: PullStore) -> None:
     guest.destroy()
     point = store.current()
     assert point is not None
-    check, stored = check_images(guest.disk_source("vda", inactive=True), (point / "vda.img", "raw"))
+    check = check_image(*guest.disk_source("vda", inactive=True))
+    stored = check_image(point / "vda.img", "raw")
     assert check.whole, check
     assert check.last >= acknowledged
     assert stored.whole, stored

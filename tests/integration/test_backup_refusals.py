@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.dbguest import DbGuest, check_image, needs_recovery
+from lab.database import check_image, needs_recovery
+from lab.dbguest import DbGuest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.enter import IMAGES_DIR

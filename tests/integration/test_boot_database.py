@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lab.daemons import UNDEFINE_WHOLLY
-from lab.dbguest import DbGuest, check_image
+from lab.database import check_image
+from lab.dbguest import DbGuest
 from lab.images import run
 from tests.fault.harness import Place
 from tests.integration.booting import end_servers, servers

@@ -17,7 +17,8 @@ import libvirt
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.dbguest import DbGuest, check_image, needs_recovery, read_counter
+from lab.database import check_image, needs_recovery
+from lab.dbguest import DbGuest, read_counter
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for

@@ -14,7 +14,8 @@ import libvirt
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.dbguest import DbGuest, check_image
+from lab.database import check_image
+from lab.dbguest import DbGuest
 from lab.enter import IMAGES_DIR
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import EXIT_FELL_BACK, EXIT_OK

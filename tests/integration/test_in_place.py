@@ -11,7 +11,8 @@ from typing import Any
 import libvirt
 import pytest
 
-from lab.dbguest import DbGuest, check_image
+from lab.database import check_image
+from lab.dbguest import DbGuest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB, run

@@ -14,7 +14,8 @@ import pytest
 
 from lab import enter
 from lab.daemons import LibvirtDaemons
-from lab.dbguest import DbGuest, check_image, check_images, make_file_system, needs_recovery, read_counter
+from lab.database import check_image, make_file_system, needs_recovery
+from lab.dbguest import DbGuest, boot_and_check, read_counter
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, ImagesDiffer, assert_equal_images, make_initial
@@ -190,7 +191,8 @@ def test_database_guest_through_its_life(
     wait_for("libvirt sees it", lambda: not guest.running(), PATIENCE_S)
     acknowledged = guest.acknowledged()
     assert needs_recovery(guest.read_disk("vda"))
-    found, then = check_images((guest.disks["vda"].path, "qcow2"), (frozen, "raw"))
+    found, then = check_image(guest.disks["vda"].path, "qcow2"), check_image(frozen, "raw")
+    assert found == boot_and_check(guest.disks["vda"].path, "qcow2")
     assert found.whole
     assert found.last >= acknowledged
     assert then.whole
@@ -252,7 +254,7 @@ def test_image_without_a_database_is_not_whole(tmp_path: Path) -> None:
     empty, no_file_system = tmp_path / "empty.raw", tmp_path / "zeroes.raw"
     make_file_system(empty, 32 * MIB)
     make_initial(no_file_system, 32 * MIB, "no file system")
-    without_database, not_mountable = check_images((empty, "raw"), (no_file_system, "raw"))
+    without_database, not_mountable = check_image(empty, "raw"), check_image(no_file_system, "raw")
     assert not without_database.whole
     assert without_database.integrity != not_mountable.integrity == "not-mountable"
 

@@ -18,7 +18,8 @@ import pytest
 
 from lab.barequemu import BareQemu
 from lab.daemons import UNDEFINE_WHOLLY, LibvirtDaemons
-from lab.dbguest import DbGuest, check_image
+from lab.database import check_image
+from lab.dbguest import DbGuest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run, to_raw
