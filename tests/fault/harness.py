@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import forked
 from lab.barequemu import BareQemu
 from lab.daemons import LibvirtDaemons
+from lab.forked import Forked
 from lab.guest import Guest
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.states import State
@@ -55,18 +57,21 @@ class Run:
         self, place: Place, guest: Guest | BareQemu, *, what: str = "mirror", quiesce: str = "none",
         state: State | None = None, phase: str = "-", overlay_limit_bytes: int = 0,
     ) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault.driver", what, named(guest),
-             str(place.destination), str(place.state_dir), str(place.overlays), quiesce,
-             state.value if state else "-", phase, str(overlay_limit_bytes)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,
-        )
+        self._start([
+            sys.executable, "-m", "tests.fault.driver", what, named(guest),
+            str(place.destination), str(place.state_dir), str(place.overlays), quiesce,
+            state.value if state else "-", phase, str(overlay_limit_bytes)])
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        said, output = os.pipe()
+        self._process = Forked(command, output=output, errors=output, env=env, cwd=_ROOT)
+        os.close(output)
+        self._said = os.fdopen(said)
         self.output = ""
 
     def wait_reached(self) -> bool:
         """Wait until the run stopped at its step; return False if it ended without coming there."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._said:
             self.output += line
             if line == "reached\n":
                 wait_for("the run stops itself", self._is_stopped, PATIENCE_S)
@@ -76,7 +81,6 @@ class Run:
     def kill(self) -> None:
         """Kill the run."""
         self._process.kill()
-        self._process.wait()
 
     def resume_only(self) -> None:
         """Let the run go on, without waiting."""
@@ -89,9 +93,9 @@ class Run:
 
     def end(self) -> int:
         """Return the exit code once the run ended."""
-        rest, _ = self._process.communicate(timeout=_RUN_TIMEOUT_S)
-        self.output += rest
-        return self._process.returncode
+        code = self._process.wait(_RUN_TIMEOUT_S)
+        self.output += self._said.read()
+        return code
 
     def _is_stopped(self) -> bool:
         stat = Path(f"/proc/{self._process.pid}/stat").read_text()
@@ -113,12 +117,10 @@ def strike(victim: Victim, run: Run, guest: Guest, daemons: LibvirtDaemons) -> N
 
 def recover(place: Place, guest: Guest | BareQemu, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `stillframe recover` on the guest and return what came of it."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "stillframe", "recover", named(guest), "--state-dir", str(place.state_dir),
          "--json", *options],
-        capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False, cwd=_ROOT,
-        env={**os.environ},
-    )
+        timeout_s=_RUN_TIMEOUT_S, cwd=_ROOT)
 
 
 def overlays_left(place: Place) -> list[Path]:

@@ -32,11 +32,9 @@ class BootRun(Run):
 
     def __init__(self, booting: Booting, state: BootState, phase: str, number: int, *words: str) -> None:
         line = booting.repo.command(*words)[3:]
-        self._process = subprocess.Popen(
+        self._start(
             [sys.executable, "-m", "tests.fault.boot_driver", state.value, phase, str(number), *line],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=booting.repo.root,
-            env=booting.repo.environment(), stdin=subprocess.DEVNULL)
-        self.output = ""
+            booting.repo.environment())
 
 
 def boot_words(booting: Booting) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
+from lab import forked
 from lab.diskguest import DiskGuest
 from lab.disks import Kind
 from lab.images import MIB
@@ -39,8 +40,7 @@ def repo(place: Place, tmp_path: Path) -> Repo:
 def struck(repo: Repo, step: str, *words: str) -> int:
     """Run the command and strike at *step*; return the exit code, -9 if it was killed."""
     command = [sys.executable, "-m", "tests.fault.in_place_driver", step, *repo.command(*words)[3:]]
-    done = subprocess.run(command, env=repo.environment(), cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, check=False)
+    done = forked.run(command, env=repo.environment(), cwd=ROOT, timeout_s=120)
     if ":" in step:
         assert "are only partly restored" in done.stderr, done.stderr
         assert "Next:" in done.stderr

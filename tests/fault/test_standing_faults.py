@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lab import forked
 from lab.daemons import LibvirtDaemons
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
@@ -185,9 +186,9 @@ def test_a_full_base_in_the_commit_keeps_both_overlays_until_there_is_room(
 
 
 def command(place: Place, *words: str, code: int = 0) -> dict[str, Any]:
-    answer = subprocess.run(
+    answer = forked.run(
         [sys.executable, "-m", "stillframe", *words, "--state-dir", str(place.state_dir), "--json"],
-        capture_output=True, text=True, check=False, timeout=120)
+        timeout_s=120)
     assert answer.returncode == code, answer.stdout + answer.stderr
     found: dict[str, Any] = json.loads(answer.stdout)
     return found

@@ -17,6 +17,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from lab import forked
 from lab.barequemu import BareQemu
 from lab.guest import Guest
 from lab.images import assert_equal_images
@@ -64,9 +65,8 @@ class Repo:
             line = self.command(*words)[3:]
             done = CliRunner().invoke(app, line, env=self.environment(secret=secret), catch_exceptions=False)
             return subprocess.CompletedProcess(line, done.exit_code, done.stdout, done.stderr)
-        return subprocess.run(
-            self.command(*words), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-            cwd=self.root, env=self.environment(secret=secret), stdin=subprocess.DEVNULL)
+        return forked.run(
+            self.command(*words), timeout_s=_TIMEOUT_S, cwd=self.root, env=self.environment(secret=secret))
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the command line of a call."""

@@ -13,6 +13,7 @@ import libvirt
 import msgspec
 import pytest
 
+from lab import forked
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import MIB, assert_equal_images, run
@@ -80,9 +81,9 @@ def change(guest: DiskGuest, round_: int) -> None:
 
 
 def mirror(place: Place, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "stillframe", "mirror", *words, str(place.destination), "--min-free", "32M",
-         "--json", "--state-dir", str(place.state_dir)], capture_output=True, text=True, check=False)
+         "--json", "--state-dir", str(place.state_dir)], timeout_s=120)
 
 
 def mirrored(place: Place, *words: str, code: int = 0) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from lab import forked
 from lab.daemons import LibvirtDaemons
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
@@ -41,11 +42,9 @@ class Caller:
 
     def call(self, *arguments: str | Path) -> tuple[int, dict[str, Any], str]:
         """Return exit code, JSON and what was said."""
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-m", "stillframe", *map(str, arguments), "--json", "--state-dir",
-             str(self.place.state_dir)],
-            capture_output=True, text=True, timeout=120, check=False,
-        )
+             str(self.place.state_dir)], timeout_s=120)
         return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
     def mirror(self, guest: str, *options: str | Path) -> tuple[int, dict[str, Any], str]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from lab import forked
 from lab.barequemu import BareQemu
 from lab.daemons import UNDEFINE_WHOLLY, LibvirtDaemons
 from lab.database import check_image
@@ -350,10 +350,10 @@ def test_a_bare_guest_has_no_definition(
 
 def killed(repo: Repo, snapshot: str, pool: Path, step: str) -> None:
     """Restore as "back", killed by SIGKILL once *step* was reached."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "tests.fault.restore_driver", step, "restore", snapshot, "--as", "back",
          "--pool", str(pool), "--state-dir", str(repo.place.state_dir)],
-        cwd=ROOT, env=repo.environment(), capture_output=True, text=True, timeout=120, check=False)
+        cwd=ROOT, env=repo.environment(), timeout_s=120)
     assert done.returncode == -9, done.stdout + done.stderr
 
 
