@@ -61,7 +61,7 @@ def main() -> int:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     daemons = LibvirtDaemons()
     daemons.start()
-    guest = DbGuest(daemons, IMAGES_DIR, "freeze-bench")
+    guest = DbGuest(daemons, IMAGES_DIR, "freeze-bench", pause_s=0)
     with tempfile.TemporaryDirectory() as folder:
         try:
             guest.define()

@@ -132,7 +132,8 @@ def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
     booting.assert_landed(guest)
 
 
-@pytest.mark.parametrize("victim", ["tool", "servers", "qemu", "libvirtd", "all"])
+@pytest.mark.parametrize("victim", ["tool", "all", *(
+    pytest.param(each, marks=pytest.mark.slow) for each in ("servers", "qemu", "libvirtd"))])
 @pytest.mark.parametrize(("state", "phase", "number"), _LAND_CELLS)
 def test_something_is_killed_in_a_landing(
     booting: Booting, state: BootState, phase: str, number: int, victim: str,

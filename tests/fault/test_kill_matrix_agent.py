@@ -33,8 +33,6 @@ from tests.fault.matrix import (
 )
 
 MakeGuest = Callable[..., DbGuest]
-# What is acknowledged must be there, be it much or little; in tests/integration guests write all they can.
-_PAUSE_S = 0.02
 
 
 def test_the_matrix_leaves_no_step_out() -> None:
@@ -79,7 +77,7 @@ def strike_and_look(
 def test_killed_while_frozen(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
-    guest = db_guest(pause_s=_PAUSE_S)
+    guest = db_guest()
     guest.wait_more_rows(5)
     assert Run(place, guest, quiesce="agent").end() == 0
     run = Run(place, guest, quiesce="agent", state=step[0], phase=step[1])
@@ -91,7 +89,7 @@ def test_killed_while_frozen(
 def test_killed_around_a_shutdown(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
-    guest = db_guest(pause_s=_PAUSE_S)
+    guest = db_guest()
     guest.wait_more_rows(5)
     assert Run(place, guest, quiesce="agent").end() == 0
     run = Run(place, guest, quiesce="shutdown", state=step[0], phase=step[1])
@@ -106,7 +104,7 @@ def test_killed_around_a_shutdown(
 def test_killed_while_a_guest_left_shut_down_is_started(
     db_guest: MakeGuest, daemons: LibvirtDaemons, place: Place, step: Step, victim: Victim
 ) -> None:
-    guest = db_guest(pause_s=_PAUSE_S)
+    guest = db_guest()
     guest.wait_more_rows(5)
     assert Run(place, guest, quiesce="agent").end() == 0
     run = Run(place, guest, quiesce="shutdown", state=State.SHUTTING_DOWN, phase="done")

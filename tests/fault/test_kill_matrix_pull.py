@@ -34,7 +34,6 @@ from tests.pull_store import PullStore
 
 MakeGuest = Callable[..., DiskGuest]
 #: The states of other methods, too, that a run by bitmap comes to without an agent or a full file system.
-_PAUSE_S = 0.02
 _SHARED = frozenset({State.PLANNED, State.RELEASED, State.DONE})
 
 
@@ -203,7 +202,7 @@ def test_killed_while_frozen(
     db_guest: Callable[..., DbGuest], store: PullStore, daemons: LibvirtDaemons, place: Place, step: Step,
     victim: Victim,
 ) -> None:
-    guest = db_guest(pause_s=_PAUSE_S)
+    guest = db_guest()
     guest.wait_more_rows(5)
     assert Run(place, guest, what="bitmap", quiesce="agent").end() == 0
     guest.wait_more_rows(5)
@@ -223,7 +222,7 @@ def test_no_space_for_the_scratch_file(
     # Mounted before the guest starts: its QEMU has mounts of its own.
     with small_file_system(place.overlays / "small", 80 * MIB) as small:
         small.chmod(0o777)
-        guest = db_guest(pause_s=_PAUSE_S)
+        guest = db_guest()
         guest.wait_more_rows(5)
         assert Run(place, guest, what="bitmap").end() == 0
         full = Place(place.destination, place.state_dir, small)

@@ -69,7 +69,7 @@ def refused(repo: Repo, error: type[errors.StillframeError], *words: str | Path)
 def test_a_database_under_load_is_whole_in_its_snapshot(
     db_guest: MakeDbGuest, repo: Repo, tmp_path: Path
 ) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=0)
     repo.json("backup", guest.name, "--quiesce", "agent", "--min-free", "64M")
     guest.wait_more_rows(30)
     acknowledged = guest.acknowledged()

@@ -27,7 +27,7 @@ def repo(place: Place, tmp_path: Path) -> Iterator[Repo]:
 
 
 def test_a_database_is_booted_and_lands_while_it_writes(repo: Repo, db_guest: Callable[..., DbGuest]) -> None:
-    guest = db_guest(pause_s=0.02)
+    guest = db_guest()
     before = guest.wait_more_rows(20)
     sid = repo.json("backup", guest.name, "--quiesce", "agent", "--method", "overlay", "--min-free", "64M")[
         "guests"][0]["snapshot"]

@@ -195,7 +195,7 @@ def mirror_while_the_agent_stops(stillframe: Stillframe, guest: DbGuest) -> dict
 def test_a_freeze_that_never_answers_ends_and_leaves_the_guest_writing(
     stillframe: Stillframe, db_guest: MakeGuest
 ) -> None:
-    guest = db_guest(pause_s=0.02)  # it waits long for others
+    guest = db_guest()
     failed = mirror_while_the_agent_stops(stillframe, guest)
     assert "did not freeze in time" in failed["error"]["message"]
     guest.wait_more_rows(2)
@@ -208,7 +208,7 @@ def test_a_freeze_that_never_answers_ends_and_leaves_the_guest_writing(
 def test_an_agent_that_freezes_late_is_thawed_by_the_guard(
     stillframe: Stillframe, db_guest: MakeGuest
 ) -> None:
-    guest = db_guest(pause_s=0.02)  # it waits long for others
+    guest = db_guest()
     failed = mirror_while_the_agent_stops(stillframe, guest)
     assert failed["error"]["guest"] == "unknown", "nobody can know yet whether it will freeze"
     guest.continue_agent()  # now the agent finds the freeze in its queue
@@ -240,7 +240,7 @@ def test_a_signal_ends_the_run_cleanly(
 def test_libvirtd_away_for_ten_seconds_in_mid_copy(
     stillframe: Stillframe, db_guest: MakeGuest, daemons: LibvirtDaemons, tmp_path: Path
 ) -> None:
-    guest = db_guest(pause_s=0.02)  # it waits long for others
+    guest = db_guest()
     acknowledged = guest.wait_more_rows(5)
     place = Place(stillframe.destination, tmp_path / "state", guest.folder)
     run = Run(place, guest, quiesce="agent", state=State.COPYING, phase="done")

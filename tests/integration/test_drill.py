@@ -336,7 +336,7 @@ def test_variables_and_a_tpm_are_copies(
 def test_a_database_guest_is_checked_by_its_agent_while_the_original_writes_on(
     place: Place, tmp_path: Path, db_guest: Callable[..., DbGuest],
 ) -> None:
-    guest = db_guest(pause_s=0.02)
+    guest = db_guest()
     repo = make_repo(place, tmp_path)
     guest.wait_more_rows(20)
     sid = repo.json("backup", guest.name, "--quiesce", "agent", "--min-free", "64M")["guests"][0]["snapshot"]

@@ -235,7 +235,7 @@ def test_no_command_to_the_guest_is_lost(db_guest: Callable[..., DbGuest]) -> No
 
 
 def test_damaged_database_is_found(db_guest: Callable[..., DbGuest], tmp_path: Path) -> None:
-    guest = db_guest()
+    guest = db_guest(pause_s=0)
     # Enough rows that their pages left the WAL (SQLite empties it at a thousand) for the database file.
     guest.wait_acknowledged(1200)
     guest.power_off()
