@@ -1,9 +1,9 @@
 """Whether slots are where a generation says that they were moved to.
 
-Whoever has the key can write a generation: a stolen host, too. Of all that one says, only *moved* could make a
-collector delete what is needed: by naming a pack that does not have the slots, or by leaving out the one that
-has. So a collector believes neither. What any generation that is still there says counts as well; and a copy
-counts only if it is the same to the byte as an older one that is still there.
+Whoever has the key can write a generation: a stolen host, too. Of all that one says, only *moved* could
+make a collector delete what is needed: by naming a pack that does not have the slots, or by leaving out the
+one that has. So a collector believes neither. What any generation that is still there says counts as well;
+and a copy counts only if it is the same to the byte as an older one that is still there.
 
 Usually this reads nothing: what slots were copied from is deleted by the prune that copied them.
 """
