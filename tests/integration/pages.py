@@ -17,6 +17,7 @@ from tests.integration.repositories import ROOT
 
 _TIMEOUT_S = 250.0
 _BLOCK = re.compile(r"(?:^    .*\n|^\n(?=    ))+", re.MULTILINE)
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _OWN = ("/etc", "/srv", "/root", "/var/lib/stillframe")
 _MOUNTS = "".join(f"""
 mkdir -p {folder} "$0{folder}/upper" "$0{folder}/work"
@@ -26,7 +27,7 @@ mount -t overlay overlay -o lowerdir={folder},upperdir="$0{folder}/upper",workdi
 
 def blocks(name: str) -> list[str]:
     """Return the blocks of commands of docs/*name*, in order."""
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    page = _FENCED.sub("", (ROOT / "docs" / name).read_text(encoding="utf-8"))
     return [textwrap.dedent(found[0]).strip("\n") for found in _BLOCK.finditer(page)]
 
 

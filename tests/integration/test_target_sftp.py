@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import asyncssh
 import pytest
 
 from lab.daemons import LibvirtDaemons
-from lab.diskguest import DiskGuest
-from lab.disks import DiskSpec, Kind
-from lab.enter import IMAGES_DIR
-from lab.images import KIB, MIB, assert_equal_images
 from lab.sshaccounts import MachineSshd
 from stillframe.repository.layout import new_sid
 from stillframe.repository.manifest import tombstone
-from tests.integration.pages import OwnMachine, blocks
+from tests.integration.targets import Target, followed
 
 _PAGE = "TARGET-SFTP.md"
 _ADMIN = '--repo "$(cat /root/stillframe-admin/repository)" --key-file /etc/stillframe/key'
@@ -30,60 +26,55 @@ _FOLDER = "/srv/stillframe/repository"
 #: Where hosts must not add anything.
 _ADMINS = ("main/keys", "main/g", "main/pins", "main", "", "main/v/bad")
 
+_NEW = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
+
 pytestmark = [pytest.mark.timeout(600), pytest.mark.together]
 
 Attack = Callable[[asyncssh.SFTPClient, str], Awaitable[object]]
-
-
-class Target:
-    """The server of the page with a backup of a guest, and what the disk held then."""
-
-    def __init__(self, machine: OwnMachine, port: int, moment: Path) -> None:
-        self.machine = machine
-        self.port = port
-        self.moment = moment
-        self.objects = self.content()
-
-    def content(self) -> dict[str, bytes]:
-        """Return all objects."""
-        root = self.machine.path(_FOLDER)
-        return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
-                if path.is_file() and not path.name.startswith(".") and ".unfinished" not in path.parts}
-
-    def as_host(self, attack: Callable[[asyncssh.SFTPClient], Awaitable[None]]) -> None:
-        """Run *attack* with the host's key."""
-        async def run() -> None:
-            async with asyncssh.connect(
-                "127.0.0.1", self.port, username="sf-host", known_hosts=None, config=[],
-                client_keys=[str(self.machine.path("/etc/stillframe/ssh-key"))],
-            ) as connection, connection.start_sftp_client() as client:
-                await client.chdir("/repository")
-                await attack(client)
-
-        asyncio.run(run())
 
 
 @pytest.fixture(scope="module")
 def target(session_daemons: LibvirtDaemons, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """Follow the page up to the backup."""
     folder = tmp_path_factory.mktemp("target")
-    session_daemons.start()
-    guest = DiskGuest(session_daemons, IMAGES_DIR, "web", [DiskSpec("vda", Kind.QCOW2, 24 * MIB)])
-    with contextlib.ExitStack() as stack:
-        stack.callback(guest.remove)
-        guest.define()
-        guest.start()
-        guest.write("vda", MIB, 300 * KIB, 0xA1)
-        guest.flush()
-        sshd = stack.enter_context(MachineSshd(folder / "sshd"))
-        machine = stack.enter_context(OwnMachine(
-            folder / "machine", {"SERVER": "127.0.0.1", "PORT": str(sshd.port)}, sshd.start))
-        steps = blocks(_PAGE)
-        for block in steps[:-1]:
-            machine.follow(block)
-        yield Target(machine, sshd.port, guest.model("vda").copy_at_moment())
-        # The page's last step: the admin finds everything as it was.
-        machine.follow(steps[-1])
+    with MachineSshd(folder / "sshd") as sshd, followed(
+        session_daemons, folder / "machine", _PAGE, {"SERVER": "127.0.0.1", "PORT": str(sshd.port)}, _ADMIN,
+        services=sshd.start,
+    ) as target:
+        yield target
+
+
+@pytest.fixture(scope="module")
+def objects(target: Target) -> dict[str, bytes]:
+    """Give what was there before the first attack."""
+    return content_of(target)
+
+
+def content_of(target: Target) -> dict[str, bytes]:
+    """Return all objects."""
+    root = target.machine.path(_FOLDER)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
+            if path.is_file() and not path.name.startswith(".") and ".unfinished" not in path.parts}
+
+
+@contextlib.asynccontextmanager
+async def connected(target: Target) -> AsyncIterator[asyncssh.SSHClientConnection]:
+    """Connect with the host's key."""
+    async with asyncssh.connect(
+        "127.0.0.1", int(target.machine.names["PORT"]), username="sf-host", known_hosts=None, config=[],
+        client_keys=[str(target.machine.path("/etc/stillframe/ssh-key"))],
+    ) as connection:
+        yield connection
+
+
+def as_host(target: Target, attack: Callable[[asyncssh.SFTPClient], Awaitable[None]]) -> None:
+    """Run *attack* with the host's key."""
+    async def run() -> None:
+        async with connected(target) as connection, connection.start_sftp_client() as client:
+            await client.chdir("/repository")
+            await attack(client)
+
+    asyncio.run(run())
 
 
 async def _write(client: asyncssh.SFTPClient, path: str, flags: int) -> None:
@@ -93,13 +84,13 @@ async def _write(client: asyncssh.SFTPClient, path: str, flags: int) -> None:
 
 async def _rename_over(client: asyncssh.SFTPClient, path: str) -> None:
     with contextlib.suppress(asyncssh.SFTPError):
-        await _write(client, ".unfinished/own", asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL)
+        await _write(client, ".unfinished/own", _NEW)
     await client.posix_rename(".unfinished/own", path)
 
 
 async def _link_over(client: asyncssh.SFTPClient, path: str) -> None:
     with contextlib.suppress(asyncssh.SFTPError):
-        await _write(client, ".unfinished/own", asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL)
+        await _write(client, ".unfinished/own", _NEW)
     await client.link(".unfinished/own", path)
 
 
@@ -124,74 +115,71 @@ ATTACKS: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", list(ATTACKS))
-def test_no_object_is_destroyed_or_replaced(target: Target, attack: str) -> None:
+def test_no_object_is_destroyed_or_replaced(target: Target, objects: dict[str, bytes], attack: str) -> None:
     """Snapshots, data, trees and keys, those that the host made itself and those of the admin."""
     async def harm(client: asyncssh.SFTPClient) -> None:
-        for path in target.objects:
+        for path in objects:
             with pytest.raises((asyncssh.SFTPError, FileExistsError)):
                 await ATTACKS[attack](client, path)
 
-    assert {path.split("/")[1] for path in target.objects if "/" in path} >= {"m", "p", "t", "keys"}
-    target.as_host(harm)
-    assert target.objects.items() <= target.content().items()
+    assert {path.split("/")[1] for path in objects if "/" in path} >= {"m", "p", "t", "keys"}
+    as_host(target, harm)
+    assert content_of(target) == objects
 
 
-def test_nothing_is_added_where_the_admin_alone_adds(target: Target) -> None:
-    """A forged generation or key slot; another AuthorizedKeysFile can't be reached at all."""
+def test_nothing_is_added_where_the_admin_alone_adds(target: Target, objects: dict[str, bytes]) -> None:
+    """No forged generation, no key slot; and nothing but the repository is to be seen."""
     async def harm(client: asyncssh.SFTPClient) -> None:
         for folder in _ADMINS:
             path = f"{folder}/000000000099".lstrip("/")
             with pytest.raises(asyncssh.SFTPError):
-                await _write(client, path, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL)
+                await _write(client, path, _NEW)
             with pytest.raises(asyncssh.SFTPError):
                 await client.mkdir(path)
         assert sorted(await client.listdir("/")) == [".", "..", "repository"]
 
-    target.as_host(harm)
-    assert target.content() == target.objects
+    as_host(target, harm)
+    assert content_of(target) == objects
 
 
-def test_a_shell_is_no_way_around(target: Target) -> None:
+def test_a_shell_is_no_way_around(target: Target, objects: dict[str, bytes]) -> None:
     async def run() -> None:
-        async with asyncssh.connect(
-            "127.0.0.1", target.port, username="sf-host", known_hosts=None, config=[],
-            client_keys=[str(target.machine.path("/etc/stillframe/ssh-key"))],
-        ) as connection:
+        async with connected(target) as connection:
             done = await connection.run("rm -rf /repository/main", input="", timeout=60)
             assert done.exit_status == 1
             with pytest.raises(asyncssh.ChannelOpenError):
-                await connection.open_connection("127.0.0.1", target.port)
+                await connection.open_connection("127.0.0.1", int(target.machine.names["PORT"]))
 
     asyncio.run(run())
-    assert target.content() == target.objects
+    assert content_of(target) == objects
 
 
-def test_a_snapshot_is_not_hidden_unnoticed(target: Target) -> None:
+def test_a_snapshot_is_not_hidden_unnoticed(target: Target, objects: dict[str, bytes]) -> None:
     """No tombstone in its place; what is put beside it is listed, and the admin is told."""
-    (snapshot,) = (path for path in target.objects if path.startswith("main/m/"))
-    new = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-    garbage = f"{snapshot.rpartition('-')[0]}-{new_sid()}"
+    (snapshot,) = (path for path in objects if path.startswith("main/m/"))
+    garbage, hidden = (f"{snapshot.rpartition('-')[0]}-{new_sid()}" for _ in range(2))
 
     async def harm(client: asyncssh.SFTPClient) -> None:
         with pytest.raises(asyncssh.SFTPError):
-            await _write(client, snapshot, new)
-        for path, content in ((f"{snapshot[:-32]}{new_sid()}", tombstone(new_sid())), (garbage, b"x" * 500)):
-            async with client.open(path, new, encoding=None) as file:
+            await _write(client, snapshot, _NEW)
+        for path, content in ((hidden, tombstone(new_sid())), (garbage, b"x" * 500)):
+            async with client.open(path, _NEW, encoding=None) as file:
                 await file.write(content)
 
-    target.as_host(harm)
-    listed = target.machine.run(f"stillframe list {_ADMIN}")
+    as_host(target, harm)
+    listed = target.stillframe("list")
     assert snapshot[-32:][:8] in listed
     assert garbage[-32:][:8] in listed
-    assert target.machine.run(f"stillframe verify {_ADMIN} || test $? -ge 64")
-    before = target.content()
-    assert target.machine.run(f"stillframe prune --fence-after 24h {_ADMIN} && exit 1; test $? -ge 64") == ""
-    assert target.content() == before
-    target.machine.run(f"stillframe forget {garbage[-32:]} {_ADMIN}")
+    target.fails("verify")
+    before = content_of(target)
+    target.fails("prune --fence-after 24h")
+    assert objects.items() <= content_of(target).items()
+    assert before.keys() - content_of(target).keys() <= {key for key in before if key.startswith("main/s/")}
+    target.stillframe(f"forget {garbage[-32:]}")
 
 
 def test_everything_is_there_in_the_end(target: Target, tmp_path: Path) -> None:
-    target.machine.run(f"stillframe prune --fence-after 24h {_ADMIN}")
-    assert '"findings": []' in target.machine.run(f"stillframe verify --level full --json {_ADMIN}")
-    target.machine.run(f"stillframe restore web --to {tmp_path}/back/ {_ADMIN}")
-    assert_equal_images(tmp_path / "back" / "vda.img", target.moment)
+    """The rest of the page, and every byte."""
+    for block in target.rest:
+        target.machine.follow(block)
+    target.assert_whole(tmp_path)
