@@ -1,4 +1,4 @@
-"""Following a page of the documentation word for word: its commands, and a machine on which they may be run."""
+"""Following a page of the documentation word for word: its commands, and a machine to run them on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.integration.repositories import ROOT
 _TIMEOUT_S = 250.0
 _BLOCK = re.compile(r"(?:^    .*\n|^\n(?=    ))+", re.MULTILINE)
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-_OWN = ("/etc", "/srv", "/root", "/var/lib/stillframe")
+_OWN = ("/etc", "/srv", "/root", "/var/lib/stillframe",
+        "/var/lib/samba", "/var/cache/samba", "/var/log/samba")
 _MOUNTS = "".join(f"""
 mkdir -p {folder} "$0{folder}/upper" "$0{folder}/work"
 mount -t overlay overlay -o lowerdir={folder},upperdir="$0{folder}/upper",workdir="$0{folder}/work" {folder}

@@ -1,4 +1,4 @@
-"""What tests of the pages on targets share: a guest that is backed up as the page says, and what must stay of it."""
+"""What tests of the pages on targets share: a guest that is backed up as a page says, and what must stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/TARGET-SFTP.md, done word for word; and then what somebody does with the host's SSH key and repository key.
+"""docs/TARGET-SFTP.md, done word for word; and then what somebody does with the host's SSH key.
 
 The attacks are made with a plain client of the protocol. After all of them, the admin's commands find
 everything as it was.

@@ -157,8 +157,8 @@ def _show_plan(session: Session, plan: CollectionPlan) -> None:
         session.screen.warn(f"the pack {pack.text} is needed and not there; verify names the snapshots")
     for pack in plan.disbelieved:
         session.screen.warn(
-            f"the pack {pack.text} does not have what a generation says was moved there: nothing is deleted by "
-            "that. It is damaged, or somebody who has the key wrote that generation")
+            f"the pack {pack.text} does not have what a generation says was moved there, and nothing is "
+            "deleted by that: it is damaged, or somebody who has the key wrote that generation")
 
 
 def _show_done(session: Session, done: Collected) -> None:

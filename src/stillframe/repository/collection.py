@@ -134,7 +134,7 @@ class Looked:
 
     *live* are the slots that snapshots refer to, by birth, *healing* those that heals refer to; *homes* what
     both take in the packs that hold them. *marked* are the SIDs of each guest's newest snapshot, if all that
-    it refers to is among *live*. *disbelieved* are packs that do not have what the generation says (moves.py).
+    it refers to is among *live*. *disbelieved* are packs that lack what the generation says (moves.py).
     """
 
     generation: Generation

@@ -8,10 +8,10 @@ what is condemned after it was registered stays until it ends.
 
 `generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
 it may commit ("" for a collector, which commits by creating a generation, and for a reader). `space` says
-who can see its process (boot and namespace), `mark` tells that process from any other there. Where the writer may
-do so, the object is replaced every minute with a higher `beat`; its time of change, by the storage's clock, is
-what a collector goes by when it takes a session for dead. Being wrong there costs a backup, never data: see
-`fence`.
+who can see its process (boot and namespace), `mark` tells that process from any other there. Where the
+writer may do so, the object is replaced every minute with a higher `beat`; its time of change, by the
+storage's clock, is what a collector goes by when it takes a session for dead. Being wrong there costs a
+backup, never data: see `fence`.
 """
 
 from __future__ import annotations
