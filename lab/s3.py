@@ -17,12 +17,18 @@ from stillframe.storage.access import Access
 from stillframe.storage.s3 import S3Storage
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "labkey", "labsecret12345"
+#: Who may only do what the policy says that the server was given, if any.
+HOST_KEY_ID, HOST_SECRET = "hostkey", "hostsecret12345"
 BUCKET = "lab"
 _REGION = "us-east-1"
 
 
 class S3Server(Server):
-    """Runs within the block, with one bucket."""
+    """Runs within the block, with one bucket. *host_policy* is IAM's JSON."""
+
+    def __init__(self, folder: Path, host_policy: str = "") -> None:
+        super().__init__(folder)
+        self._host_policy = host_policy
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +37,12 @@ class S3Server(Server):
         identity = {"name": "lab", "actions": ["Admin", "Read", "Write", "List", "Tagging"],
                     "credentials": [{"accessKey": ACCESS_KEY_ID, "secretKey": SECRET_ACCESS_KEY}]}
         settings = self._folder / "s3.json"
-        settings.write_text(json.dumps({"identities": [identity]}))
+        host = {"name": "host", "actions": [], "policyNames": ["host"],
+                "credentials": [{"accessKey": HOST_KEY_ID, "secretKey": HOST_SECRET}]}
+        policy = {"name": "host", "content": self._host_policy}
+        settings.write_text(json.dumps(
+            {"identities": [identity, host], "policies": [policy]} if self._host_policy
+            else {"identities": [identity]}))
         self.port, master, volume, filer, *grpc = free_ports(8)
         command = [
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={data}", "-ip=127.0.0.1",

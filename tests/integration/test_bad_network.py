@@ -21,6 +21,7 @@ from stillframe.storage.files import FileStorage
 from stillframe.storage.model import Storage
 from stillframe.storage.s3 import S3Storage
 from stillframe.storage.sftp import SftpServer
+from stillframe.storage.smb import SmbServer
 from tests.contract.drivers import Servers
 from tests.unit.repository_disks import SourceDisk, noise, small_repository
 from tests.unit.repository_snapshots import make_snapshot, read_snapshot
@@ -81,6 +82,15 @@ def test_verbs_of_sftp_on_a_bad_network(servers: Servers) -> None:
         hosts = servers.sftp.known_hosts_for(proxy.port)
         exercise(patient(FileStorage(SftpServer(
             msgspec.structs.replace(place, port=proxy.port, known_hosts=str(hosts))))), direct)
+        assert proxy.met["cut"]
+
+
+def test_verbs_of_smb_on_a_bad_network(servers: Servers) -> None:
+    place, access, clock = servers.smb.place(servers.unused), servers.smb.access, SystemClock()
+    direct = FileStorage(SmbServer(place, access, clock), make=True)
+    with CuttingProxy(servers.smb.port, 8_000, 60_000, seed=8) as proxy:
+        behind = msgspec.structs.replace(place, port=proxy.port)
+        exercise(patient(FileStorage(SmbServer(behind, access, clock))), direct)
         assert proxy.met["cut"]
 
 

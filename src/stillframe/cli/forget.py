@@ -134,7 +134,7 @@ def _kept_if_booted(verdict: Verdict[SnapshotName], session: Session) -> Verdict
 
 
 def _exit_code(plan: CollectionPlan) -> int:
-    return RepositoryDamaged.exit_code if plan.missing else EXIT_OK
+    return RepositoryDamaged.exit_code if plan.missing or plan.disbelieved else EXIT_OK
 
 
 def _show_plan(session: Session, plan: CollectionPlan) -> None:
@@ -155,6 +155,10 @@ def _show_plan(session: Session, plan: CollectionPlan) -> None:
         say("nothing to do")
     for pack in plan.missing:
         session.screen.warn(f"the pack {pack.text} is needed and not there; verify names the snapshots")
+    for pack in plan.disbelieved:
+        session.screen.warn(
+            f"the pack {pack.text} does not have what a generation says was moved there, and nothing is "
+            "deleted by that: it is damaged, or somebody who has the key wrote that generation")
 
 
 def _show_done(session: Session, done: Collected) -> None:
@@ -184,6 +188,7 @@ def _plan_body(plan: CollectionPlan) -> dict[str, object]:
         "taken_back": [fate.pack.text for fate in plan.taken_back],
         "compacted": [each.pack.text for each in plan.compacted],
         "missing": [pack.text for pack in plan.missing],
+        "disbelieved": [pack.text for pack in plan.disbelieved],
     }
 
 

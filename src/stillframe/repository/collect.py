@@ -36,7 +36,6 @@ from stillframe.repository.decide import (
     Decision,
     decide,
     waiting_for,
-    with_known_homes,
     worth_compacting,
 )
 from stillframe.repository.generation import (
@@ -56,6 +55,7 @@ from stillframe.repository.layout import (
     packs_prefix,
 )
 from stillframe.repository.mark import Marker
+from stillframe.repository.moves import believed
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.repository.session import (
@@ -112,6 +112,7 @@ class _Collector:
         self._limits = limits
         self._marker: Marker | None = None
         self._heals: list[str] = []
+        self._copied: dict[PackName, dict[PackName, int]] = {}
         self.done = Collected()
 
     # --- what the collection is made of -------------------------------------------------------
@@ -155,7 +156,7 @@ class _Collector:
             self.done = replace(self.done, lost_race=True)
             return False
         decision = decide(looked, copies.moved)
-        if not decision.changes_nothing or copies.moved:
+        if not decision.changes_nothing or copies.moved or looked.disbelieved:
             generation = Generation(decision.number, decision.condemned, decision.moved, session.sid,
                                     utc_text(self._clock.now()), looked.marked)
             if not create_generation(self._storage, generation, self._repository.key):
@@ -187,14 +188,14 @@ class _Collector:
         sessions = [record for record in list_sessions(self._storage, self._repository.key)
                     if record.sid != own_sid and record.sid not in gone]
         names = list_snapshots(self._storage)
-        generation = with_known_homes(latest, packs)
+        generation, disbelieved = believed(self._repository, latest, packs, self._copied)
         places = Places(self._repository, generation)
         if self._marker is None or self._marker.has_gaps:
             self._marker = Marker(places)
         self._marker.mark(names, places)
         marked = newest_of_each(self._marker.marked(names)).values()
         return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.healing,
-                      self._marker.homes, len(names), tuple(name.sid for name in marked))
+                      self._marker.homes, len(names), tuple(name.sid for name in marked), disbelieved)
 
     def _planned(self, looked: Looked, *, compacts: bool = True) -> CollectionPlan:
         decision = decide(looked)
@@ -213,7 +214,8 @@ class _Collector:
             taken_back=fates(decision.taken_back, lambda _: "a snapshot needs it after all"),
             deleted=fates(decision.deletable, lambda pack: f"condemned since generation {since[pack]}"),
             compacted=tuple(chosen), waiting=tuple(waiting_for(looked, decision)),
-            missing=decision.missing, repository_bytes=sum(looked.packs.values()),
+            missing=decision.missing, disbelieved=looked.disbelieved,
+            repository_bytes=sum(looked.packs.values()),
             live_bytes=sum(looked.homes.values()),
         )
 
@@ -227,6 +229,8 @@ class _Collector:
             copies = compactor.copy(sources, looked.needed, looked.generation)
         except ObjectMissing:
             return None
+        for birth, targets in copies.moved.items():
+            self._copied.setdefault(birth, {}).update(targets)
         self.done = replace(self.done, copied_bytes=self.done.copied_bytes + copies.copied_bytes,
                             damaged=(*self.done.damaged, *copies.damaged))
         return copies

@@ -63,7 +63,8 @@ class CollectionPlan:
     `fenced`: sessions that are taken for dead. `condemned`: packs that nothing refers to, to be deleted
     by the collection after this one. `taken_back`: condemned, but referred to after all. `deleted`:
     packs condemned earlier that no session can refer to any more. `compacted`: see there. `waiting`: what
-    keeps other condemned packs. `missing`: packs with live slots that are not there (damage).
+    keeps other condemned packs. `missing`: packs with live slots that are not there (damage). `disbelieved`:
+    packs that do not have the slots that a generation says were moved there; the next one says so no more.
     """
 
     generation: int
@@ -75,6 +76,7 @@ class CollectionPlan:
     compacted: tuple[Compaction, ...]
     waiting: tuple[Waiting, ...]
     missing: tuple[PackName, ...]
+    disbelieved: tuple[PackName, ...]
     repository_bytes: int
     live_bytes: int
 
@@ -101,7 +103,8 @@ class CollectionPlan:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do at all."""
-        return not (self.fenced or self.condemned or self.taken_back or self.deleted or self.compacted)
+        return not (self.fenced or self.condemned or self.taken_back or self.deleted or self.compacted
+                    or self.disbelieved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ class Looked:
 
     *live* are the slots that snapshots refer to, by birth, *healing* those that heals refer to; *homes* what
     both take in the packs that hold them. *marked* are the SIDs of each guest's newest snapshot, if all that
-    it refers to is among *live*.
+    it refers to is among *live*. *disbelieved* are packs that lack what the generation says (moves.py).
     """
 
     generation: Generation
@@ -143,6 +146,7 @@ class Looked:
     homes: Mapping[PackName, int]
     snapshots: int
     marked: tuple[str, ...] = ()
+    disbelieved: tuple[PackName, ...] = ()
 
     @property
     def needed(self) -> dict[PackName, int]:

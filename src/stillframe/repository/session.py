@@ -8,9 +8,10 @@ what is condemned after it was registered stays until it ends.
 
 `generation` is the number of the generation that the writer goes by; `manifest_key` the one key at which
 it may commit ("" for a collector, which commits by creating a generation, and for a reader). `space` says
-who can see its process (boot and namespace), `mark` tells that process from any other there. The object is
-replaced every minute with a higher `beat`; its time of change, by the storage's clock, is what a collector
-goes by when it takes a session for dead. Being wrong there costs a backup, never data: see `fence`.
+who can see its process (boot and namespace), `mark` tells that process from any other there. Where the
+writer may do so, the object is replaced every minute with a higher `beat`; its time of change, by the
+storage's clock, is what a collector goes by when it takes a session for dead. Being wrong there costs a
+backup, never data: see `fence`.
 """
 
 from __future__ import annotations
@@ -115,19 +116,7 @@ def open_session(
     *manifest_key* makes the key of the manifest from the session's ID. When the block is left without a
     commit, what the session wrote is rubbish for the next collector. Raises StorageError.
     """
-    sid = new_sid()
-    generation = latest_generation(storage, domain_key)
-    record = SessionRecord(
-        sid=sid, generation=generation.number, host=host, manifest_key=manifest_key(sid), pid=os.getpid(),
-        mark=start_mark(os.getpid()), space=process_space(), began_at=utc_text(clock.now()),
-    )
-    storage.create(session_key(sid), record.encode(domain_key))
-    # A collector that listed the sessions before this one was there does not wait for it: so its
-    # generation must be read after that. Until no newer one appears, none was made without seeing this.
-    while latest_number(storage) != generation.number:
-        generation = latest_generation(storage, domain_key)
-        record = msgspec.structs.replace(record, generation=generation.number)
-        storage.replace(session_key(sid), record.encode(domain_key))
+    record, generation = _register(storage, domain_key, clock, host, manifest_key)
     session = Session(record, generation, storage)
     ended = threading.Event()
     beating = threading.Thread(
@@ -139,8 +128,36 @@ def open_session(
         ended.set()
         beating.join()
         if not session.in_doubt:
-            with contextlib.suppress(StorageError):  # left behind, it is fenced one day
-                storage.delete([session_key(sid)])
+            _end(storage, record.sid)
+
+
+def _register(
+    storage: Storage, domain_key: DomainKey, clock: Clock, host: str, manifest_key: Callable[[str], str],
+) -> tuple[SessionRecord, Generation]:
+    """Register a session that goes by the latest generation, and return both. Raises StorageError.
+
+    A collector that listed the sessions before this one was there does not wait for it: so its generation
+    must be read after that. Until no newer one appears, none was made without seeing this. A session that is
+    behind is not brought up to date but followed by another: who may only create (an append-only host) can
+    do that, too.
+    """
+    generation = latest_generation(storage, domain_key)
+    while True:
+        sid = new_sid()
+        record = SessionRecord(
+            sid=sid, generation=generation.number, host=host, manifest_key=manifest_key(sid), pid=os.getpid(),
+            mark=start_mark(os.getpid()), space=process_space(), began_at=utc_text(clock.now()))
+        storage.create(session_key(sid), record.encode(domain_key))
+        if latest_number(storage) == generation.number:
+            return record, generation
+        _end(storage, sid)
+        generation = latest_generation(storage, domain_key)
+
+
+def _end(storage: Storage, sid: str) -> None:
+    """Remove a session; left behind (who may only create must leave it), it is fenced one day."""
+    with contextlib.suppress(StorageError):
+        storage.delete([session_key(sid)])
 
 
 def list_sessions(storage: Storage, domain_key: DomainKey) -> list[SessionRecord]:

@@ -6,6 +6,10 @@ in stillframe. A connection that broke is made anew by the next call.
 
 Rename is that of version 3 of the protocol: it fails if the new name is taken (OpenSSH does it by link and
 unlink), but says no more than "Failure": a look tells why. `init` tries whether a server keeps to that.
+
+An account that may only add files (docs/TARGET-SFTP.md) may not rename, since that takes files away, too.
+There, a file gets its name by a hard link; the temporary name stays for whoever may remove it. And files are
+made read-only, whoever owns them: an account that may not change modes can't write to them any more.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ _KEEPALIVES_LOST = 4
 _CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,aes128-ctr,aes256-ctr"
 _NOT_THERE = (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath)
 _NEW_FILE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-_PRIVATE, _PRIVATE_FOLDER = asyncssh.SFTPAttrs(permissions=0o600), asyncssh.SFTPAttrs(permissions=0o700)
+#: As far as the account's umask lets them.
+_READ_ONLY, _FOLDER = asyncssh.SFTPAttrs(permissions=0o440), asyncssh.SFTPAttrs(permissions=0o770)
 _BROKEN = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection)
 _WHY_REFUSED = (asyncssh.PermissionDenied, asyncssh.HostKeyNotVerifiable, asyncssh.KeyExchangeFailed,
                 asyncssh.KeyImportError)
@@ -70,6 +75,7 @@ class SftpServer:
         self._connection: asyncssh.SSHClientConnection | None = None
         self._client: asyncssh.SFTPClient | None = None
         self._connecting: asyncio.Lock | None = None
+        self._may_rename = True
 
     @property
     def address(self) -> str:
@@ -95,7 +101,7 @@ class SftpServer:
         data = bytes(content)  # the buffer is the caller's again on return, whatever the loop still holds
 
         async def call(client: asyncssh.SFTPClient) -> None:
-            async with client.open(self._path(path), _NEW_FILE, _PRIVATE, encoding=None) as file:
+            async with client.open(self._path(path), _NEW_FILE, _READ_ONLY, encoding=None) as file:
                 await file.write(data)
                 with contextlib.suppress(asyncssh.SFTPOpUnsupported):
                     await file.fsync()
@@ -105,8 +111,14 @@ class SftpServer:
     def publish(self, temporary: str, path: str) -> None:
         """See FileServer."""
         async def call(client: asyncssh.SFTPClient) -> None:
+            old, new = self._path(temporary), self._path(path)
             try:
-                await client.rename(self._path(temporary), self._path(path))
+                await (client.rename if self._may_rename else client.link)(old, new)
+            except asyncssh.SFTPPermissionDenied:
+                if not self._may_rename:
+                    raise
+                self._may_rename = False
+                await call(client)
             except asyncssh.SFTPFileAlreadyExists:
                 raise FileExistsError(path) from None
             except asyncssh.SFTPFailure:
@@ -139,13 +151,13 @@ class SftpServer:
             where = self._path(path)
             if path:
                 try:
-                    await client.mkdir(where, _PRIVATE_FOLDER)
+                    await client.mkdir(where, _FOLDER)
                 except asyncssh.SFTPFailure:
                     facts = await client.lstat(where)  # it may be gone again: others remove what is empty
                     if not stat_bits.S_ISDIR(facts.permissions or 0):
                         raise
             else:
-                await client.makedirs(where, _PRIVATE_FOLDER, exist_ok=True)
+                await client.makedirs(where, _FOLDER, exist_ok=True)
 
         self._run(f"making the folder {path}", call)
 

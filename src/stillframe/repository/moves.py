@@ -1,0 +1,110 @@
+"""Whether slots are where a generation says that they were moved to.
+
+Whoever has the key can write a generation: a stolen host, too. Of all that one says, only *moved* could
+make a collector delete what is needed: by naming a pack that does not have the slots, or by leaving out the
+one that has. So a collector believes neither. What any generation that is still there says counts as well;
+and a copy counts only if it is the same to the byte as an older one that is still there.
+
+Usually this reads nothing: what slots were copied from is deleted by the prune that copied them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer
+from stillframe.repository.decide import Copied, with_known_homes
+from stillframe.repository.generation import Generation, decode_generation, generation_numbers
+from stillframe.repository.layout import PackName, generation_key
+from stillframe.repository.opened import Repository
+from stillframe.repository.pack import SlotRow, footer_of, read_footer
+
+#: So many times the usual size a pack may have: compactions end one when it is full, by a slot more.
+_LARGEST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """That *slots* of *birth* were copied; *sources* have them, too, if they are whole."""
+
+    birth: PackName
+    slots: int
+    sources: Sequence[PackName]
+
+
+def believed(
+    repository: Repository, latest: Generation, packs: Mapping[PackName, int], own: Copied,
+) -> tuple[Generation, tuple[PackName, ...]]:
+    """Return *latest* as a collector may go by it, and the packs that do not have what it says of them.
+
+    *packs* are those listed, with their sizes; what is in *own* the collector has copied itself. Homes that
+    are gone are left out. Raises StorageError.
+    """
+    moved = {birth: list(homes) for birth, homes in latest.moved.items()}
+    for older in _older(repository, latest.number):
+        for birth, homes in older.moved.items():
+            known = moved.setdefault(birth, [])
+            known += [each for each in homes if each[0] not in {home for home, _ in known}]
+    seen = with_known_homes(Generation(latest.number, latest.condemned, moved, latest.by, latest.at,
+                                       latest.marked), packs)
+    false = {home for home, claims in _claims(seen, packs, own).items()
+             if not _is_true(repository, packs, home, claims)}
+    true = with_known_homes(seen, {pack: size for pack, size in packs.items() if pack not in false})
+    return true, tuple(sorted(false))
+
+
+def _older(repository: Repository, number: int) -> Iterator[Generation]:
+    """Yield the generations before *number* that can be read, the newest first."""
+    numbers = [each for each in generation_numbers(repository.storage) if each < number]
+    for each in sorted(numbers, reverse=True):
+        key = generation_key(each)
+        with contextlib.suppress(ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer):
+            yield decode_generation(repository.storage.get(key), key, repository.key)
+
+
+def _claims(
+    generation: Generation, packs: Mapping[PackName, int], own: Copied,
+) -> dict[PackName, list[_Claim]]:
+    """Return what can be checked of each pack that is said to have copies."""
+    found: dict[PackName, list[_Claim]] = {}
+    for birth, homes in generation.moved.items():
+        for index, (home, slots) in enumerate(homes):
+            unknown = slots & ~own.get(birth, {}).get(home, 0)
+            sources = [each for each in (*(other for other, _ in homes[index + 1:]), birth)
+                       if each in packs and each != home]
+            if unknown and sources:
+                found.setdefault(home, []).append(_Claim(birth, unknown, sources))
+    return found
+
+
+def _is_true(
+    repository: Repository, packs: Mapping[PackName, int], home: PackName, claims: Sequence[_Claim],
+) -> bool:
+    """Return whether *home* has, byte for byte, each slot that a source has."""
+    if packs[home] > _LARGEST * repository.parameters.pack_bytes:
+        return False
+    try:
+        content = memoryview(repository.storage.get(home.key))
+        copies = {(row.birth, row.slot): row for row in footer_of(home, content)}
+    except (ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer):
+        return False
+    rows: dict[PackName, tuple[SlotRow, ...]] = {}
+    for claim in claims:
+        for source in claim.sources:
+            if source not in rows:
+                rows[source] = _rows(repository, source, packs[source])
+            for row in rows[source]:
+                if row.birth == claim.birth and claim.slots >> row.slot & 1:
+                    copy = copies.get((row.birth, row.slot))
+                    if copy is None or not row.is_intact(content[copy.offset_bytes:][:copy.stored_bytes]):
+                        return False
+    return True
+
+
+def _rows(repository: Repository, source: PackName, size_bytes: int) -> tuple[SlotRow, ...]:
+    try:
+        return read_footer(repository.storage, source, size_bytes)
+    except (ObjectMissing, RepositoryDamaged, RepositoryNewer):
+        return ()

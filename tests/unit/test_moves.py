@@ -1,0 +1,83 @@
+"""A generation that somebody forged, who has the key and may create: the collector deletes nothing by it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from stillframe.repository.catalog import list_snapshots
+from stillframe.repository.generation import Generation, create_generation, latest_generation
+from stillframe.repository.layout import PackKind, PackName
+from stillframe.repository.mark import Marker
+from stillframe.repository.pack import PackBuilder, read_footer
+from stillframe.repository.places import Places
+from tests.unit.repository_snapshots import World
+from tests.unit.test_collect import changed, disk, plan
+
+
+def forge(world: World, **said: object) -> None:
+    """Create the next generation, which says what *said* does and nothing else."""
+    repository = world.repository
+    number = latest_generation(repository.storage, repository.key).number + 1
+    assert create_generation(repository.storage, Generation(number, **said), repository.key)  # type: ignore[arg-type]
+
+
+def false_copy(world: World, pack: PackName, *, junk: bool) -> PackName:
+    """Create a pack that claims to have all slots of *pack*: with other bytes, or none at all."""
+    storage = world.repository.storage
+    builder = PackBuilder(PackName(pack.kind, os.urandom(16), 0))
+    for row in read_footer(storage, pack, world.packs()[pack]):
+        if junk:
+            builder.add_moved(row, os.urandom(row.stored_bytes))
+    storage.create(builder.name.key, builder.finished())
+    return builder.name
+
+
+@pytest.mark.parametrize("kind", list(PackKind))
+@pytest.mark.parametrize("junk", [True, False])
+def test_slots_that_were_never_copied_are_not_deleted(kind: PackKind, junk: bool) -> None:
+    world = World()
+    world.backup(disk(60, 1))
+    packs = [pack for pack in world.packs() if pack.kind == kind.value]
+    copies = {pack: false_copy(world, pack, junk=junk) for pack in packs}
+    forge(world, moved={pack: [(copy, (1 << 64) - 1)] for pack, copy in copies.items()},
+          condemned=dict.fromkeys(packs, 1))
+    assert plan(world).disbelieved == tuple(sorted(copies.values()))
+    done = world.prune()
+    assert done.plans[0].disbelieved == tuple(sorted(copies.values()))
+    world.check()
+    assert plan(world).is_empty
+    assert set(packs) <= world.packs().keys()
+
+
+def test_a_generation_that_leaves_out_where_slots_are_deletes_none_of_them() -> None:
+    world = World()
+    first = world.backup(disk(60, 1))
+    world.backup(changed(world.expected[first], *range(40)))
+    world.forget(first)
+    assert world.prune().copied_bytes > 0
+    world.check()
+    for _ in range(3):
+        forge(world, condemned=dict.fromkeys(world.packs(), 1))
+    world.prune()
+    world.check()
+
+
+def test_a_copy_that_takes_the_place_of_a_true_one_is_not_believed() -> None:
+    """The slots' birth packs are gone: the copy from the last compaction is what it is compared with."""
+    world = World()
+    first = world.backup(disk(60, 1))
+    world.backup(changed(world.expected[first], *range(40)))
+    world.forget(first)
+    world.prune()
+    latest = latest_generation(world.repository.storage, world.repository.key)
+    marker = Marker(Places(world.repository))
+    marker.mark(list_snapshots(world.repository.storage))
+    moved = {birth: [(false_copy(world, homes[0][0], junk=True), homes[0][1])]
+             for birth, homes in latest.moved.items() if birth in marker.live}
+    assert moved
+    forge(world, moved=moved, condemned=dict.fromkeys(world.packs(), 1))
+    done = world.prune()
+    assert set(done.plans[0].disbelieved) == {homes[0][0] for homes in moved.values()}
+    world.check()
