@@ -21,6 +21,7 @@ from stillframe.cli.options import (
     QuiesceOption,
     guest_options,
     host_options,
+    plain_options,
     repository_options,
     run_command,
     taking,
@@ -43,6 +44,8 @@ app = typer.Typer(
     name="stillframe", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     help="Back up running libvirt/QEMU guests, live and safely.",
 )
+
+_config = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check the configuration file.")
 
 # How long the process waits in the end for a thread that may only be slow.
 _LAST_WAIT_S = 5.0
@@ -281,6 +284,16 @@ def status(common: Common) -> None:
     run_command(common, status_command.status)
 
 
+@_config.command()
+@taking(plain_options)
+def check(common: Common) -> None:
+    """Say all that is wrong with the configuration file, by line; guests and repository are left alone."""
+    from stillframe.cli import config_check
+
+    run_command(common, config_check.check, settings_first=False)
+
+
+app.add_typer(_config, name="config")
 repository_app.add_to(app)
 restore_app.add_to(app)
 files_app.add_to(app)

@@ -143,13 +143,18 @@ def taking(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
 
 
 def run_command(
-    common: Common, command: Callable[[Session], int], repository: RepositorySettings | None = None,
+    common: Common, command: Callable[[Session], int], repository: RepositorySettings | None = None, *,
+    settings_first: bool = True,
 ) -> None:
-    """Run a command in a session of its own and end the process with its exit code."""
+    """Run a command in a session of its own and end the process with its exit code.
+
+    With *settings_first* nothing is done with a configuration file that is not valid.
+    """
     session = Session(common, repository)
     session.screen.start()
     try:
-        session.check_settings()
+        if settings_first:
+            session.check_settings()
         code = command(session)
     except StillframeError as error:
         session.screen.close()
