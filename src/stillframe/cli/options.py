@@ -45,6 +45,11 @@ Guests = Annotated[
     list[str] | None, typer.Argument(metavar="[GUEST]...", help="guests by name, UUID or qmp:SOCKET")]
 
 
+Tags = Annotated[
+    list[str] | None, typer.Option("--tag", help="mark the snapshot with this word; may be repeated")]
+Tag = Annotated[str | None, typer.Option("--tag", help="only snapshots with this tag; needs the key")]
+
+
 def host_options(
     connect: Annotated[
         str | None, typer.Option("--connect", "-c", help="libvirt's URI (default qemu:///system)")

@@ -7,7 +7,6 @@ whether the files that it names are as they should be.
 from __future__ import annotations
 
 import difflib
-import enum
 import os
 import re
 import shlex
@@ -30,8 +29,8 @@ from stillframe.storage.access import read_credentials
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 #: How people are told what a value must be.
 _WORDS: Mapping[type, str] = {
-    str: "a text in quotes", bool: "true or false", int: "a whole number, 0 or more",
-    tuple: "a list of texts"}
+    msgspec.inspect.StrType: "a text in quotes", msgspec.inspect.BoolType: "true or false",
+    msgspec.inspect.IntType: "a whole number, 0 or more", msgspec.inspect.VarTupleType: "a list of texts"}
 #: Where a key belongs that stands in a wrong place.
 _PLACES = ((Settings, "above the first section"), (GuestSettings, "in [defaults] or [guests.NAME]"),
            (RepositorySettings, "in [copy]"))
@@ -116,13 +115,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def type_words(wanted: typing.Any) -> str:
     """Return how people are told what a value of a field must be."""
-    kinds = [each for each in typing.get_args(wanted) or (wanted,) if each is not type(None)]
-    kind = wanted if typing.get_origin(wanted) in (tuple, typing.Annotated) else kinds[0]
-    if typing.get_origin(kind) is typing.Annotated:
-        kind = typing.get_args(kind)[0]
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return f"one of {', '.join(each.value for each in kind)}"
-    return _WORDS[typing.get_origin(kind) or kind]
+    kind = msgspec.inspect.type_info(wanted)
+    if isinstance(kind, msgspec.inspect.UnionType):  # with None, which no TOML can say
+        kind = next(each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType))
+    if isinstance(kind, msgspec.inspect.EnumType):
+        return f"one of {', '.join(each.value for each in kind.cls)}"
+    item = kind.item_type if isinstance(kind, msgspec.inspect.VarTupleType) else None
+    if isinstance(item, msgspec.inspect.Metadata):
+        return f"a list of {(item.extra_json_schema or {})['description']}"
+    return _WORDS[type(kind)]
 
 
 def _of_struct(

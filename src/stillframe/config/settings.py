@@ -19,7 +19,11 @@ DEFAULT_URI = "qemu:///system"
 #: What opens a repository; one of them may be named.
 SECRETS = ("passphrase_file", "passphrase_command", "key_file")
 
+_TAG = r"^[^\s,]{1,64}\Z"
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Tag = Annotated[str, msgspec.Meta(
+    pattern=_TAG, description="words of 64 characters at most, without spaces and commas")]
 
 
 class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +45,7 @@ class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drill_expect: str | None = None
     drill_timeout: str | None = None
     skip: bool | None = None
-    tags: tuple[str, ...] | None = None
+    tags: tuple[Tag, ...] | None = None
     keep_last: Count | None = None
     keep_hourly: Count | None = None
     keep_daily: Count | None = None
@@ -99,6 +103,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def of_guest(self, name: str, options: GuestSettings) -> GuestSettings:
         """Return what is said for guest *name*: options over its own section over the defaults."""
         return options.over(self.guests.get(name, GuestSettings()).over(self.defaults))
+
+
+def is_tag(text: str) -> bool:
+    """Return whether *text* can be a tag."""
+    return re.match(_TAG, text) is not None
 
 
 def _pattern(text: str) -> re.Pattern[str]:
