@@ -34,7 +34,7 @@ IMAGES_DIR = Path("/var/lib/libvirt/images")
 SOCKETS_DIR = Path("/run/stillframe-lab")
 
 _PRIVATE = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt",
-            "/var/lib/stillframe", "/etc/stillframe", "/srv")
+            "/var/lib/stillframe", "/etc/stillframe", "/srv", "/etc/systemd/system")
 # What libvirt found out about QEMU: probing takes some ten seconds, and libvirt itself sees when
 # QEMU, the kernel or libvirt changed since. Kept from one lab to the next.
 _PROBED_DIR = Path("/var/cache/libvirt/qemu/capabilities")

@@ -21,6 +21,15 @@ class Server:
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
+    def url(self, folder: str) -> str:
+        """Return the address of a repository in *folder*."""
+        raise NotImplementedError
+
+    @property
+    def credentials(self) -> str:
+        """What a credentials file for the server says, "" if it needs none."""
+        return ""
+
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,12 +15,10 @@ from lab.dbguest import DbGuest
 from lab.enter import IMAGES_DIR
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import EXIT_FELL_BACK, EXIT_OK
-from tests.integration.repositories import ROOT
+from tests.integration.pages import SERVED, SETTINGS, STATE, clear, commands, run, typing
 from tests.integration.test_whole_guest import agent_answers
 
-_PAGE = ROOT / "docs" / "DISASTER.md"
-_REPOSITORY, _KEY, _STATE = Path("/srv/repository"), Path("/etc/stillframe/key"), Path("/var/lib/stillframe")
-_TIMEOUT_S = 250.0
+_REPOSITORY, _KEY = SERVED / "repository", SETTINGS / "key"
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -32,28 +26,8 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture
 def place_for_commands(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Give an environment in which `stillframe` is this one, and no setting is made."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    command = folder / "stillframe"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stillframe "$@"\n')
-    command.chmod(0o755)
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("STILLFRAME_")}
-    yield {**settings, "PATH": f"{folder}:{os.environ['PATH']}"}
-    for path in (_REPOSITORY, _KEY.parent, _STATE):
-        for each in path.iterdir() if path.is_dir() else ():
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
-
-
-def run(line: str, environment: dict[str, str], code: int = EXIT_OK) -> str:
-    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=False,
-                          timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, f"{line}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def commands() -> list[str]:
-    """Return the commands of the page, in order."""
-    return re.findall(r"^    (\S.*)$", _PAGE.read_text(), re.MULTILINE)
+    with typing(tmp_path) as environment:
+        yield environment
 
 
 def test_the_page_is_followed_word_for_word(
@@ -67,12 +41,11 @@ def test_the_page_is_followed_word_for_word(
     # The fire.
     guest.destroy()
     daemons.remove_all_domains()
-    for folder in (_STATE, IMAGES_DIR):
-        for each in folder.iterdir():
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    for folder in (STATE, IMAGES_DIR):
+        clear(folder)
     assert [path.name for path in _KEY.parent.iterdir()] == [_KEY.name]
 
-    lines = commands()
+    lines = commands("DISASTER.md")
     assert len(lines) >= 7
     for line in lines:
         said = run(line, place_for_commands, EXIT_FELL_BACK if "backup" in line else EXIT_OK)
