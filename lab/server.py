@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from lab.ports import listens
 from lab.waiting import PATIENCE_S, wait_for
@@ -29,6 +30,9 @@ class Server:
     def credentials(self) -> str:
         """What a credentials file for the server says, "" if it needs none."""
         return ""
+
+    def __enter__(self) -> Self:
+        raise NotImplementedError
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:

@@ -67,13 +67,13 @@ class Systemd:
         fine = {EXIT_OK, *map(int, " ".join(_values(unit, "SuccessExitStatus")).split())}
         plain = {name: value for name, value in self.environment.items() if name in ("PATH", "PYTHONPATH")}
         said, ended = "", EXIT_OK
-        for line in _values(unit, "ExecStart"):
-            program, *words = shlex.split(line)
+        for line in _values(unit, "ExecStart(?:Pre)?"):
+            program, *words = shlex.split(line.removeprefix("-"))
             assert program == _LINK
             done = subprocess.run(["stillframe", *words], env=plain, capture_output=True, text=True,
                                   check=False, timeout=300, cwd="/", stdin=subprocess.DEVNULL)
             said += done.stdout + done.stderr
-            if done.returncode not in fine:
+            if done.returncode not in fine and not line.startswith("-"):
                 ended = done.returncode
                 break
         assert said
