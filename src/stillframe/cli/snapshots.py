@@ -125,7 +125,7 @@ def show(session: Session, text: str, screenshot: Path | None) -> int:
     *screenshot* is the file that the screen in that drill is written to.
     """
     name = find(session, text)
-    manifest = read_snapshot(session.repository, name)
+    manifest = read_snapshot(session.near_repository, name)
     held = read_pin(session.storage, name.sid) if name.sid in pinned(session.storage) else None
     drill = last_drill_of(session, name)
     for line in (*_lines(name, manifest), *show_lines(drill)):
