@@ -61,8 +61,9 @@ def test_a_chain_of_snapshots_on_a_server(disk_guest: MakeGuest, repo: Repo, tmp
         guest.write_zeroes("vda", 8 * MIB, 128 * KIB)
         guest.flush()
         moment = {"vda": guest.model("vda").copy_at_moment()}
-        links[repo.backup(guest)["snapshot"]] = moment
+        links[repo.backup(guest, "--tag", f"round-{number}")["snapshot"]] = moment
     assert [each["id"] for each in repo.json("list")["snapshots"]] == list(links)
+    assert [each["id"] for each in repo.json("list", "--tag", "round-2")["snapshots"]] == list(links)[1:]
     assert repo.json("verify", "--level", "full")["findings"] == []
     for snapshot, moment in links.items():
         repo.assert_restores(snapshot, moment, tmp_path)

@@ -550,6 +550,25 @@ def test_rules_in_the_configuration_file_are_those_of_forget(
     assert body(call("forget", "--json", secret=False, **named))["dropped"] == []
 
 
+def test_copies_go_where_the_configuration_file_says(
+    call: Call, repository: Repository, tmp_path: Path,
+) -> None:
+    add_snapshot(repository, "web", _DAY, disk(), tags=("audit",))
+    init_repository(
+        LocalStorage(tmp_path / "second", make=True), Secret(SlotKind.PASSPHRASE, b"other words"), "second",
+        SystemClock(), costs=_CHEAP)
+    settings = tmp_path / "stillframe.toml"
+    settings.write_text(f'[copy]\nrepository = "{tmp_path}/second"\n'
+                        f'passphrase_file = "{secret_file(tmp_path / "other", "other words")}"\n')
+    named = {"STILLFRAME_CONFIG": str(settings)}
+    assert len(body(call("copy", "--json", "--dry-run", **named))["missing"]) == 1
+    assert [each["guest"] for each in body(call("copy", "--json", **named))["copied"]] == ["web"]
+    assert body(call("copy", "--json", **named))["copied"] == []
+    second = ("--repo", tmp_path / "second", "--passphrase-file", tmp_path / "other")
+    assert body(call("list", "--tags", "--json", *second))["snapshots"][0]["tags"] == ["audit"]
+    assert_error(call("copy"), errors.ConfigInvalid)
+
+
 def test_a_fresh_repository_has_nothing_to_forget(call: Call, repository: Repository, tmp_path: Path) -> None:
     settings = tmp_path / "stillframe.toml"
     settings.write_text("[defaults]\nkeep_last = 1\n")

@@ -85,17 +85,11 @@ class RepositorySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             limit_rate=self.limit_rate or other.limit_rate)
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. *copy* is the repository that `copy` copies to."""
+class Settings(RepositorySettings, frozen=True, forbid_unknown_fields=True):
+    """The whole file: a repository, and *copy*, the one that `copy` copies to."""
 
     connect: str = DEFAULT_URI
     state_dir: str = str(DEFAULT_STATE_FOLDER)
-    repository: str | None = None
-    passphrase_file: str | None = None
-    passphrase_command: str | None = None
-    key_file: str | None = None
-    credentials_file: str | None = None
-    limit_rate: str | None = None
     copy: RepositorySettings = RepositorySettings()
     defaults: GuestSettings = GuestSettings()
     guests: Mapping[str, GuestSettings] = {}
