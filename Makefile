@@ -17,6 +17,8 @@ LAB := $(RUN) -m lab.enter --
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # So many labs `make test` has side by side. A test waits more than it works: more labs than cores.
 LABS ?= 3
+# Where `make demo` keeps its snapshots: a kind of server, which the lab starts, or the address of one of yours.
+REPO ?=
 # For pytest, as in: make test ARGS="-k units -x"
 ARGS ?=
 
@@ -24,7 +26,7 @@ APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-c
        qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python \
        python3-guestfs
 APT_DEV := xfsprogs acl procps e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin \
-           openssh-server samba curl ovmf swtpm swtpm-tools
+           openssh-server samba curl ovmf swtpm swtpm-tools systemd
 # What `make bench` compares with, and nothing else needs.
 APT_BENCH := guestfish restic borgbackup virtnbdbackup
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.
@@ -59,8 +61,8 @@ lint: develop ## ruff, mypy, import-linter (they are part of make test too)
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
-demo: develop boot ## mirror a live guest, kill a run in its commit, recover, boot the mirror
-	$(LAB) $(RUN) -m lab.demo
+demo: develop boot ## mirror a live guest, kill a run, recover; snapshots, a drill (REPO=s3|sftp|smb|URL: kept there)
+	$(RUN) -m lab.enter $(if $(findstring ://,$(REPO)),--network) -- $(RUN) -m lab.demo $(if $(REPO),'$(REPO)')
 
 bench: develop apt-bench boot ## measure, side by side with other tools in the same run
 	$(LAB) $(RUN) -m bench.mirror $(ARGS)

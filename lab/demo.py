@@ -4,6 +4,9 @@ Then three snapshots of it are made in a repository, the middle one is restored,
 
     make demo          (or: python -m lab.enter -- python -m lab.demo)
 
+With an argument the snapshots are kept elsewhere, and the mirror is left out: `s3`, `sftp` and `smb` are
+servers that the lab starts, anything else is the address of a repository to make, which stays in the end.
+
 Everything happens in the lab's own namespaces with a libvirtd of its own; guests and files are
 removed at the end. The commands shown are really run. Exit code 1 if anything is not as promised.
 """
@@ -30,11 +33,13 @@ from lab.demo_snapshots import DemoFailed, show_snapshots
 from lab.disks import DiskSpec
 from lab.enter import IMAGES_DIR
 from lab.images import MIB, run
+from lab.servers import repository_for
 from lab.show import Running, Show
 from lab.waiting import TooLate
 from stillframe.capture.journal import Journal, RunRecord
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
+from stillframe.config.settings import SECRETS
 from stillframe.errors import EXIT_OK, NeedsAttention, StillframeError
 from stillframe.units import duration_text, parse_size_bytes, size_text
 
@@ -55,8 +60,8 @@ _INTERRUPTED = 130
 _BEFORE_CAPTURE = (State.PLANNED, State.OVERLAYS, State.FREEZING)
 
 
-def main() -> int:
-    """Show it; return the exit code."""
+def main(where: str = "") -> int:
+    """Show it, with the repository at *where*; return the exit code."""
     try:
         daemons = LibvirtDaemons()
     except OutsideLab:
@@ -64,10 +69,13 @@ def main() -> int:
         return 2
     settings = _PLACE / "stillframe.toml"
     settings.write_text(f'state_dir = "{_STATE}"\n')
-    show = Show({"STILLFRAME_CONFIG": str(settings), "LC_ALL": "C.UTF-8"})
+    # What the caller has set for backups of their own must not come into it.
+    own = dict.fromkeys(("STILLFRAME_REPOSITORY", *(f"STILLFRAME_{name.upper()}" for name in SECRETS)), "")
+    show = Show({**own, "STILLFRAME_CONFIG": str(settings), "LC_ALL": "C.UTF-8"})
     try:
-        with _guest(show, daemons) as guest:
-            return _story(show, guest, settings)
+        with repository_for(where, _PLACE) as repository, _guest(show, daemons) as guest:
+            mirrored = [] if where else _show_mirror(show, guest)
+            return show.verdict([*mirrored, *show_snapshots(show, guest, _PLACE, settings, repository)])
     except (RuntimeError, ValueError, TooLate, StillframeError, libvirt.libvirtError,
             subprocess.SubprocessError) as error:
         show.promise(False, f"the demo could not go on: {error}")
@@ -78,7 +86,8 @@ def main() -> int:
         daemons.terminate()
 
 
-def _story(show: Show, guest: DbGuest, settings: Path) -> int:
+def _show_mirror(show: Show, guest: DbGuest) -> list[str]:
+    """Show mirrors, one of them killed in its commit, and its recovery; return what to say in the end."""
     _BACKUPS.mkdir()
     first = _mirror(show, guest, "Mirror it while it runs")
     found = _IMAGE.stat()
@@ -91,14 +100,12 @@ def _story(show: Show, guest: DbGuest, settings: Path) -> int:
     _show_left(show, guest)
     _recover(show, guest)
     check = _boot_mirror(show, guest, acknowledged)
-    snapshots = show_snapshots(show, guest, _PLACE, settings)
-    return show.verdict([
+    return [
         f"The first mirror moved {size_text(first)}, the second {size_text(second)}.",
         "A third run was killed in its commit, and left the guest on an overlay.",
         "`stillframe recover` brought it back onto its own image; the guest ran on throughout.",
         f"The mirror boots, and its database is whole: {check.rows} rows, not one is missing.",
-        *snapshots,
-    ])
+    ]
 
 
 @contextlib.contextmanager
@@ -259,4 +266,4 @@ def _boot_mirror(show: Show, guest: DbGuest, acknowledged: int) -> CheckResult:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

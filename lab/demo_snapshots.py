@@ -20,11 +20,17 @@ class DemoFailed(RuntimeError):
     """The demo can't go on."""
 
 
-def show_snapshots(show: Show, guest: DbGuest, place: Path, settings: Path) -> list[str]:
-    """Show init, backups, list, verify and a restore; return what to say in the end."""
-    repository = _init(show, place, settings)
+def show_snapshots(
+    show: Show, guest: DbGuest, place: Path, settings: Path, repository: tuple[str, Path | None],
+) -> list[str]:
+    """Show init, backups, list, verify, a restore and a drill; return what to say in the end.
+
+    *repository* is an address, and a credentials file if it needs one. *place* is for files, *settings* the
+    configuration file.
+    """
+    _init(show, place, settings, *repository)
     acknowledged = [_backup(show, guest, number) for number in range(_SNAPSHOTS)]
-    snapshots = _list_and_verify(show, repository)
+    snapshots = _list_and_verify(show)
     _read_what_changed(show, snapshots)
     image = place / "restored.img"
     show.step("Restore the middle one, boot it and let SQLite check the database")
@@ -40,7 +46,7 @@ def show_snapshots(show: Show, guest: DbGuest, place: Path, settings: Path) -> l
     image.unlink()
     drilled = _drill(show, guest)
     return [
-        (f"{_SNAPSHOTS} snapshots of the live guest take {size_text(_stored_bytes(repository))}, "
+        (f"{_SNAPSHOTS} snapshots of the live guest take {size_text(_stored_bytes(show))}, "
         "encrypted; all of it was verified."),
         f"The middle one was restored and booted: {check.rows} rows, not one is missing.",
         drilled,
@@ -63,18 +69,20 @@ def _drill(show: Show, guest: DbGuest) -> str:
             f"repository, and its database is {last['checks'][0]['output'].strip()}.")
 
 
-def _init(show: Show, place: Path, settings: Path) -> Path:
+def _init(show: Show, place: Path, settings: Path, address: str, credentials: Path | None) -> None:
     show.step("Make a repository: many snapshots, deduplicated and encrypted")
-    repository, passphrase = place / "repository", place / "passphrase"
+    passphrase = place / "passphrase"
     passphrase.touch(0o600)
     passphrase.write_text("four words nobody guesses\n")
-    ran = show.run("stillframe", "init", str(repository), "--passphrase-file", str(passphrase))
+    named = {"passphrase_file": passphrase, **({"credentials_file": credentials} if credentials else {})}
+    options = [word for name, file in named.items() for word in (f"--{name.replace('_', '-')}", str(file))]
+    ran = show.run("stillframe", "init", address, *options)
     if ran.code != EXIT_OK:
         raise DemoFailed("the repository could not be made")
-    with settings.open("a") as file:
-        file.write(f'repository = "{repository}"\npassphrase_file = "{passphrase}"\n')
-    show.tell("Both stand in the configuration file from now on, so that commands are short.")
-    return repository
+    with settings.open("a") as written:
+        for name, value in {"repository": address, **named}.items():
+            written.write(f'{name} = "{value}"\n')
+    show.tell("All of it stands in the configuration file from now on, so that commands are short.")
 
 
 def _backup(show: Show, guest: DbGuest, number: int) -> int:
@@ -87,13 +95,13 @@ def _backup(show: Show, guest: DbGuest, number: int) -> int:
     return before
 
 
-def _list_and_verify(show: Show, repository: Path) -> list[dict[str, object]]:
+def _list_and_verify(show: Show) -> list[dict[str, object]]:
     show.step("List the snapshots, and verify every byte that is stored")
     show.run("stillframe", "list")
     snapshots: list[dict[str, object]] = json.loads(
         show.ask("stillframe", "list", "--json").said)["snapshots"]
     if len(snapshots) != _SNAPSHOTS:
-        raise DemoFailed(f"there are {len(snapshots)} snapshots in {repository}")
+        raise DemoFailed(f"there are {len(snapshots)} snapshots in the repository")
     ran = show.run("stillframe", "verify", "--level", "full")
     show.promise(ran.code == EXIT_OK, f"exit code {ran.code} after {duration_text(ran.seconds)}")
     ran = show.run("stillframe", "diff", str(snapshots[0]["name"]), str(snapshots[2]["name"]))
@@ -116,5 +124,6 @@ def _disk(show: Show, snapshot: str) -> dict[str, Any]:
     return found
 
 
-def _stored_bytes(repository: Path) -> int:
-    return sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
+def _stored_bytes(show: Show) -> int:
+    plan = json.loads(show.ask("stillframe", "prune", "--dry-run", "--json").said)["plan"]
+    return int(plan["repository_bytes"])

@@ -1,11 +1,12 @@
 """Run a command in a private world with room for a whole libvirt.
 
-    python -m lab.enter -- COMMAND...
+    python -m lab.enter [--network] -- COMMAND...
 
 COMMAND gets its own mount, network and PID namespaces. In them /run, /etc/libvirt and
 libvirt's folders under /var are empty folders inside one temporary folder, so nothing that
 happens there can reach the machine's own libvirt; when COMMAND ends, everything it started
 (libvirtd, virtlogd, every QEMU) is killed with it and the temporary folder is removed.
+With --network it has the machine's network instead of one of its own, so that it reaches other hosts.
 Two stages: `_outside` makes the namespaces with unshare(1), `_inside` is process 1 in them.
 """
 
@@ -34,7 +35,7 @@ IMAGES_DIR = Path("/var/lib/libvirt/images")
 SOCKETS_DIR = Path("/run/stillframe-lab")
 
 _PRIVATE = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt",
-            "/var/lib/stillframe", "/etc/stillframe", "/srv")
+            "/var/lib/stillframe", "/etc/stillframe", "/srv", "/etc/systemd/system")
 # What libvirt found out about QEMU: probing takes some ten seconds, and libvirt itself sees when
 # QEMU, the kernel or libvirt changed since. Kept from one lab to the next.
 _PROBED_DIR = Path("/var/cache/libvirt/qemu/capabilities")
@@ -80,22 +81,24 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command after ``--`` in a new lab; return its exit code (128 + n for signal n)."""
     if arguments[:1] == [_STAGE_TWO]:
         return _inside(Path(arguments[1]), arguments[3:])
-    if len(arguments) < 2 or arguments[0] != "--":
-        print("usage: python -m lab.enter -- COMMAND...", file=sys.stderr)
+    with_network = arguments[:1] == ["--network"]
+    command = arguments[1:] if with_network else arguments
+    if len(command) < 2 or command[0] != "--":
+        print("usage: python -m lab.enter [--network] -- COMMAND...", file=sys.stderr)
         return 2
     if os.geteuid() != 0:
         print("The lab needs root: it makes mount, network and PID namespaces.", file=sys.stderr)
         return 2
-    return _outside(arguments[1:])
+    return _outside(command[1:], with_network=with_network)
 
 
-def _outside(command: Sequence[str]) -> int:
+def _outside(command: Sequence[str], *, with_network: bool) -> int:
     folder = Path(tempfile.mkdtemp(prefix="stillframe-lab.", dir=os.environ.get(PLACE, "/var/tmp")))
     try:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--",
-             "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc",
-             "--propagation", "private", "--",
+             "unshare", "--mount", *([] if with_network else ["--net"]), "--pid", "--fork",
+             "--kill-child=KILL", "--mount-proc", "--propagation", "private", "--",
              sys.executable, "-m", "lab.enter", _STAGE_TWO, str(folder), "--", *command],
             env={**_with_bytecode(os.environ), "PYTHONPATH": _import_path(), OUTSIDE: " ".join(namespaces())},
         )

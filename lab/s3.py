@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlencode
 
 from lab.ports import free_ports
 from lab.server import Server
@@ -63,6 +64,15 @@ class S3Server(Server):
     def endpoint(self) -> str:
         """The server's address."""
         return f"http://127.0.0.1:{self.port}"
+
+    def url(self, folder: str) -> str:
+        """See Server."""
+        return f"s3://{BUCKET}/{folder}?{urlencode({'endpoint': self.endpoint, 'region': _REGION})}"
+
+    @property
+    def credentials(self) -> str:
+        """See Server."""
+        return f"aws_access_key_id = {ACCESS_KEY_ID}\naws_secret_access_key = {SECRET_ACCESS_KEY}\n"
 
     @property
     def access(self) -> Access:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from lab.ports import listens
 from lab.waiting import PATIENCE_S, wait_for
@@ -20,6 +21,18 @@ class Server:
         self._folder = folder
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
+
+    def url(self, folder: str) -> str:
+        """Return the address of a repository in *folder*."""
+        raise NotImplementedError
+
+    @property
+    def credentials(self) -> str:
+        """What a credentials file for the server says, "" if it needs none."""
+        return ""
+
+    def __enter__(self) -> Self:
+        raise NotImplementedError
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:

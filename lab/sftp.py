@@ -10,6 +10,7 @@ import getpass
 import subprocess
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlencode
 
 from lab.ports import free_ports
 from lab.server import Server
@@ -73,6 +74,12 @@ class SftpDaemon(Server):
         return SftpPlace(
             host="127.0.0.1", port=self.port, user=getpass.getuser(), path=f"{self.root}/{path}",
             identity=str(self._folder / "user"), known_hosts=str(self._folder / "known_hosts"))
+
+    def url(self, folder: str) -> str:
+        """See Server."""
+        place = self.place(folder)
+        query = urlencode({"identity": place.identity, "known_hosts": place.known_hosts})
+        return f"sftp://{place.user}@{place.host}:{place.port}{place.path}?{query}"
 
     def _make_key(self, name: str) -> None:
         path = self._folder / name

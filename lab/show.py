@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_COMMAND_TIMEOUT_S = 120.0
+# A repository may be behind a slow line.
+_COMMAND_TIMEOUT_S = 900.0
 _DRAIN_TIMEOUT_S = 5.0
 _BOLD, _DIM, _RED, _GREEN, _CYAN = "1", "2", "31;1", "32", "36"
 

@@ -66,6 +66,15 @@ class SmbDaemon(Server):
         """Who may read and write."""
         return Access(user=getpass.getuser(), secret=_PASSWORD)
 
+    def url(self, folder: str) -> str:
+        """See Server."""
+        return f"smb://127.0.0.1:{self.port}/{SHARE}/{folder}"
+
+    @property
+    def credentials(self) -> str:
+        """See Server."""
+        return f"username = {getpass.getuser()}\npassword = {_PASSWORD}\n"
+
     def place(self, folder: str) -> SmbPlace:
         """Return the place of a folder of the share."""
         return SmbPlace(host="127.0.0.1", port=self.port, share=SHARE, folder=folder)

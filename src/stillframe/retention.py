@@ -6,6 +6,10 @@ than that before the newest one. A snapshot is kept if any rule wants it. The ne
 the rules say, and a set of rules that says nothing drops nothing. What was kept once is kept by the same
 rules again.
 
+A snapshot that is known to be damaged stands in no good one's place: the good ones are judged as if it were
+not there, so that the newest good one is kept whatever else is. It is itself kept if the rules want it
+among all. What heals a damaged snapshot needs no rule: the collector keeps it (repository/mark.py).
+
 A pinned snapshot is kept besides. One whose moment is yet to come, by the storage's clock, was made by a host
 whose clock is wrong: it is kept, and the others are judged as if it were not there. Else one snapshot from
 the year 2100 would be the newest for ever, and make all true ones old.
@@ -115,10 +119,12 @@ class Verdict(Generic[M]):
 
 def judge(
     snapshots: Iterable[M], policy: Policy, now: datetime, pinned: Container[str] = frozenset(),
+    damaged: Container[str] = frozenset(),
 ) -> list[Verdict[M]]:
     """Return a verdict on each snapshot; by host and guest, the newest first.
 
-    *now* is the storage's time, *pinned* are the `sid` of snapshots that are kept in any case.
+    *now* is the storage's time, *pinned* are the `sid` of snapshots that are kept in any case, *damaged* of
+    those that can't be read in full.
     """
     verdicts: list[Verdict[M]] = []
     ordered = sorted(snapshots, key=lambda each: (each.utc, each.sid), reverse=True)
@@ -131,9 +137,12 @@ def judge(
         present = [each for each in of_guest if each.utc <= now + _CLOCKS_APART]
         ahead = of_guest[:len(of_guest) - len(present)]
         verdicts.extend(Verdict(each, keep=True, reasons=("from the future",)) for each in ahead)
-        for each, reasons in zip(present, policy.reasons(present), strict=True):
-            found = [*reasons, *(["pinned"] if each.sid in pinned else [])]
-            verdicts.append(Verdict(each, bool(found), tuple(found) or ("no rule keeps it",)))
+        of_good = iter(policy.reasons([each for each in present if each.sid not in damaged]))
+        for each, of_all in zip(present, policy.reasons(present), strict=True):
+            is_damaged = each.sid in damaged
+            found = [*(of_all if is_damaged else next(of_good)), *(["pinned"] if each.sid in pinned else [])]
+            known = ["damaged"] if is_damaged else []
+            verdicts.append(Verdict(each, bool(found), (*(found or ["no rule keeps it"]), *known)))
     return verdicts
 
 

@@ -1,13 +1,15 @@
-"""Following a page of the documentation word for word: its commands, and a machine to run them on."""
+"""Following a page of docs/ word for word: its commands, and a machine to run them on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -15,9 +17,13 @@ from lab.waiting import PATIENCE_S
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_OK
 from tests.integration.repositories import ROOT
 
+#: Where pages put things; the lab has these folders for itself.
+SETTINGS, STATE, SERVED = Path("/etc/stillframe"), Path("/var/lib/stillframe"), Path("/srv")
 _TIMEOUT_S = 250.0
-_BLOCK = re.compile(r"(?:^    .*\n|^\n(?=    ))+", re.MULTILINE)
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+# Lines of a block may be empty; an indented list item is none.
+_BLOCK = re.compile(r"^\n((?:    .*\n(?:\n(?=    ))*)+)", re.MULTILINE)
+_COMMAND = re.compile(r"^(?:.*<<'END'\n(?:.*\n)*?END|.+)$", re.MULTILINE)
 _OWN = ("/etc", "/srv", "/root", "/var/lib/stillframe",
         "/var/lib/samba", "/var/cache/samba", "/var/log/samba")
 _MOUNTS = "".join(f"""
@@ -26,15 +32,15 @@ mount -t overlay overlay -o lowerdir={folder},upperdir="$0{folder}/upper",workdi
 """ for folder in _OWN)
 
 
-def blocks(name: str) -> list[str]:
-    """Return the blocks of commands of docs/*name*, in order."""
-    page = _FENCED.sub("", (ROOT / "docs" / name).read_text(encoding="utf-8"))
-    return [textwrap.dedent(found[0]).strip("\n") for found in _BLOCK.finditer(page)]
+def blocks(page: str) -> list[str]:
+    """Return the blocks of commands of a page, in order."""
+    text = _FENCED.sub("", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    return [textwrap.dedent(found).strip("\n") for found in _BLOCK.findall(text)]
 
 
-def commands(name: str) -> list[str]:
-    """Return the lines of all blocks."""
-    return [line for block in blocks(name) for line in block.splitlines()]
+def commands(page: str) -> list[str]:
+    """Return the commands of a page, in order: a line each, or more where a here-document belongs to it."""
+    return _COMMAND.findall("\n".join(blocks(page)))
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -46,14 +52,32 @@ def environment(folder: Path) -> dict[str, str]:
     return {**settings, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+@contextlib.contextmanager
+def typing(folder: Path) -> Iterator[dict[str, str]]:
+    """Give an `environment` in which the lab itself is the machine of the page; clear up behind it."""
+    programs = folder / "bin"
+    programs.mkdir()
+    try:
+        yield environment(programs)
+    finally:
+        for place in (SETTINGS, STATE, SERVED):
+            clear(place)
+
+
+def clear(folder: Path) -> None:
+    """Delete what is in a folder."""
+    for each in folder.iterdir():
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+
 def run(
-    lines: str, environment: Mapping[str, str], code: int = EXIT_OK, within: tuple[str, ...] = (),
+    text: str, environment: Mapping[str, str], code: int = EXIT_OK, within: tuple[str, ...] = (),
 ) -> str:
-    """Run lines of the shell, which must end with that code, and return what they print."""
+    """Have bash run a line or a block, which must end with that code, and return what it prints."""
     done = subprocess.run(
-        [*within, "bash", "-euc", lines], env=dict(environment), capture_output=True, text=True, check=False,
-        timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, f"{done.returncode}: {lines}\n{done.stdout}{done.stderr}"
+        [*within, "bash", "-eu", "-o", "pipefail", "-c", text], env=environment, capture_output=True,
+        text=True, check=False, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == code, f"{done.returncode}: {text}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 

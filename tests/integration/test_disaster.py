@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from lab.dbguest import DbGuest
 from lab.enter import IMAGES_DIR
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import EXIT_FELL_BACK, EXIT_OK
-from tests.integration.pages import commands, environment, run
+from tests.integration.pages import SERVED, SETTINGS, STATE, clear, commands, run, typing
 from tests.integration.test_whole_guest import agent_answers
 
-_REPOSITORY, _KEY, _STATE = Path("/srv/repository"), Path("/etc/stillframe/key"), Path("/var/lib/stillframe")
+_REPOSITORY, _KEY = SERVED / "repository", SETTINGS / "key"
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -27,12 +26,8 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture
 def place_for_commands(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Give an environment in which `stillframe` is this one, and no setting is made."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    yield environment(folder)
-    for path in (_REPOSITORY, _KEY.parent, _STATE):
-        for each in path.iterdir() if path.is_dir() else ():
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    with typing(tmp_path) as environment:
+        yield environment
 
 
 def test_the_page_is_followed_word_for_word(
@@ -46,9 +41,8 @@ def test_the_page_is_followed_word_for_word(
     # The fire.
     guest.destroy()
     daemons.remove_all_domains()
-    for folder in (_STATE, IMAGES_DIR):
-        for each in folder.iterdir():
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    for folder in (STATE, IMAGES_DIR):
+        clear(folder)
     assert [path.name for path in _KEY.parent.iterdir()] == [_KEY.name]
 
     lines = commands("DISASTER.md")

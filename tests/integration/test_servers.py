@@ -12,7 +12,6 @@ import pytest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, run
-from lab.s3 import BUCKET
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import RepositoryExists, StorageRefused
 from tests.contract.drivers import Servers
@@ -26,24 +25,19 @@ _SIZE_BYTES = 24 * MIB
 
 def _s3(servers: Servers, _folder: Path) -> tuple[str, dict[str, str]]:
     access = servers.s3.access
-    query = urlencode({"endpoint": access.endpoint, "region": access.region})
-    return f"s3://{BUCKET}/{servers.unused}?{query}", {
+    return servers.s3.url(servers.unused), {
         "AWS_ACCESS_KEY_ID": access.user, "AWS_SECRET_ACCESS_KEY": access.secret}
 
 
 def _sftp(servers: Servers, _folder: Path) -> tuple[str, dict[str, str]]:
-    place = servers.sftp.place(servers.unused)
-    query = urlencode({"identity": place.identity, "known_hosts": place.known_hosts})
-    return f"sftp://{place.user}@{place.host}:{place.port}{place.path}?{query}", {}
+    return servers.sftp.url(servers.unused), {}
 
 
 def _smb(servers: Servers, folder: Path) -> tuple[str, dict[str, str]]:
-    place, access = servers.smb.place(servers.unused), servers.smb.access
     credentials = folder / "credentials"
-    credentials.write_text(f"username={access.user}\npassword={access.secret}\n")
+    credentials.write_text(servers.smb.credentials)
     credentials.chmod(0o600)
-    return (f"smb://{place.host}:{place.port}/{place.share}/{place.folder}",
-            {"STILLFRAME_CREDENTIALS_FILE": str(credentials)})
+    return servers.smb.url(servers.unused), {"STILLFRAME_CREDENTIALS_FILE": str(credentials)}
 
 
 @pytest.fixture(params=[_s3, _sftp, _smb], ids=["s3", "sftp", "smb"])
@@ -67,8 +61,9 @@ def test_a_chain_of_snapshots_on_a_server(disk_guest: MakeGuest, repo: Repo, tmp
         guest.write_zeroes("vda", 8 * MIB, 128 * KIB)
         guest.flush()
         moment = {"vda": guest.model("vda").copy_at_moment()}
-        links[repo.backup(guest)["snapshot"]] = moment
+        links[repo.backup(guest, "--tag", f"round-{number}")["snapshot"]] = moment
     assert [each["id"] for each in repo.json("list")["snapshots"]] == list(links)
+    assert [each["id"] for each in repo.json("list", "--tag", "round-2")["snapshots"]] == list(links)[1:]
     assert repo.json("verify", "--level", "full")["findings"] == []
     for snapshot, moment in links.items():
         repo.assert_restores(snapshot, moment, tmp_path)

@@ -16,7 +16,7 @@ CATALOGUE = ROOT / "docs" / "ERRORS.md"
 COMMANDS = {
     "mirror", "doctor", "recover", "status", "version", "init", "backup", "list", "show", "diff", "restore",
     "serve", "verify", "copy", "pin", "unpin", "forget", "prune", "key", "boot", "land", "discard", "files",
-    "drill",
+    "drill", "config",
 }
 #: Above this, a shell's own codes begin (126, 127, 128 + signal).
 EXIT_CODE_MAX = 125

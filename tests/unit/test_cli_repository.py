@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import stat
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +24,7 @@ from stillframe.cli.main import app
 from stillframe.cli.restore import split_name
 from stillframe.clock import SystemClock, utc_text
 from stillframe.errors import EXIT_OK, EXIT_USAGE
+from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import Kdf, SlotKind
 from stillframe.repository.layout import SnapshotName
@@ -85,7 +88,7 @@ def _nvram(written: Written) -> FileEntry:
 
 def add_snapshot(
     repository: Repository, guest: str, moment: datetime, *disks: bytes, host: str = "lab",
-    nvram: bytes = b"",
+    nvram: bytes = b"", tags: tuple[str, ...] = (),
 ) -> str:
     """Store a snapshot of disks vda, vdb, ..., and of an NVRAM file if it is not empty; return its ID."""
     clock = SystemClock()
@@ -97,7 +100,8 @@ def add_snapshot(
     ) as session:
         hints = ChunkHints(repository.parameters.id)
         with SnapshotWriter(
-            repository, session, Places(repository, session.generation), bad=(), hints=hints,
+            repository, session, Places(repository, session.generation), bad=read_bad(repository.storage),
+            hints=hints,
         ) as writer:
             for number, content in enumerate(disks):
                 target = f"vd{'abc'[number]}"
@@ -112,6 +116,7 @@ def add_snapshot(
                     stored_bytes=written.stored_bytes))
             files = () if not nvram else (_nvram(writer.write_bytes(nvram)),)
             stored = writer.finish()
+            write_heals(repository, session.sid, writer.healed)
         hints.close()
         manifest = Manifest(
             sid=session.sid, guest=guest, uuid=guest, host=host, captured_at=utc_text(moment),
@@ -119,7 +124,7 @@ def add_snapshot(
             parent=found[1].sid if found is not None else "", live_xml="<domain/>",
             inactive_xml=f"<domain><name>{guest}</name></domain>", disks=tuple(entries), excluded=(),
             files=files, versions=Versions("9.0.0", "7.2.22", "pc-q35-7.2", "0"), warnings=(), frozen_s=0.0,
-            stored_bytes=stored)
+            stored_bytes=stored, tags=tags)
         session.commit(encode_manifest(manifest, session.record.manifest_key, repository.key))
         return session.sid
 
@@ -520,6 +525,101 @@ def test_a_pinned_snapshot_is_not_forgotten(call: Call, repository: Repository) 
     assert {each["id"]: each["reasons"] for each in kept}[older] == ["pinned"]
     assert body(call("unpin", older, "--json", secret=False))["changed"]
     assert call("forget", older, secret=False).returncode == EXIT_OK
+
+
+def test_rules_in_the_configuration_file_are_those_of_forget(
+    call: Call, repository: Repository, tmp_path: Path,
+) -> None:
+    for day in range(4):
+        for guest in ("web", "db", "old"):
+            add_snapshot(repository, guest, _DAY + timedelta(days=day), disk())
+    settings = tmp_path / "stillframe.toml"
+    settings.write_text(
+        "[defaults]\nkeep_last = 1\n[guests.db]\nkeep_daily = 3\n[guests.old]\nkeep_last = 0\n")
+    named = {"STILLFRAME_CONFIG": str(settings)}
+    said = call("forget", "--dry-run", secret=False, **named).stdout
+    assert re.search(r"would drop  \w+  web@.* \(no rule keeps it\)", said)
+    assert re.search(r"keep        \w+  db@2026-11-21.* \(daily\)", said)
+    planned = body(call("forget", "--dry-run", "--json", secret=False, **named))
+    assert Counter(each["guest"] for each in planned["kept"]) == {"web": 1, "db": 3, "old": 4}, (
+        "a section completes and overrides the defaults")
+    assert {tuple(each["reasons"]) for each in planned["dropped"]} == {("no rule keeps it",)}
+    by_option = body(call("forget", "--keep-last", "2", "--dry-run", "--json", secret=False, **named))
+    assert len(by_option["kept"]) == 6, "options take the place of all rules of the file"
+    assert len(body(call("forget", "--json", secret=False, **named))["dropped"]) == len(planned["dropped"])
+    assert body(call("forget", "--json", secret=False, **named))["dropped"] == []
+
+
+def test_copies_go_where_the_configuration_file_says(
+    call: Call, repository: Repository, tmp_path: Path,
+) -> None:
+    add_snapshot(repository, "web", _DAY, disk(), tags=("audit",))
+    init_repository(
+        LocalStorage(tmp_path / "second", make=True), Secret(SlotKind.PASSPHRASE, b"other words"), "second",
+        SystemClock(), costs=_CHEAP)
+    settings = tmp_path / "stillframe.toml"
+    settings.write_text(f'[copy]\nrepository = "{tmp_path}/second"\n'
+                        f'passphrase_file = "{secret_file(tmp_path / "other", "other words")}"\n')
+    named = {"STILLFRAME_CONFIG": str(settings)}
+    assert len(body(call("copy", "--json", "--dry-run", **named))["missing"]) == 1
+    assert [each["guest"] for each in body(call("copy", "--json", **named))["copied"]] == ["web"]
+    assert body(call("copy", "--json", **named))["copied"] == []
+    second = ("--repo", tmp_path / "second", "--passphrase-file", tmp_path / "other")
+    assert body(call("list", "--tags", "--json", *second))["snapshots"][0]["tags"] == ["audit"]
+    assert_error(call("copy"), errors.ConfigInvalid)
+
+
+def test_a_fresh_repository_has_nothing_to_forget(call: Call, repository: Repository, tmp_path: Path) -> None:
+    settings = tmp_path / "stillframe.toml"
+    settings.write_text("[defaults]\nkeep_last = 1\n")
+    assert call("forget", secret=False, STILLFRAME_CONFIG=str(settings)).returncode == EXIT_OK
+    settings.write_text("")
+    assert call("forget", secret=False, STILLFRAME_CONFIG=str(settings)).returncode == EXIT_USAGE
+
+
+def test_tags_are_listed_and_forgotten_by(call: Call, repository: Repository) -> None:
+    tagged = {day: add_snapshot(repository, "web", _DAY + timedelta(days=day), disk(), tags=tags)
+              for day, tags in enumerate([("weekly", "audit"), (), ("weekly",), ("weekly",), ()])}
+    listed = body(call("list", "--tag", "weekly", "--json"))["snapshots"]
+    assert [(each["id"], each["tags"]) for each in listed] == [
+        (tagged[0], ["weekly", "audit"]), (tagged[2], ["weekly"]), (tagged[3], ["weekly"])]
+    assert body(call("list", "--tag", "week", "--json"))["snapshots"] == []
+    said = call("list", "--tags").stdout.splitlines()
+    assert said[0].endswith("  tags: weekly, audit")
+    assert "tags" not in said[1]
+    assert "tags" not in call("list", secret=False).stdout, "without asking for tags no key is needed"
+    assert_error(call("list", "--tags", secret=False), errors.KeyNeeded)
+    assert "tags: weekly, audit" in call("show", tagged[0]).stdout
+    done = body(call("forget", "--tag", "weekly", "--keep-last", "1", "--json"))
+    assert [each["id"] for each in done["dropped"]] == [tagged[2], tagged[0]]
+    left = body(call("list", "--json", secret=False))["snapshots"]
+    assert [each["id"] for each in left] == [tagged[1], tagged[3], tagged[4]]
+
+
+def test_the_newest_one_that_is_whole_stays(call: Call, repository: Repository) -> None:
+    """Once verifying has found the newest ones damaged, the rules count whole ones; a backup heals."""
+    part = os.urandom(200_000)
+    for day in range(3):
+        add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((0, os.urandom(100_000))))
+    for day in (3, 4):
+        add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((0, part)))
+    whole, newest = (body(call("list", "--json"))["snapshots"][at]["id"] for at in (2, 4))
+    storage, other = repository.storage, body(call("list", "--json"))["snapshots"][3]["id"]
+    for pack in list(storage.list(f"main/p/{other}/")):
+        content = bytearray(storage.get(pack.key))
+        content[100] ^= 1
+        storage.replace(pack.key, content)
+    rules = ("forget", "--keep-last", "1", "--dry-run", "--json")
+    assert [each["id"] for each in body(call(*rules, secret=False))["kept"]] == [newest], "not known yet"
+    assert call("verify").returncode == errors.RepositoryDamaged.exit_code
+    assert_error(call(*rules, secret=False), errors.KeyNeeded)
+    planned = body(call(*rules))
+    assert {each["id"]: each["reasons"] for each in planned["kept"]} == {
+        newest: ["last", "damaged"], whole: ["last"]}
+    assert sorted(each["reasons"][-1] for each in planned["dropped"]) == [
+        "damaged", "no rule keeps it", "no rule keeps it"]
+    healed = add_snapshot(repository, "web", _DAY + timedelta(days=5), disk((0, part)))
+    assert [each["id"] for each in body(call(*rules))["kept"]] == [healed]
 
 
 def test_forget_and_prune_give_space_back(call: Call, repository: Repository) -> None:

@@ -22,11 +22,14 @@ from stillframe.backup.snapshot import DiskResult as BackedUpDisk
 from stillframe.capture.journal import DiskRecord as JournalDisk
 from stillframe.capture.journal import RunRecord
 from stillframe.cli.main import app
-from stillframe.config import GuestSettings, Settings, for_guest
+from stillframe.config import DRILL_TIMEOUT_S, GuestSettings, RepositorySettings, Settings, for_guest
+from stillframe.config.check import all_problems, type_words
+from stillframe.config.settings import READERS
 from stillframe.errors import StillframeError
 from stillframe.mirror.record import DiskRecord, FolderState, MirrorRecord
 from stillframe.mirror.run import MirrorResult
 from stillframe.mirror.update import CopyResult
+from stillframe.units import parse_size_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -201,19 +204,50 @@ def test_exit_codes_are_those_of_the_error_tree() -> None:
 
 def test_settings_are_those_of_the_structs() -> None:
     table = rows(GUIDE.read_text(encoding="utf-8"), "key")
-    places = {place: {row[0].strip("`") for row in table if row[1] == place} for place in ("top", "section")}
-    assert places == {"top": set(Settings.__struct_fields__), "section": set(GuestSettings.__struct_fields__)}
+    structs: dict[str, type[msgspec.Struct]] = {
+        "top": Settings, "copy": RepositorySettings, "section": GuestSettings}
+    shown = {place: [(row[0].strip("`"), row[2]) for row in table if row[1] == place] for place in structs}
+    assert shown == {place: [(field.name, _type_of(field)) for field in msgspec.structs.fields(struct)]
+                     for place, struct in structs.items()}
+    defaults = {row[0].strip("`"): row[3].strip("`") for row in table if row[1] == "section"}
+    stated = {name: value for name, value in defaults.items() if value[:1].isdigit() and name in READERS}
+    given = for_guest(Settings(), "web", GuestSettings())
+    assert for_guest(Settings(), "web", GuestSettings(**{  # type: ignore[arg-type]
+        name: value for name, value in stated.items() if name != "drill_timeout"})) == given
+    assert READERS["drill_timeout"](stated["drill_timeout"]) == DRILL_TIMEOUT_S
+    assert len(stated) == 8
+
+
+def _type_of(field: msgspec.structs.FieldInfo) -> str:
+    """Return what the guide calls the type of a key."""
+    readers = {"repository": "address", "standing_limit": "size, or a share like `\"50%\"`",
+               "drill_expect": "regular expression", "guests": "sections", "copy": "section",
+               "defaults": "section", "tags": "list of words"}
+    if field.name in readers:
+        return readers[field.name]
+    if field.name in READERS:
+        return "size" if READERS[field.name] is parse_size_bytes else "time"
+    words = type_words(field.type)
+    if words.startswith("one of "):
+        *others, last = words.removeprefix("one of ").split(", ")
+        return f"{', '.join(f'`{each}`' for each in others)} or `{last}`"
+    return {"a text in quotes": "text", "true or false": "true or false",
+            "a whole number, 0 or more": "whole number", "a list of texts": "list of texts"}[words]
 
 
 def test_the_example_of_a_configuration_is_valid() -> None:
     text = code_block(GUIDE.read_text(encoding="utf-8"), "connect = ")
     settings = msgspec.toml.decode(text, type=Settings)
+    lacking = ("can't be read", "no folder")
+    found = [each.text for each in all_problems(text.encode())]
+    assert [each for each in found if not any(word in each for word in lacking)] == []
     assert for_guest(settings, "web", GuestSettings()).exclude == ("vdb",)
 
 
 def _example(command: str) -> dict[str, Any]:
     text = GUIDE.read_text(encoding="utf-8")
-    block = code_block(section(text, "## JSON").partition(f"\n`{command}`:\n")[2], "{")
+    below = re.split(rf"\n`{command}`(?: \(.*\))?:\n", section(text, "## JSON"), maxsplit=1)[1]
+    block = code_block(below, "{")
     found: dict[str, Any] = json.loads(block.replace("ERROR", "{}"))
     return found
 
@@ -235,6 +269,7 @@ def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
 @pytest.mark.parametrize(("command", "keys"), [
     ("list", {"repository", "snapshots", "drills"}), ("diff", {"old", "new", "disks"}),
     ("restore", {"snapshot", "whole", "files", "lost_files", "disks"}),
+    ("config check", {"file", "valid", "problems"}),
     ("forget", {"dry_run", "kept", "dropped"}), ("prune", {"dry_run", "plan", "done"}),
     ("verify", {
         "level", "sound", "complete", "snapshots", "packs", "checked_packs", "checked_slots", "checked_bytes",

@@ -113,6 +113,36 @@ def test_what_was_kept_is_kept_again(
     assert all(each.keep for each in again)
 
 
+@given(SHOTS, POLICIES, st.data())
+def test_the_newest_good_one_of_each_guest_stays(
+    every: list[Shot], policy: Policy, data: st.DataObject,
+) -> None:
+    """Damaged ones take no good one's place, and what was kept once is kept again."""
+    damaged = {each.sid for each in every if data.draw(st.booleans())}
+    verdicts = judge(every, policy, NOW, damaged=damaged)
+    keeps = [each.snapshot for each in verdicts if each.keep]
+    good = [each for each in every if each.sid not in damaged]
+    assert {each.snapshot for each in judge(good, policy, NOW) if each.keep} == {
+        each for each in keeps if each.sid not in damaged}
+    for whose in {(each.host, each.guest) for each in good}:
+        assert max((each for each in good if (each.host, each.guest) == whose), key=_age) in keeps
+    again = judge(keeps, policy, NOW, damaged=damaged)
+    assert [each.snapshot for each in again if each.keep] == keeps
+    assert all(each.reasons for each in verdicts)
+
+
+def _age(shot: Shot) -> tuple[datetime, str]:
+    return shot.utc, shot.sid
+
+
+def test_a_damaged_one_counts_for_no_good_one() -> None:
+    verdicts = judge(shots(0, 1, 30, 31, 60), Policy(daily=2), NOW, damaged={"0", "30"})
+    assert [each.reasons for each in verdicts] == [
+        ("daily", "damaged"), ("daily",), ("daily", "damaged"), ("daily",), ("no rule keeps it",)]
+    verdicts = judge(shots(0, 1), Policy(last=1), NOW, damaged={"0", "1"})
+    assert [each.reasons for each in verdicts] == [("last", "damaged"), ("no rule keeps it", "damaged")]
+
+
 @given(SHOTS, POLICIES)
 def test_the_newest_of_each_guest_stays(every: list[Shot], policy: Policy) -> None:
     verdicts = judge(every, policy, NOW)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from stillframe.errors import RepositoryDamaged
+from stillframe.repository.damaged import damaged_snapshots
 from stillframe.repository.heal import read_bad
 from stillframe.repository.layout import PackName, SnapshotName
 from stillframe.repository.pack import read_footer
@@ -91,6 +92,40 @@ def test_a_flipped_slot_is_found_recorded_and_healed(level: Level) -> None:
     world.check()
     world.prune(0.0, 1.0)
     world.check()
+
+
+def known_damaged(world: World, *names: SnapshotName) -> frozenset[str]:
+    return damaged_snapshots(world.repository.storage, lambda: world.repository, names)
+
+
+def test_what_heals_stays_when_its_snapshot_is_dropped() -> None:
+    """No rule of retention has to know which snapshot healed an older one: the collector keeps what heals."""
+    world = World()
+    content = disk(40, 1)
+    first = world.backup(content)
+    pack, _, offset = some_slot(world, first)
+    world.flip(pack.key, offset + 50)
+    assert known_damaged(world, first) == frozenset(), "nobody has looked yet"
+    assert not looked(world).is_sound
+    assert known_damaged(world, first) == {first.sid}
+    healer = world.backup(content)
+    assert known_damaged(world, first, healer) == frozenset()
+    world.forget(healer)
+    for _ in range(3):
+        world.prune(0.0, 1.0)
+    world.check()
+    assert looked(world).is_sound
+    assert known_damaged(world, first) == frozenset()
+
+
+def test_a_manifest_that_cannot_be_read_is_of_a_damaged_snapshot() -> None:
+    world = World()
+    first, second = world.backup(disk(40, 1)), world.backup(disk(40, 2))
+    world.flip(second.key, 40)
+    pack, _, offset = some_slot(world, first)
+    world.flip(pack.key, offset + 50)
+    looked(world)
+    assert known_damaged(world, first, second) == {first.sid, second.sid}
 
 
 @LEVELS

@@ -74,7 +74,7 @@ class BackupJob:
 
     *open_repository* is called once, when the guest was recovered and could be captured. *folder* is where
     the repository is if that is on this host or mounted there. *host* is the name that snapshots are filed
-    under; *hints_folder* is this host's own memory of what is stored.
+    under; *hints_folder* is this host's own memory of what is stored. *tags* are the user's words.
     """
 
     domain: Guest
@@ -85,6 +85,7 @@ class BackupJob:
     wishes: Wishes
     stop: Stop
     report: Report
+    tags: tuple[str, ...] = ()
 
 
 def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
@@ -106,6 +107,7 @@ def backup_guest(job: BackupJob, tools: Tools) -> BackupResult:
         parent = _parent(repository, job)
         warnings = [*parent.problems, *_space_warnings(job, plan, parent)]
         run = SnapshotRun(repository, plan, parent, job.host, job.hints_folder, tools.clock, job.report)
+        run.tags = job.tags
         try:
             place = in_repository(repository.address)
             with captured(plan, tools, place, job.stop, _earlier(parent)) as capture:

@@ -92,9 +92,9 @@ class Parent:
 class SnapshotRun:
     """One snapshot being made. `write` within the capture, `close` when the guest is back.
 
-    *manifest* is set once the snapshot is durable. Nobody but threads of its own touches the
-    storage: where that hangs, `write` raises within ten seconds of a reason to stop, or when nothing
-    moved for `stall_timeout_s`.
+    *tags* are the user's words for it. *manifest* is set once the snapshot is durable. Nobody but threads of
+    its own touches the storage: where that hangs, `write` raises within ten seconds of a reason to stop, or
+    when nothing moved for `stall_timeout_s`.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class SnapshotRun:
         report: Callable[[str, int, int], None],
     ) -> None:
         self.stall_timeout_s = STALL_TIMEOUT_S
+        self.tags: tuple[str, ...] = ()
         self.manifest: Manifest | None = None
         self.disks: list[DiskResult] = []
         self.late_warnings: list[str] = []
@@ -191,7 +192,7 @@ class SnapshotRun:
             disks=disks, excluded=tuple(f"{each.target}: {each.reason}" for each in self._plan.excluded),
             files=files, versions=versions_of(self._plan.domain.connection, self._plan.live.text),
             warnings=(*warnings, *self._found), frozen_s=capture.frozen_s,
-            stored_bytes=stored_bytes, anchor=capture.anchor,
+            stored_bytes=stored_bytes, tags=self.tags, anchor=capture.anchor,
             generation=session.generation.number,
         )
         self._commit(session, manifest, watch)

@@ -45,6 +45,7 @@ def _one(session: Session, name: str, folder: Path | None, options: GuestSetting
             domain, lambda: session.near_repository, folder, session.host, session.hints_folder,
             replace(wishes, command=_COMMAND.replace("{guest}", domain.advice.guest)), session.stop,
             lambda target, done, total: session.screen.bar(f"{domain.name} {target}: copy", done, total),
+            session.settings.of_guest(domain.name, options).tags or (),
         ),
         session.tools,
     )

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words, short_id
-from stillframe.errors import EXIT_OK, EXIT_PARTIAL, RepositoryDamaged, RepositoryRefused
+from stillframe.config import RepositorySettings
+from stillframe.errors import (
+    EXIT_OK,
+    EXIT_PARTIAL,
+    ConfigInvalid,
+    RepositoryDamaged,
+    RepositoryRefused,
+    StillframeError,
+)
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.copy import Copied, Copier, missing
 from stillframe.repository.hints import ChunkHints
@@ -15,8 +24,39 @@ from stillframe.repository.opened import read_parameters
 from stillframe.units import size_text
 
 
-def copy(session: Session, source: Session, guest: str | None, *, dry_run: bool) -> int:
-    """Copy what *session*'s repository lacks of *source*'s; return the exit code."""
+@dataclass(frozen=True)
+class Way:
+    """From where to where, as options say it."""
+
+    source: RepositorySettings
+    target: RepositorySettings
+
+    def sessions(self, session: Session) -> tuple[Session, Session]:
+        """Return sessions on the two repositories. Raises ConfigInvalid if one is not said.
+
+        Without a source, it is the configured repository; what *session*'s file says of copies is the target.
+        """
+        if self.source.repository is not None:
+            return session.beside(self.source.over(self.target)), session.beside(self.target)
+        target = self.target.over(session.settings.copy)
+        if target.repository is None:
+            raise ConfigInvalid(
+                "Where to copy to is not said.",
+                'add --to REPO, or write [copy] and below it repository = "REPO" into the configuration file')
+        return session.beside(self.source), session.beside(target)
+
+
+def copy(session: Session, way: Way, guest: str | None, *, dry_run: bool) -> int:
+    """Copy what a repository lacks of another's; return the exit code."""
+    source, target = way.sessions(session)
+    try:
+        return _copy(target, source, guest, dry_run=dry_run)
+    except StillframeError as error:
+        target.complete(error)
+        raise
+
+
+def _copy(session: Session, source: Session, guest: str | None, *, dry_run: bool) -> int:
     if read_parameters(source.storage).id == read_parameters(session.storage).id:
         raise RepositoryRefused(f"{source.address} and {session.address} are one repository.",
                                 "name another one with --to")

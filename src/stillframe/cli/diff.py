@@ -19,12 +19,12 @@ def diff(session: Session, old: str, new: str, *, extents: bool) -> int:
     """Print the changed extents and bytes of each disk from *old* to *new*; return the exit code."""
     names = find(session, old), find(session, new)
     before, after = (
-        {disk.target: disk for disk in read_snapshot(session.repository, name).disks} for name in names)
+        {disk.target: disk for disk in read_snapshot(session.near_repository, name).disks} for name in names)
     if not before.keys() & after.keys():
         raise RepositoryRefused(
             f"{display_name(names[0])} and {display_name(names[1])} have no disk in common.",
             f"stillframe show {names[0].sid[:12]} --repo REPO")
-    places = Places(session.repository)
+    places = Places(session.near_repository)
     bodies = []
     for target in sorted(before.keys() | after.keys()):
         body = _disk(places, target, before.get(target), after.get(target))

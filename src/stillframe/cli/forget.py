@@ -2,69 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import typer
 
 from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words, short_id
+from stillframe.config import GuestSettings, Settings, policy_of
 from stillframe.errors import EXIT_OK, ConfigInvalid, RepositoryDamaged, SnapshotPinned, SnapshotUnknown
 from stillframe.repository.catalog import display_name, list_snapshots, plan_forget, resolve_all
 from stillframe.repository.catalog import forget as forget_snapshots
 from stillframe.repository.collect import collect, plan_collection
 from stillframe.repository.collection import Collected, CollectionPlan
+from stillframe.repository.damaged import damaged_snapshots
 from stillframe.repository.drills import drop_drills
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
 from stillframe.repository.pins import pinned
+from stillframe.repository.snapshots import read_tags
 from stillframe.retention import Policy, Verdict, judge
 from stillframe.units import parse_share, size_text
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which snapshots to keep, as options say it."""
+    """Which snapshots to keep, as options say it, and among which. Without any, the file's rules count."""
 
-    last: int | None
-    hourly: int | None
-    daily: int | None
-    weekly: int | None
-    monthly: int | None
-    yearly: int | None
-    within: str | None
+    given: GuestSettings
     guest: str | None
+    tag: str | None
 
-    @property
-    def any_given(self) -> bool:
-        """Whether there is any rule."""
-        return any(getattr(self, each.name) is not None for each in fields(self) if each.name != "guest")
-
-    def policy(self) -> Policy:
-        """Return the rules. Raises ConfigInvalid."""
-        within = None if self.within is None else timedelta(seconds=seconds_of("keep_within", self.within))
-        return Policy(self.last or 0, self.hourly or 0, self.daily or 0, self.weekly or 0, self.monthly or 0,
-                      self.yearly or 0, within)
+    def policies(self, settings: Settings) -> Callable[[str], Policy]:
+        """Return what gives a guest's rules. Raises ConfigInvalid, BadParameter if there is none at all."""
+        if self.given != GuestSettings():
+            given = policy_of(self.given)
+            return lambda _guest: given
+        if all(policy_of(each).says_nothing for each in (settings.defaults, *settings.guests.values())):
+            raise typer.BadParameter("name the snapshots to drop, or rules for those to keep: --keep-…, or "
+                                     "keep_… in the configuration file")
+        return lambda guest: policy_of(settings.of_guest(guest, GuestSettings()))
 
 
 def forget(session: Session, texts: Sequence[str], rules: Rules, *, dry_run: bool) -> int:
     """Drop the named snapshots, or those that no rule keeps; return the exit code."""
+    policies = None if texts else rules.policies(session.settings)
     read_parameters(session.storage)
     known = list_snapshots(session.storage)
-    verdicts = [_kept_if_booted(verdict, session) for verdict in _verdicts(session, known, texts, rules)]
+    found = _named(session, known, texts) if policies is None else _judged(session, known, rules, policies)
+    verdicts = [_kept_if_booted(verdict, session) for verdict in found]
     plan = plan_forget(verdict.snapshot for verdict in verdicts if not verdict.keep)
     for verdict in verdicts:
         word = "keep" if verdict.keep else ("would drop" if dry_run else "drop")
-        reasons = f"  ({', '.join(verdict.reasons)})" if verdict.keep else ""
-        session.screen.result(f"{word:<10}  {name_words(verdict.snapshot)}{reasons}")
+        session.screen.result(f"{word:<10}  {name_words(verdict.snapshot)}  ({', '.join(verdict.reasons)})")
     dropped = 0 if dry_run else forget_snapshots(session.storage, plan)
     if dropped:
         session.screen.say(f"dropped {dropped}; their space comes back with: "
                            f"stillframe prune --repo {session.storage.address}")
     session.screen.json({
         "dry_run": dry_run,
-        "kept": [{**name_body(each.snapshot), "reasons": each.reasons} for each in verdicts if each.keep],
-        "dropped": [name_body(each) for each in plan.snapshots],
+        **{word: [{**name_body(each.snapshot), "reasons": each.reasons}
+                  for each in verdicts if each.keep is keep]
+           for word, keep in (("kept", True), ("dropped", False))},
     })
     return EXIT_OK
 
@@ -108,22 +108,34 @@ def _drop_drills(session: Session, *, dry_run: bool) -> int:
     return count
 
 
-def _verdicts(
-    session: Session, known: list[SnapshotName], texts: Sequence[str], rules: Rules,
+def _named(
+    session: Session, known: list[SnapshotName], texts: Sequence[str],
 ) -> list[Verdict[SnapshotName]]:
     pins = pinned(session.storage)
-    if texts:
-        named = resolve_all(known, texts)
-        for name in named:
-            if name.sid in pins:
-                raise SnapshotPinned(f"{display_name(name)} is pinned.",
-                                     f"stillframe unpin {short_id(name.sid)} --repo REPO")
-        return [Verdict(name, keep=False, reasons=("named",)) for name in named]
+    named = resolve_all(known, texts)
+    for name in named:
+        if name.sid in pins:
+            raise SnapshotPinned(f"{display_name(name)} is pinned.",
+                                 f"stillframe unpin {short_id(name.sid)} --repo REPO")
+    return [Verdict(name, keep=False, reasons=("named",)) for name in named]
+
+
+def _judged(
+    session: Session, known: list[SnapshotName], rules: Rules, policies: Callable[[str], Policy],
+) -> list[Verdict[SnapshotName]]:
     subject = [name for name in known if rules.guest in (None, name.guest)]
     if rules.guest is not None and not subject:
         raise SnapshotUnknown(f"There is no snapshot of {rules.guest}.",
                               f"stillframe list --repo {session.storage.address}")
-    return judge(subject, rules.policy(), session.storage.now(), pins)
+    if rules.tag is not None:
+        tags = read_tags(session.near_repository, subject)
+        subject = [name for name in subject if rules.tag in tags.get(name.sid, ())]
+    pins, now = pinned(session.storage), session.storage.now()
+    damaged = damaged_snapshots(session.storage, lambda: session.repository, subject)
+    return [
+        verdict for guest in sorted({name.guest for name in subject})
+        for verdict in judge(
+            (name for name in subject if name.guest == guest), policies(guest), now, pins, damaged)]
 
 
 def _kept_if_booted(verdict: Verdict[SnapshotName], session: Session) -> Verdict[SnapshotName]:

@@ -47,6 +47,9 @@ def all_guests(session: Session, options: GuestSettings) -> list[str]:
     for domain in all_domains(session.connection):
         if is_drilled(session.state_folder, domain.uuid):
             continue
+        if session.settings.of_guest(domain.name, options).skip:
+            session.screen.say(f"{domain.name} is left out, as the configuration file says")
+            continue
         power, method = domain.power(), for_guest(session.settings, domain.name, options).method
         off = power in (Power.OFF, Power.GONE)
         if method is not Method.AUTO and off is not (method is Method.OFFLINE):

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from stillframe import __version__
@@ -19,8 +20,10 @@ from stillframe.cli.options import (
     Guests,
     OverlayDir,
     QuiesceOption,
+    Tags,
     guest_options,
     host_options,
+    plain_options,
     repository_options,
     run_command,
     taking,
@@ -29,6 +32,7 @@ from stillframe.cli.repository_app import DryRun, Snapshot
 from stillframe.cli.restore_app import check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
+from stillframe.config.settings import is_tag
 from stillframe.errors import EXIT_OK, EXIT_USAGE
 
 
@@ -43,6 +47,8 @@ app = typer.Typer(
     name="stillframe", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     help="Back up running libvirt/QEMU guests, live and safely.",
 )
+
+_config = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check the configuration file.")
 
 # How long the process waits in the end for a thread that may only be slow.
 _LAST_WAIT_S = 5.0
@@ -83,14 +89,19 @@ def backup(
     common: Common, options: GuestSettings, repository: RepositorySettings, *,
     guests: Guests = None,
     all_guests: AllGuests = False,
+    tag: Tags = None,
 ) -> None:
     """Make a snapshot of each guest in a repository, while the guest runs on or is shut off."""
     from stillframe.cli import backup as backup_command
 
     if bool(guests) == all_guests:
         raise typer.BadParameter("name the guests, or --all")
+    for each in tag or []:
+        if not is_tag(each):
+            raise typer.BadParameter(f"{each!r} is no tag: no spaces, no commas, and 64 characters at most")
+    tagged = msgspec.structs.replace(options, tags=tuple(tag) if tag else None)
     run_command(
-        common, lambda session: backup_command.backup(session, guests or [], options), repository)
+        common, lambda session: backup_command.backup(session, guests or [], tagged), repository)
 
 
 @app.command()
@@ -281,6 +292,16 @@ def status(common: Common) -> None:
     run_command(common, status_command.status)
 
 
+@_config.command()
+@taking(plain_options)
+def check(common: Common) -> None:
+    """Say all that is wrong with the configuration file, by line; guests and repository are left alone."""
+    from stillframe.cli import config_check
+
+    run_command(common, config_check.check, settings_first=False)
+
+
+app.add_typer(_config, name="config")
 repository_app.add_to(app)
 restore_app.add_to(app)
 files_app.add_to(app)

@@ -45,6 +45,11 @@ Guests = Annotated[
     list[str] | None, typer.Argument(metavar="[GUEST]...", help="guests by name, UUID or qmp:SOCKET")]
 
 
+Tags = Annotated[
+    list[str] | None, typer.Option("--tag", help="mark the snapshot with this word; may be repeated")]
+Tag = Annotated[str | None, typer.Option("--tag", help="only snapshots with this tag; needs the key")]
+
+
 def host_options(
     connect: Annotated[
         str | None, typer.Option("--connect", "-c", help="libvirt's URI (default qemu:///system)")
@@ -143,13 +148,18 @@ def taking(*groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
 
 
 def run_command(
-    common: Common, command: Callable[[Session], int], repository: RepositorySettings | None = None,
+    common: Common, command: Callable[[Session], int], repository: RepositorySettings | None = None, *,
+    settings_first: bool = True,
 ) -> None:
-    """Run a command in a session of its own and end the process with its exit code."""
+    """Run a command in a session of its own and end the process with its exit code.
+
+    With *settings_first* nothing is done with a configuration file that is not valid.
+    """
     session = Session(common, repository)
     session.screen.start()
     try:
-        session.check_settings()
+        if settings_first:
+            session.check_settings()
         code = command(session)
     except StillframeError as error:
         session.screen.close()

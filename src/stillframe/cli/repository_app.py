@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from stillframe.cli.options import plain_options, repository_options, run_command, taking
+from stillframe.cli.options import Tag, plain_options, repository_options, run_command, taking
 from stillframe.cli.session import Common
-from stillframe.config import RepositorySettings
+from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.units import parse_size_bytes
 
 Count = int | None
@@ -68,11 +68,14 @@ def init(
 def list_(
     common: Common, repository: RepositorySettings, *,
     guest: Annotated[str | None, typer.Option("--guest", help="only this guest's")] = None,
+    tag: Tag = None,
+    tags: Annotated[bool, typer.Option("--tags", help="show the tags, too; needs the key")] = False,
 ) -> None:
-    """List the snapshots, the newest last. No key is needed."""
+    """List the snapshots, the newest last. No key is needed but for tags."""
     from stillframe.cli import snapshots as snapshots_command
 
-    run_command(common, lambda session: snapshots_command.list_all(session, guest), repository)
+    run_command(
+        common, lambda session: snapshots_command.list_all(session, guest, tag, with_tags=tags), repository)
 
 
 @taking(plain_options, repository_options)
@@ -159,8 +162,12 @@ def verify(
 @taking(plain_options, repository_options)
 def copy(
     common: Common, repository: RepositorySettings, *,
-    from_: Annotated[str, typer.Option("--from", help="the repository to copy from")],
-    to: Annotated[str | None, typer.Option("--to", help="the repository to copy to; or --repo")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="the repository to copy from (default: the configured one)")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="the repository to copy to; or --repo (default without --from: "
+                                              "that of [copy] in the configuration file)")] = None,
     from_passphrase_file: Annotated[
         str | None, typer.Option(help="file with the passphrase of the first (default: as the other)")
     ] = None,
@@ -182,7 +189,7 @@ def copy(
         from_, from_passphrase_file, from_passphrase_command, from_key_file, from_credentials_file)
     run_command(
         common, lambda session: copy_command.copy(
-            session, session.beside(first.over(target)), guest, dry_run=dry_run), target)
+            session, copy_command.Way(first, target), guest, dry_run=dry_run))
 
 
 @taking(plain_options, repository_options)
@@ -219,19 +226,24 @@ def forget(
     keep_within: Annotated[
         str | None, typer.Option(help="keep all of so long (30d) before the newest")] = None,
     guest: Annotated[str | None, typer.Option("--guest", help="rules: only this guest's")] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", help="rules: only those with this tag; needs the key")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Drop snapshots, by name or by rules (for each guest of each host). Prune gives their space back."""
+    """Drop snapshots, by name or by rules (for each guest of each host). Prune gives their space back.
+
+    Without names and rules, the rules of the configuration file count.
+    """
     from stillframe.cli import forget as forget_command
 
-    rules = forget_command.Rules(
-        keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, keep_within, guest)
-    if bool(snapshots) == rules.any_given:
+    rules = GuestSettings(
+        keep_last=keep_last, keep_hourly=keep_hourly, keep_daily=keep_daily, keep_weekly=keep_weekly,
+        keep_monthly=keep_monthly, keep_yearly=keep_yearly, keep_within=keep_within)
+    if snapshots and (rules != GuestSettings() or guest or tag):
         raise typer.BadParameter("name the snapshots to drop, or rules (--keep-…) for those to keep")
-    if snapshots and guest:
-        raise typer.BadParameter("--guest goes with rules")
+    chosen = forget_command.Rules(rules, guest, tag)
     run_command(
-        common, lambda session: forget_command.forget(session, snapshots or [], rules, dry_run=dry_run),
+        common, lambda session: forget_command.forget(session, snapshots or [], chosen, dry_run=dry_run),
         repository)
 
 

@@ -51,10 +51,10 @@ def restore(session: Session, wish: Wish) -> int:
     """Restore; return the exit code: RepositoryDamaged's if stretches were lost and skipped."""
     text, target = split_name(wish.name)
     name = find(session, text)
-    manifest = read_snapshot(session.repository, name)
+    manifest = read_snapshot(session.near_repository, name)
     disks = chosen_disks(manifest, target, display_name(name))
     into_folder = len(disks) > 1 or wish.into_folder or wish.to.is_dir()
-    places = Places(session.repository)
+    places = Places(session.near_repository)
     session.kept = "The repository is as it was."
     results = []
     with session.signals_as_stop("a new file that is not whole is removed"):

@@ -53,7 +53,7 @@ class Order:
 def restore_guest(session: Session, order: Order) -> int:
     """Restore a whole guest; return the exit code: RepositoryDamaged's if anything was lost and skipped."""
     name = find(session, order.snapshot)
-    manifest = read_snapshot(session.repository, name)
+    manifest = read_snapshot(session.near_repository, name)
     session.kept = "Nothing of the new guest is left."
     claims = Claims(session.state_folder, session.clock)
     head: dict[str, object] = {
@@ -69,7 +69,7 @@ def restore_guest(session: Session, order: Order) -> int:
         def report(target: str, progress: RestoreProgress) -> None:
             session.screen.bar(f"{target}: restore", progress.done_bytes, progress.size_bytes)
 
-        tools = GuestTools(Places(session.repository), session.connection, claims, session.clock,
+        tools = GuestTools(Places(session.near_repository), session.connection, claims, session.clock,
                            lambda: stop_of(session), report)
         done = make_guest(plan, tools, skip_bad=order.skip_bad)
         _tell(session, plan, done)

@@ -22,6 +22,7 @@ from stillframe.config import (
     RepositorySettings,
     Settings,
     access_to,
+    chosen_file,
     read_settings,
     repository_settings,
     storage_of,
@@ -81,6 +82,11 @@ class Session:
     def check_settings(self) -> None:
         """Raise ConfigInvalid if the configuration file is not valid, whether it is needed or not."""
         _ = self.settings
+
+    @property
+    def settings_file(self) -> Path:
+        """The configuration file, whether it is there or not."""
+        return chosen_file(self._common.config)
 
     @cached_property
     def state_folder(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,7 @@ from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.opened import read_parameters
 from stillframe.repository.pins import pin, pinned, read_pin, unpin
-from stillframe.repository.snapshots import read_snapshot
+from stillframe.repository.snapshots import read_snapshot, read_tags
 from stillframe.units import duration_text, size_text
 
 _ID_SHOWN = 12
@@ -52,16 +52,20 @@ def find(session: Session, text: str) -> SnapshotName:
     return resolve(list_snapshots(session.storage), text)
 
 
-def list_all(session: Session, guest: str | None) -> int:
-    """List the snapshots, or those of one guest; return the exit code."""
+def list_all(session: Session, guest: str | None, tag: str | None, *, with_tags: bool) -> int:
+    """List the snapshots, or those of one guest or with one tag; return the exit code."""
     read_parameters(session.storage)
     names = sorted(
         (name for name in list_snapshots(session.storage) if guest in (None, name.guest)),
         key=lambda each: (each.utc, each.sid))
     pins = pinned(session.storage)
+    tags = read_tags(session.near_repository, names) if with_tags or tag is not None else {}
+    if tag is not None:
+        names = [name for name in names if tag in tags.get(name.sid, ())]
     for name in names:
-        session.screen.result(name_words(name) + ("  pinned" if name.sid in pins else ""))
-    if not names:
+        words = [name_words(name), *(["pinned"] if name.sid in pins else []), *_tag_words(tags, name)]
+        session.screen.result("  ".join(words))
+    if not names and tag is None:
         of_guest = f" of {guest}" if guest else ""
         session.screen.say(
             f"no snapshot{of_guest} yet: "
@@ -74,9 +78,16 @@ def list_all(session: Session, guest: str | None) -> int:
         session.screen.result(name_line(drill))
     session.screen.json({
         "repository": session.storage.address, "standing": standing,
-        "snapshots": [{**name_body(name), "pinned": name.sid in pins} for name in names],
+        "snapshots": [
+            {**name_body(name), "pinned": name.sid in pins,
+             **({"tags": tags.get(name.sid)} if with_tags or tag is not None else {})} for name in names],
         "drills": [drill_name_body(drill) for drill in drills]})
     return EXIT_OK
+
+
+def _tag_words(tags: Mapping[str, Sequence[str]], name: SnapshotName) -> list[str]:
+    """Return words for a snapshot's tags, none if it has none or they were not read."""
+    return [f"tags: {', '.join(tags[name.sid])}"] if tags.get(name.sid) else []
 
 
 def pin_snapshot(session: Session, text: str, why: str) -> int:
@@ -114,7 +125,7 @@ def show(session: Session, text: str, screenshot: Path | None) -> int:
     *screenshot* is the file that the screen in that drill is written to.
     """
     name = find(session, text)
-    manifest = read_snapshot(session.repository, name)
+    manifest = read_snapshot(session.near_repository, name)
     held = read_pin(session.storage, name.sid) if name.sid in pinned(session.storage) else None
     drill = last_drill_of(session, name)
     for line in (*_lines(name, manifest), *show_lines(drill)):
@@ -155,7 +166,7 @@ def _lines(name: SnapshotName, manifest: Manifest) -> Sequence[str]:
         for entry in manifest.files
     ]
     lines += [f"warning: {warning}" for warning in manifest.warnings]
-    return [*lines, f"tags: {', '.join(manifest.tags)}"] if manifest.tags else lines
+    return [*lines, *_tag_words({name.sid: manifest.tags}, name)]
 
 
 def _libvirt_words(version: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stillframe.errors import (
     ObjectMissing,
     RepositoryDamaged,
     RepositoryExists,
+    RepositoryNewer,
     RepositoryUnknown,
 )
 from stillframe.repository.crypto import DomainKey
@@ -29,8 +31,10 @@ from stillframe.repository.layout import (
     PackKind,
     Parameters,
     decode_parameters,
+    pack_name,
     packs_prefix,
 )
+from stillframe.repository.pack import footer_of, stored_digest
 from stillframe.repository.slots import SlotCodec
 from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.cache import Cached
@@ -85,12 +89,26 @@ _KEPT_NEAR = (packs_prefix(PackKind.TREE), MANIFESTS, GENERATIONS)
 def with_cache(repository: Repository, caches: Path) -> Repository:
     """Return *repository* with its trees, manifests and generations kept in a folder of its own in *caches*.
 
-    For who finds by a listing what it reads: a backup, or a list. Not for who must see what is missing or
-    damaged in the storage (`verify`), or decides what to delete by it (`prune`).
+    For who finds by a listing what it reads: a backup, a restore, a list. Not for who must see what is
+    missing or damaged in the storage (`verify`), or decides what to delete by it (`prune`).
     """
     storage = Cached(repository.storage, caches / repository.parameters.id, _KEPT_NEAR,
-                     listed=packs_prefix(PackKind.TREE))
+                     listed=packs_prefix(PackKind.TREE), is_whole=partial(_is_whole, repository.key))
     return replace(repository, storage=storage)
+
+
+def _is_whole(key: DomainKey, name: str, content: bytes) -> bool:
+    """Return whether an object that is kept near is what was stored under its *name*."""
+    try:
+        if name.startswith(packs_prefix(PackKind.TREE)):
+            view = memoryview(content)
+            return all(
+                stored_digest(view[row.offset_bytes : row.offset_bytes + row.stored_bytes]) == row.digest
+                for row in footer_of(pack_name(name), view))
+        key.open_object(name, content)
+    except (RepositoryDamaged, RepositoryNewer, ValueError):
+        return False
+    return True
 
 
 def init_repository(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from stillframe.errors import ObjectMissing, RepositoryDamaged, SnapshotUnknown
@@ -22,6 +23,15 @@ def read_snapshot(repository: Repository, name: SnapshotName) -> Manifest:
         raise SnapshotUnknown(f"{display_name(name)} is no snapshot but a backup that was taken for dead.",
                               "stillframe list --repo REPO")
     return decode_manifest(content, name.key, repository.key)
+
+
+def read_tags(repository: Repository, names: Iterable[SnapshotName]) -> dict[str, tuple[str, ...]]:
+    """Return the tags of snapshots, by `sid`; those that can't be read are left out. Raises StorageError."""
+    tags: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        with contextlib.suppress(SnapshotUnknown, RepositoryDamaged):
+            tags[name.sid] = read_snapshot(repository, name).tags
+    return tags
 
 
 def snapshots_of(repository: Repository, host: str, guest: str) -> Iterator[SnapshotName]:

@@ -57,6 +57,19 @@ def open_storage(
     return LocalStorage(local_folder(address), make=make)
 
 
+def check_address(address: str) -> None:
+    """Raise RepositoryRefused if *address* is no address of a repository; nothing is reached."""
+    kind = scheme_of(address)
+    if kind == "s3":
+        _in_bucket(address, NOBODY)
+    elif kind == "sftp":
+        _on_host(address)
+    elif kind == "smb":
+        _on_share(address, NOBODY)
+    else:
+        local_folder(address)
+
+
 def _in_bucket(address: str, access: Access) -> tuple[str, str, Access]:
     """Return bucket, prefix and access of s3://BUCKET/FOLDER?endpoint=URL&region=NAME."""
     how = "s3://BUCKET/FOLDER?endpoint=https://HOST&region=NAME"

@@ -17,7 +17,7 @@ import shutil
 import struct
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,18 @@ class Cached(Wrapper):
     """See above. Objects whose keys begin with one of *prefixes* never change; nobody else uses *folder*.
 
     Those that begin with *listed* are believed only if they are in a listing, with that size, which is made
-    once, when the first one is wanted. The others somebody found in a listing just now. For several threads
-    and processes.
+    once, when the first one is wanted. The others somebody found in a listing just now. What *is_whole* says
+    no to (a key and what the storage gave for it) is not kept: the storage may give it whole the next time.
+    For several threads and processes.
     """
 
     def __init__(self, inner: Storage, folder: Path, prefixes: Sequence[str], *, listed: str,
+                 is_whole: Callable[[str, bytes], bool] = lambda _key, _content: True,
                  limit_bytes: int = LIMIT_BYTES) -> None:
         super().__init__(inner)
         self._prefixes = tuple(prefixes)
         self._listed = listed
+        self._is_whole = is_whole
         self._sizes: dict[str, int] | None = None
         self._kept = _Folder(folder, limit_bytes)
         self._parts = Counter[str]()
@@ -69,7 +72,8 @@ class Cached(Wrapper):
         if (offset_bytes or length_bytes is not None) and not self._wants_whole(key):
             return self._inner.get(key, offset_bytes, length_bytes)
         content = self._inner.get(key)
-        self._kept.write(key, content)
+        if self._is_whole(key, content):
+            self._kept.write(key, content)
         wanted = readable_bytes(f"{self.address}/{key}", len(content), offset_bytes, length_bytes)
         return content[offset_bytes : offset_bytes + wanted]
 

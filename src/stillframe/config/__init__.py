@@ -5,6 +5,9 @@ passphrase_file = "/etc/stillframe/passphrase"   # or passphrase_command, or key
 credentials_file = "/etc/stillframe/credentials" # who we are to the repository's server
 limit_rate = "50M"         # bytes a second, to the repository and from it
 
+[copy]                     # where `copy` copies to, with the same keys
+repository = "sftp://backup@far.example.net/srv/second-site"
+
 [defaults]                 # for all guests
 quiesce = "auto"
 overlay_dir = "/var/lib/libvirt/images"
@@ -20,17 +23,26 @@ standing_limit = "50%"
 drill_check = ["systemctl is-system-running --wait"]     # commands inside the guest, for `drill`
 drill_expect = "login:"
 drill_timeout = "10m"
+tags = ["production"]      # words that snapshots are marked with
+keep_last = 3              # what `forget` keeps, and so on: hourly, daily, weekly, monthly, yearly
+keep_hourly = 24
+keep_daily = 7
+keep_weekly = 5
+keep_monthly = 12
+keep_yearly = 3
+keep_within = "2d"
 
 [guests.NAME]              # the same keys, for one guest, and
 exclude = ["vdb"]          # its disks to leave out
+skip = true                # `--all` leaves it out
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -40,112 +52,69 @@ from stillframe.capture.limits import Limits
 from stillframe.capture.method import Method
 from stillframe.capture.states import Quiesce
 from stillframe.clock import Clock
+from stillframe.config.settings import READERS, GuestSettings, RepositorySettings, Settings
 from stillframe.errors import ConfigInvalid
+from stillframe.retention import Policy
 from stillframe.storage.access import NOBODY, Access, read_credentials, s3_access, smb_access
 from stillframe.storage.address import folder_of, open_storage, scheme_of
 from stillframe.storage.model import Storage
 from stillframe.storage.wrappers import RateLimited
-from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
 
 if TYPE_CHECKING:
     from stillframe.capture.plan import Wishes
 
+__all__ = [
+    "GuestSettings", "RepositorySettings", "Settings", "access_to", "chosen_file", "drill_settings",
+    "for_guest", "policy_of", "read_file", "read_settings", "repository_settings", "storage_of", "wishes",
+]
+
 T = TypeVar("T")
 
 DEFAULT_FILE = Path("/etc/stillframe/stillframe.toml")
-DEFAULT_STATE_FOLDER = Path("/var/lib/stillframe")
-DEFAULT_URI = "qemu:///system"
 DRILL_TIMEOUT_S = 600.0
 
 
-class GuestSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings for a guest; None where nothing was said. Sizes and times as people write them."""
-
-    quiesce: Quiesce | None = None
-    overlay_dir: str | None = None
-    overlay_limit: str | None = None
-    min_free: str | None = None
-    freeze_timeout: str | None = None
-    agent_timeout: str | None = None
-    shutdown_timeout: str | None = None
-    commit_timeout: str | None = None
-    exclude: tuple[str, ...] | None = None
-    method: Method | None = None
-    full_read_every: str | None = None
-    standing_limit: str | None = None
-    drill_check: tuple[str, ...] | None = None
-    drill_expect: str | None = None
-    drill_timeout: str | None = None
-
-    def over(self, other: GuestSettings) -> GuestSettings:
-        """Return these settings, completed by *other* where nothing was said."""
-        mine = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
-        return msgspec.structs.replace(other, **mine)
+def chosen_file(path: Path | None) -> Path:
+    """Return the configuration file that counts: *path*, else the environment's, else the default."""
+    return path or Path(os.environ.get("STILLFRAME_CONFIG", str(DEFAULT_FILE)))
 
 
-class RepositorySettings(msgspec.Struct, frozen=True):
-    """Where the repository is, and what opens it; None where nothing was said."""
-
-    repository: str | None = None
-    passphrase_file: str | None = None
-    passphrase_command: str | None = None
-    key_file: str | None = None
-    credentials_file: str | None = None
-    limit_rate: str | None = None
-
-    @property
-    def secrets(self) -> dict[str, str]:
-        """What is said about what opens the repository, by the setting's name."""
-        named = {name: getattr(self, name) for name in ("passphrase_file", "passphrase_command", "key_file")}
-        return {name: value for name, value in named.items() if value}
-
-    def over(self, other: RepositorySettings) -> RepositorySettings:
-        """Return these settings, completed by *other*. Whoever names a secret names all of it."""
-        secret = self if self.secrets else other
-        return msgspec.structs.replace(
-            secret, repository=self.repository or other.repository,
-            credentials_file=self.credentials_file or other.credentials_file,
-            limit_rate=self.limit_rate or other.limit_rate)
-
-
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file."""
-
-    connect: str = DEFAULT_URI
-    state_dir: str = str(DEFAULT_STATE_FOLDER)
-    repository: str | None = None
-    passphrase_file: str | None = None
-    passphrase_command: str | None = None
-    key_file: str | None = None
-    credentials_file: str | None = None
-    limit_rate: str | None = None
-    defaults: GuestSettings = GuestSettings()
-    guests: Mapping[str, GuestSettings] = {}
+def read_file(path: Path) -> bytes:
+    """Return what a configuration file says. Raises ConfigInvalid."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigInvalid(f"There is no configuration file {path}.", f"ls -l {path}") from error
+    except OSError as error:
+        raise ConfigInvalid(f"{path} can't be read: {error.strerror}.", f"ls -l {path}") from error
 
 
 def read_settings(path: Path | None) -> Settings:
     """Return the settings of *path*, or of the default file if it exists.
 
-    Raises ConfigInvalid, with the line or the key that is wrong.
+    Raises ConfigInvalid, with the line and the key that are wrong.
     """
-    chosen = path or Path(os.environ.get("STILLFRAME_CONFIG", str(DEFAULT_FILE)))
+    chosen = chosen_file(path)
+    if path is None and not chosen.exists():
+        return Settings()
+    content = read_file(chosen)
     try:
-        data = chosen.read_bytes()
-    except FileNotFoundError as error:
-        if path is None:
-            return Settings()
-        raise ConfigInvalid(f"There is no configuration file {chosen}.", f"ls -l {chosen}") from error
-    except OSError as error:
-        raise ConfigInvalid(f"{chosen} can't be read: {error.strerror}.", f"ls -l {chosen}") from error
-    try:
-        settings = msgspec.toml.decode(data, type=Settings)
+        settings = msgspec.toml.decode(content, type=Settings)
     except (msgspec.DecodeError, ValueError) as error:
-        raise ConfigInvalid(f"{chosen} is not valid: {error}.", f"edit {chosen}") from error
+        raise _invalid(chosen, content) from error
     if settings.defaults.exclude:
-        # A disk that one guest has and another has not: for the other it would be an error.
-        raise ConfigInvalid(
-            f"{chosen}: exclude can't stand in [defaults], only in [guests.NAME].", f"edit {chosen}")
+        raise _invalid(chosen, content)
     return settings
+
+
+def _invalid(path: Path, content: bytes) -> ConfigInvalid:
+    """Return the error that says what is wrong first, and where."""
+    # Looked for only if something is wrong: most commands have nothing to look for.
+    from stillframe.config.check import structure_problems
+
+    _, (first, *others) = structure_problems(content)
+    more = f" There are {len(others)} more problems." if others else ""
+    return ConfigInvalid(f"{path}:{first.text}.{more}", f"stillframe config check --config {path}")
 
 
 def repository_settings(settings: Settings, options: RepositorySettings) -> RepositorySettings:
@@ -184,7 +153,7 @@ def storage_of(
 
 def _limited(storage: Storage, limit_rate: str, clock: Clock) -> Storage:
     try:
-        rate = parse_size_bytes(limit_rate)
+        rate = READERS["limit_rate"](limit_rate)
     except ValueError as error:
         raise ConfigInvalid(
             f"limit_rate is {error}.", "correct the option --limit-rate or the configuration file") from error
@@ -210,20 +179,20 @@ def wishes(settings: GuestSettings) -> Wishes:
 
     plain = Limits()
     standing_bytes, standing_share = _read(
-        settings, "standing_limit", _size_or_share, (plain.standing_bytes, plain.standing_share))
+        settings, "standing_limit", (plain.standing_bytes, plain.standing_share))
     return Wishes(
         quiesce=settings.quiesce or Quiesce.AUTO,
         overlay_folder=Path(settings.overlay_dir) if settings.overlay_dir else None,
         exclude=settings.exclude or (),
         method=settings.method or Method.AUTO,
-        full_read_every_s=_read(settings, "full_read_every", _positive_s, FULL_READ_EVERY_S),
+        full_read_every_s=_read(settings, "full_read_every", FULL_READ_EVERY_S),
         limits=Limits(
-            freeze_s=_read(settings, "freeze_timeout", _positive_s, plain.freeze_s),
-            agent_s=_read(settings, "agent_timeout", _positive_s, plain.agent_s),
-            shutdown_s=_read(settings, "shutdown_timeout", _positive_s, plain.shutdown_s),
-            commit_s=_read(settings, "commit_timeout", _positive_s, plain.commit_s),
-            overlay_bytes=_read(settings, "overlay_limit", parse_size_bytes, plain.overlay_bytes),
-            min_free_bytes=_read(settings, "min_free", parse_size_bytes, plain.min_free_bytes),
+            freeze_s=_read(settings, "freeze_timeout", plain.freeze_s),
+            agent_s=_read(settings, "agent_timeout", plain.agent_s),
+            shutdown_s=_read(settings, "shutdown_timeout", plain.shutdown_s),
+            commit_s=_read(settings, "commit_timeout", plain.commit_s),
+            overlay_bytes=_read(settings, "overlay_limit", plain.overlay_bytes),
+            min_free_bytes=_read(settings, "min_free", plain.min_free_bytes),
             standing_bytes=standing_bytes,
             standing_share=standing_share,
         ),
@@ -232,8 +201,7 @@ def wishes(settings: GuestSettings) -> Wishes:
 
 def for_guest(settings: Settings, name: str, options: GuestSettings) -> Wishes:
     """Return the wishes for guest *name*: options over its own section over the defaults."""
-    own = settings.guests.get(name, GuestSettings())
-    return wishes(options.over(own.over(settings.defaults)))
+    return wishes(settings.of_guest(name, options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,40 +215,30 @@ class DrillSettings:
 
 def drill_settings(settings: Settings, name: str, options: GuestSettings) -> DrillSettings:
     """Return how guest *name* is drilled, by the rules of `for_guest`. Raises ConfigInvalid."""
-    chosen = options.over(settings.guests.get(name, GuestSettings()).over(settings.defaults))
+    chosen = settings.of_guest(name, options)
     return DrillSettings(
-        chosen.drill_check or (), _read(chosen, "drill_expect", _pattern, None),
-        _read(chosen, "drill_timeout", _positive_s, DRILL_TIMEOUT_S))
+        chosen.drill_check or (), _read(chosen, "drill_expect", None),
+        _read(chosen, "drill_timeout", DRILL_TIMEOUT_S))
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text, re.MULTILINE)
-    except re.error as error:
-        raise ValueError(f"no regular expression: {text!r} ({error})") from error
+def policy_of(settings: GuestSettings) -> Policy:
+    """Return the rules for which snapshots to keep. Raises ConfigInvalid."""
+    within_s: float | None = _read(settings, "keep_within", None)
+    return Policy(
+        settings.keep_last or 0, settings.keep_hourly or 0, settings.keep_daily or 0,
+        settings.keep_weekly or 0, settings.keep_monthly or 0, settings.keep_yearly or 0,
+        None if within_s is None else timedelta(seconds=within_s))
 
 
-def _positive_s(text: str) -> float:
-    seconds = parse_duration_s(text)
-    if seconds <= 0:
-        raise ValueError(f"not a time to wait: {text!r} (it must be more than 0)")
-    return seconds
-
-
-def _size_or_share(text: str) -> tuple[int | None, float]:
-    """Return bytes, or None and a share of the disk: "20G", "50%"."""
-    if text.endswith("%"):
-        return None, parse_share(text)
-    return parse_size_bytes(text), 1.0
-
-
-def _read(settings: GuestSettings, name: str, parse: Callable[[str], T], otherwise: T) -> T:
+def _read(settings: GuestSettings, name: str, otherwise: T) -> T:
+    """Return what a setting's text stands for. Raises ConfigInvalid."""
     text: str | None = getattr(settings, name)
     if text is None:
         return otherwise
     try:
-        return parse(text)
+        found: T = READERS[name](text)
     except ValueError as error:
         raise ConfigInvalid(
             f"{name} is {error}.", f"correct the option --{name.replace('_', '-')} or the configuration file"
         ) from error
+    return found
