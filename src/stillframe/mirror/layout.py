@@ -85,7 +85,8 @@ def foreign_name(files: Files, names: list[str]) -> str:
     rest = [name for name in names if not _SYSTEM.fullmatch(name)]
     if {RECORD, NEXT, APPLYING} & set(rest):
         return ""
-    made_here = LOCK in rest or any(looks_like_a_map(files, name) for name in rest if name.endswith(".map"))
+    made_here = LOCK in rest or LOCK_HELD in rest or any(
+        looks_like_a_map(files, name) for name in rest if name.endswith(".map"))
     for name in sorted(rest):
         image = _IMAGE.fullmatch(name)
         if image:

@@ -57,6 +57,7 @@ _MARKED = re.compile(r"\^([a-z])")
 _DEVICE = re.compile(r"(?:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
 #: STATUS_DISK_FULL and STATUS_QUOTA_EXCEEDED of [MS-ERREF], which have no errno of their own in smbprotocol.
 _IN_USE_STATUS = (0xC0000022, 0xC0000043)  # STATUS_ACCESS_DENIED, STATUS_SHARING_VIOLATION
+_GOING_STATUS = (0xC0000056,)  # STATUS_DELETE_PENDING
 _FULL_STATUS = (0xC000007F, 0xC0000044)
 
 
@@ -132,20 +133,9 @@ class SmbServer:
         """See FileServer."""
         old, new = self._path(temporary), self._path(path)
 
-        def call() -> None:
-            deadline = Deadline(self._clock, _OPEN_PATIENCE_S)
-            while True:
-                try:
-                    smbclient.replace(old, new, **self._options())
-                except SMBOSError as error:
-                    # No file is replaced while somebody has it open. Readers are done soon.
-                    if error.ntstatus not in _IN_USE_STATUS or deadline.passed():
-                        raise
-                else:
-                    return
-                self._clock.pause(_OPEN_PAUSE_S)
-
-        self._run(f"naming {path}", call)
+        # No file is replaced while somebody has it open. Readers are done soon.
+        self._run(f"naming {path}", lambda: self._patiently(
+            _IN_USE_STATUS, lambda: smbclient.replace(old, new, **self._options())))
 
     def remove(self, path: str) -> None:
         """See FileServer."""
@@ -195,11 +185,12 @@ class SmbServer:
     def open(self, path: str, *, write: bool = False, create: bool = False) -> OpenFile:
         """See RangeServer."""
         def opened(mode: str) -> Callable[[], Any]:
-            return lambda: smbclient.open_file(
-                self._path(path), mode=mode, buffering=0, share_access="rwd", **self._options())
+            # What a run removed that was killed goes once the server sees that its connection is gone.
+            return lambda: self._patiently(_GOING_STATUS, lambda: smbclient.open_file(
+                self._path(path), mode=mode, buffering=0, share_access="rwd", **self._options()))
 
         first = self._run(f"opening {path}", opened("w+b" if create else "r+b" if write else "rb"))
-        return _SmbFile(path, first, opened("r+b" if create or write else "rb"), self._run)
+        return _SmbFile(path, first, opened("r+b" if create or write else "rb"), opened("r+b"), self._run)
 
     def facts(self, path: str) -> FileFacts:
         """See RangeServer."""
@@ -225,6 +216,17 @@ class SmbServer:
         """
         with self._errors(what):
             return self._threads.submit(call).result()
+
+    def _patiently(self, statuses: tuple[int, ...], call: Callable[[], T]) -> T:
+        """Return what *call* does, tried again while the server says one of *statuses*."""
+        deadline = Deadline(self._clock, _OPEN_PATIENCE_S)
+        while True:
+            try:
+                return call()
+            except SMBOSError as error:
+                if error.ntstatus not in statuses or deadline.passed():
+                    raise
+            self._clock.pause(_OPEN_PAUSE_S)
 
     @contextlib.contextmanager
     def _open(self, path: str, mode: str) -> Iterator[Any]:
@@ -301,9 +303,12 @@ class _SmbFile:
     Handles know how long the file is from when they were opened: what is written here is told to all.
     """
 
-    def __init__(self, path: str, first: Any, opened: Callable[[], Any], run: _Run) -> None:
+    def __init__(
+        self, path: str, first: Any, opened: Callable[[], Any], writable: Callable[[], Any], run: _Run,
+    ) -> None:
         self._path = path
         self._opened = opened
+        self._writable = writable
         self._run = run
         self._size_bytes = int(first.fd.end_of_file)
         self._lock = threading.Lock()
@@ -343,8 +348,12 @@ class _SmbFile:
             self._size_bytes = size_bytes
 
     def sync(self) -> None:
-        """See OpenFile. The server makes durable what came by any handle."""
-        self._with_handle(f"making {self._path} durable", lambda file: file.fd.flush())
+        """See OpenFile. The server makes durable what came by any handle, if one that may write asks."""
+        def call() -> None:
+            with self._writable() as file:
+                file.fd.flush()
+
+        self._run(f"making {self._path} durable", call)
 
     def close(self) -> None:
         """See OpenFile."""
