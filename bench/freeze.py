@@ -28,6 +28,7 @@ from stillframe.capture.stepping import Watcher
 from stillframe.clock import SystemClock
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain
+from stillframe.mirror.place import LocalDestination
 from stillframe.mirror.run import MirrorJob, mirror_guest
 from stillframe.units import MIB, duration_text
 
@@ -51,7 +52,7 @@ def measure(guest: DbGuest, folder: Path, runs: int) -> list[tuple[float, float]
     measured = []
     for _ in range(runs):
         guest.wait_more_rows(20)
-        job = MirrorJob(domain, destination, wishes, False, lambda: None, lambda _: None)
+        job = MirrorJob(domain, LocalDestination(destination), wishes, False, lambda: None, lambda _: None)
         measured.append((mirror_guest(job, tools).frozen_s, call_s(journal)))
     return measured
 

@@ -30,6 +30,7 @@ from stillframe.block.image import file_place
 from stillframe.block.reader import open_reader
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.place import LocalPlace
 from stillframe.mirror.record import CaptureFacts
 from stillframe.units import KIB, MIB, TIB, parse_size_bytes, size_text
 
@@ -176,7 +177,7 @@ def mirrored(source: Path, mirror: Path) -> Sample:
 
 def worker(source: Path, mirror: Path) -> int:
     clock = SystemClock()
-    folder = MirrorFolder(mirror, clock=clock)
+    folder = MirrorFolder(LocalPlace(mirror), clock=clock)
     with folder.lock("bench"):
         folder.recover()
         update = folder.begin("bench", "00000000-0000-0000-0000-000000000000")

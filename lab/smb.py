@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import subprocess
+from pathlib import Path
 from typing import Self
 
 from lab.ports import free_ports
@@ -60,6 +61,11 @@ class SmbDaemon(Server):
             input=f"{_PASSWORD}\n{_PASSWORD}\n".encode())
         self._start(["/usr/sbin/smbd", "--foreground", "--no-process-group", f"--configfile={settings}"])
         return self
+
+    @property
+    def share(self) -> Path:
+        """The folder that is the share."""
+        return self._folder / "share"
 
     @property
     def access(self) -> Access:

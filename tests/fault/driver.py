@@ -41,6 +41,7 @@ from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import find_domain
 from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.qmp import QmpLink
+from stillframe.mirror.place import LocalDestination
 from stillframe.mirror.run import MirrorJob, mirror_guest
 from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.opened import Secret, open_repository
@@ -148,7 +149,8 @@ def main() -> int:
         else:
             wishes = Wishes(Quiesce(quiesce), Path(overlays), limits=limits, method=Method.OVERLAY)
             mirror_guest(
-                MirrorJob(domain, Path(destination), wishes, False, lambda: None, lambda _progress: None),
+                MirrorJob(domain, LocalDestination(Path(destination)), wishes, False, lambda: None,
+                          lambda _progress: None),
                 tools,
             )
     except StillframeError as error:

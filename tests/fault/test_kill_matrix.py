@@ -19,6 +19,7 @@ from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.place import LocalPlace
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
 from tests.fault.matrix import AT_WORK, WRITING_BACK, Step, cells, plain_steps, steps_of
 from tests.kinds import disks
@@ -93,7 +94,7 @@ def _kill_at(
     guest.destroy()
     for target in guest.disks:
         guest.assert_disk_equals_model(target)
-    assert MirrorFolder(place.mirror(guest), clock=SystemClock()).inspect().state.name == "WHOLE"
+    assert MirrorFolder(LocalPlace(place.mirror(guest)), clock=SystemClock()).inspect().state.name == "WHOLE"
     assert mirrored(place, guest) in moments, "the mirror is of no single moment"
 
     guest.start()

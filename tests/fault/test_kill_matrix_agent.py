@@ -18,6 +18,7 @@ from stillframe.capture.journal import Journal
 from stillframe.capture.states import PULL_STATES, State
 from stillframe.clock import SystemClock
 from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.place import LocalPlace
 from tests.fault.harness import Place, Run, Victim, overlays_left, recover, strike
 from tests.fault.matrix import (
     AGENT,
@@ -51,7 +52,7 @@ def strike_and_look(
     assert answer.returncode == 0, run.output + answer.stdout + answer.stderr
     assert not overlays_left(place)
     assert not Journal(place.state_dir, SystemClock()).open_runs()
-    assert MirrorFolder(place.mirror(guest), clock=SystemClock()).inspect().state.name == "WHOLE"
+    assert MirrorFolder(LocalPlace(place.mirror(guest)), clock=SystemClock()).inspect().state.name == "WHOLE"
     if not guest.running():
         assert victim is Victim.QEMU, run.output + answer.stdout + answer.stderr
         assert not starts, "stillframe had shut the guest down and must start it again"

@@ -16,6 +16,7 @@ from stillframe.errors import CopyFailed, DestinationBusy, DestinationForeign, D
 from stillframe.extent import Extent, Kind
 from stillframe.mirror import lock
 from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.place import LocalPlace
 from stillframe.mirror.record import CaptureFacts, FolderState
 from stillframe.mirror.update import CopyProgress, CopyResult
 from stillframe.units import KIB, MIB
@@ -38,7 +39,7 @@ def _image(folder: Path, driver: str) -> Path:
 
 
 def _mirror(place: ImagePlace, folder: Path, label: str, *, verify: bool = False) -> CopyResult:
-    mirror = MirrorFolder(folder, clock=CLOCK)
+    mirror = MirrorFolder(LocalPlace(folder), clock=CLOCK)
     with mirror.lock("test"):
         mirror.recover()
         update = mirror.begin("guest", "uuid")
@@ -107,7 +108,7 @@ def test_a_resized_disk_is_followed(tmp_path: Path, size: int) -> None:
 
 def test_progress_is_reported_up_to_its_end(tmp_path: Path) -> None:
     place = file_place(str(_image(tmp_path, "raw")), "raw")
-    mirror = MirrorFolder(tmp_path / "guest", clock=CLOCK)
+    mirror = MirrorFolder(LocalPlace(tmp_path / "guest"), clock=CLOCK)
     seen: list[CopyProgress] = []
     with mirror.lock("test"), open_reader(place, clock=CLOCK) as reader:
         update = mirror.begin("guest", "uuid")
@@ -185,9 +186,9 @@ def test_a_server_that_dies_is_a_failed_copy(tmp_path: Path) -> None:
 def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock_works: bool) -> None:
     if not flock_works:
         monkeypatch.setattr(lock, "_flocked", lambda _fd, _folder: False)
-    folder = MirrorFolder(tmp_path / "guest", clock=CLOCK)
+    folder = MirrorFolder(LocalPlace(tmp_path / "guest"), clock=CLOCK)
     with folder.lock("mirror of guest"), pytest.raises(DestinationBusy, match="mirror of guest, process"), \
-            MirrorFolder(tmp_path / "guest", clock=CLOCK).lock("other"):
+            MirrorFolder(LocalPlace(tmp_path / "guest"), clock=CLOCK).lock("other"):
         pass
     with folder.lock("again"):
         assert folder.inspect().state is FolderState.EMPTY
@@ -196,7 +197,7 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floc
 def test_a_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_flocked", lambda _fd, _folder: False)
     held = tmp_path / "guest" / ".stillframe.lock.held"
-    folder = MirrorFolder(tmp_path / "guest", clock=CLOCK)
+    folder = MirrorFolder(LocalPlace(tmp_path / "guest"), clock=CLOCK)
     with folder.lock("first"):
         text = held.read_text()
     held.write_text(text.replace("started ", "started long ago "))
@@ -208,10 +209,12 @@ def test_a_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypatch
 
 
 def test_a_destination_that_is_not_there_or_not_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DestinationUnwritable), MirrorFolder(tmp_path / "a" / "b", clock=CLOCK).lock("x"):
+    with pytest.raises(DestinationUnwritable), \
+            MirrorFolder(LocalPlace(tmp_path / "a" / "b"), clock=CLOCK).lock("x"):
         pass
     assert os.listdir(tmp_path) == []
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DestinationForeign, match="notes"), MirrorFolder(tmp_path, clock=CLOCK).lock("x"):
+    with pytest.raises(DestinationForeign, match="notes"), \
+            MirrorFolder(LocalPlace(tmp_path), clock=CLOCK).lock("x"):
         pass
     assert os.listdir(tmp_path) == ["notes.txt"]

@@ -18,10 +18,11 @@ from pathlib import Path
 from stillframe.block.reader import Connection, OneByOne
 from stillframe.errors import CopyFailed
 from stillframe.extent import Extent, Kind, merged
-from stillframe.mirror.files import FileFacts
 from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.place import LocalPlace
 from stillframe.mirror.record import CaptureFacts
 from stillframe.mirror.update import CopyResult, Update
+from stillframe.storage.open_files import FileFacts
 
 BLOCK = 32
 UNIT = 4 * BLOCK
@@ -329,7 +330,7 @@ Disks = dict[str, bytes]
 def folder_of(files: ModelFiles) -> MirrorFolder:
     if ".stillframe.lock" not in files.current:
         files.put(".stillframe.lock", b"")
-    return MirrorFolder(Path("/model/guest"), clock=ModelClock(), files=files)
+    return MirrorFolder(LocalPlace(Path("/model/guest"), files), clock=ModelClock())
 
 
 def begin(files: ModelFiles) -> Update:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stillframe.errors import ApplyFailed, DestinationForeign
 from stillframe.mirror.folder import MirrorFolder
 from stillframe.mirror.layout import APPLYING, NEXT
+from stillframe.mirror.place import LocalPlace
 from stillframe.mirror.record import CaptureFacts, FolderState
 from tests.unit.mirror_model import (
     BLOCK,
@@ -195,7 +196,7 @@ def test_what_counts_as_foreign(names: list[str], foreign: str) -> None:
     files = ModelFiles()
     for name in names:
         files.put(name, b"text")
-    found = MirrorFolder(Path("/model/guest"), clock=ModelClock(), files=files).inspect()
+    found = MirrorFolder(LocalPlace(Path("/model/guest"), files), clock=ModelClock()).inspect()
     assert (found.state is FolderState.FOREIGN) == bool(foreign)
     assert found.detail.startswith(foreign)
 

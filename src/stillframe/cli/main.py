@@ -26,6 +26,7 @@ from stillframe.cli.options import (
     plain_options,
     repository_options,
     run_command,
+    server_options,
     taking,
 )
 from stillframe.cli.repository_app import DryRun, Snapshot
@@ -58,11 +59,12 @@ AllGuests = Annotated[bool, typer.Option("--all", help="all guests, running and 
 
 
 @app.command()
-@taking(host_options, guest_options)
+@taking(host_options, guest_options, server_options)
 def mirror(
-    common: Common, options: GuestSettings, *,
+    common: Common, options: GuestSettings, server: RepositorySettings, *,
     arguments: Annotated[
-        list[str], typer.Argument(metavar="GUEST... DEST", help="guests (none with --all), then the folder")
+        list[str], typer.Argument(metavar="GUEST... DEST",
+                              help="guests (none with --all), then the folder, or sftp://… or smb://…")
     ],
     all_guests: AllGuests = False,
     verify_destination: Annotated[
@@ -78,8 +80,9 @@ def mirror(
     run_command(
         common,
         lambda session: mirror_command.mirror(
-            session, guests, Path(destination), options, verify_destination
+            session, guests, destination, options, verify_destination
         ),
+        server,
     )
 
 

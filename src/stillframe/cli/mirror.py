@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from stillframe.cli.find import find_guest
 from stillframe.cli.guests import all_guests, body_of, exit_code, for_each
+from stillframe.cli.places import destination_of
 from stillframe.cli.session import Session
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import EXIT_CRASH_CONSISTENT, EXIT_FELL_BACK, EXIT_OK
+from stillframe.mirror.place import Destination
 from stillframe.mirror.run import MirrorJob, MirrorResult, mirror_guest
 from stillframe.mirror.update import CopyResult
 from stillframe.units import duration_text, size_text
 
 
 def mirror(
-    session: Session, names: Sequence[str], destination: Path, options: GuestSettings, verify: bool
+    session: Session, names: Sequence[str], destination: str, options: GuestSettings, verify: bool
 ) -> int:
     """Mirror the named guests, or all if none is named; return the exit code."""
+    where = destination_of(session, destination)
     targets = list(names) or all_guests(session, options)
     outcomes = for_each(
-        session, targets, lambda name: _one(session, name, destination, options, verify),
+        session, targets, lambda name: _one(session, name, where, options, verify),
         lambda name, result: _show(session, name, result))
     session.screen.json({"guests": [
         body_of(name, outcome, fell_back=isinstance(outcome, MirrorResult) and outcome.fell_back)
@@ -31,10 +33,10 @@ def mirror(
 
 
 def _one(
-    session: Session, name: str, destination: Path, options: GuestSettings, verify: bool
+    session: Session, name: str, destination: Destination, options: GuestSettings, verify: bool
 ) -> MirrorResult:
     domain = find_guest(session, name)
-    session.screen.say(f"mirroring {domain.name} to {destination / domain.name}")
+    session.screen.say(f"mirroring {domain.name} to {destination.text_for(domain.name)}")
     wishes = for_guest(session.settings, domain.name, options)
     return mirror_guest(
         MirrorJob(

@@ -101,6 +101,18 @@ def guest_options(
     )
 
 
+CredentialsFile = Annotated[str | None, typer.Option(help="file that says who we are to the server")]
+LimitRate = Annotated[str | None, typer.Option(help="so many bytes a second at most, each way: 50M")]
+
+
+def server_options(
+    credentials_file: CredentialsFile = None,
+    limit_rate: LimitRate = None,
+) -> RepositorySettings:
+    """Return what options say of the server of a mirror; the environment and the file say the rest."""
+    return RepositorySettings(credentials_file=credentials_file, limit_rate=limit_rate)
+
+
 def repository_options(
     repo: Annotated[
         str | None, typer.Option("--repo", "-r", help="the repository: a folder, or s3://BUCKET/FOLDER")
@@ -112,10 +124,8 @@ def repository_options(
         str | None, typer.Option(help="program, with its arguments, that prints the passphrase")
     ] = None,
     key_file: Annotated[str | None, typer.Option(help="file whose content opens the repository")] = None,
-    credentials_file: Annotated[
-        str | None, typer.Option(help="file that says who we are to the repository's server")] = None,
-    limit_rate: Annotated[
-        str | None, typer.Option(help="so many bytes a second at most, each way: 50M")] = None,
+    credentials_file: CredentialsFile = None,
+    limit_rate: LimitRate = None,
 ) -> RepositorySettings:
     """Return where the repository is and what opens it, as far as options say it."""
     return RepositorySettings(

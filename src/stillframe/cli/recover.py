@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from stillframe.capture.limits import Limits
 from stillframe.capture.lock import domain_lock
@@ -12,6 +11,7 @@ from stillframe.capture.recover import next_steps, recover_domain
 from stillframe.capture.restoring import RestoringStore, attention
 from stillframe.capture.status_file import repair_status_file
 from stillframe.cli.find import find_guest, guest_of
+from stillframe.cli.places import place_of
 from stillframe.cli.recover_boot import booted_ones, recover_booted
 from stillframe.cli.screen import error_body
 from stillframe.cli.session import Session
@@ -145,7 +145,7 @@ def _mirrors(session: Session, outcome: Outcome, folders: set[str]) -> None:
         return
     try:
         for path in sorted(folders):
-            told = recover_folder(Path(path), clock=session.clock, stop=session.stop).words
+            told = recover_folder(place_of(session, path), clock=session.clock, stop=session.stop).words
             if told:
                 outcome.did.append(f"mirror {path}: {told}")
                 session.screen.result(f"{outcome.guest}: mirror {path}: {told}")

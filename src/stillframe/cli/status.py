@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from stillframe.capture.journal import RunRecord
 from stillframe.capture.lock import lock_holder
@@ -11,6 +10,7 @@ from stillframe.capture.restoring import RestoringStore, attention
 from stillframe.capture.standing import past_limit
 from stillframe.capture.watched import Watched
 from stillframe.cli.boot import BootedGuest, booted_guests
+from stillframe.cli.places import place_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words
 from stillframe.config import GuestSettings, for_guest
@@ -186,7 +186,7 @@ def _mirrors(session: Session) -> list[dict[str, str]]:
     found = []
     for folder, guest in sorted(folders.items()):
         try:
-            seen = inspect_folder(Path(folder), clock=session.clock)
+            seen = inspect_folder(place_of(session, folder), clock=session.clock)
         except StillframeError as error:
             found.append({"guest": guest, "folder": folder, "state": error.message,
                           "captured_at": "", "consistency": ""})

@@ -3,7 +3,7 @@
 repository = "/srv/repository"
 passphrase_file = "/etc/stillframe/passphrase"   # or passphrase_command, or key_file
 credentials_file = "/etc/stillframe/credentials" # who we are to the repository's server
-limit_rate = "50M"         # bytes a second, to the repository and from it
+limit_rate = "50M"         # bytes a second, to the server and from it
 
 [copy]                     # where `copy` copies to, with the same keys
 repository = "sftp://backup@far.example.net/srv/second-site"
@@ -142,7 +142,9 @@ def storage_of(
     Raises ConfigInvalid, RepositoryRefused, StorageError.
     """
     storage = open_storage(address, access, make=make, clock=clock)
-    limited = storage if settings.limit_rate is None else _limited(storage, settings.limit_rate, clock)
+    rate = rate_of(settings)
+    limited = storage if rate is None else RateLimited(
+        storage, clock, write_bytes_per_s=rate, read_bytes_per_s=rate)
     if folder_of(address) is not None:
         return limited
     # What only servers need is loaded for them alone.
@@ -151,13 +153,16 @@ def storage_of(
     return retried(limited, clock)
 
 
-def _limited(storage: Storage, limit_rate: str, clock: Clock) -> Storage:
+def rate_of(settings: RepositorySettings) -> int | None:
+    """Return how many bytes a second may be moved each way, None for any. Raises ConfigInvalid."""
+    if settings.limit_rate is None:
+        return None
     try:
-        rate = READERS["limit_rate"](limit_rate)
+        rate: int = READERS["limit_rate"](settings.limit_rate)
     except ValueError as error:
         raise ConfigInvalid(
             f"limit_rate is {error}.", "correct the option --limit-rate or the configuration file") from error
-    return RateLimited(storage, clock, write_bytes_per_s=rate, read_bytes_per_s=rate)
+    return rate
 
 
 def access_to(settings: RepositorySettings, address: str) -> Access:

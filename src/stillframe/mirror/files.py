@@ -12,9 +12,10 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from stillframe.storage.open_files import FileFacts
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
@@ -22,15 +23,6 @@ _SYNC_FILE_RANGE_WRITE = 2
 _NOT_THERE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _ZEROES = bytes(1 << 20)
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class FileFacts:
-    """What stat says of a file in the folder."""
-
-    inode: int
-    size_bytes: int
-    mtime_ns: int
 
 
 class Files(Protocol):

@@ -27,15 +27,12 @@ update is dropped. After: mirror.json says "damaged", and the next run reads the
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from stillframe.clock import Clock
-from stillframe.errors import ApplyFailed, DestinationForeign, DestinationUnwritable
+from stillframe.errors import ApplyFailed, DestinationForeign
 from stillframe.mirror import apply
-from stillframe.mirror.files import Files, OsFiles, sync_folder
 from stillframe.mirror.layout import (
     APPLYING,
     NEXT,
@@ -45,7 +42,7 @@ from stillframe.mirror.layout import (
     read_record,
     staged_names,
 )
-from stillframe.mirror.lock import folder_lock
+from stillframe.mirror.place import MirrorPlace
 from stillframe.mirror.record import (
     DAMAGED,
     FolderState,
@@ -70,10 +67,11 @@ class Recovery:
 class MirrorFolder:
     """DEST/GUEST. Any method may raise DestinationLost, DestinationFull or DestinationUnwritable."""
 
-    def __init__(self, path: Path, *, clock: Clock, files: Files | None = None) -> None:
-        self.path = path
+    def __init__(self, place: MirrorPlace, *, clock: Clock) -> None:
+        self.path = str(place)
+        self._place = place
         self._clock = clock
-        self._files: Files = files or OsFiles(path)
+        self._files = place.files
         self._update: Update | None = None
 
     def inspect(self) -> Inspection:
@@ -91,8 +89,8 @@ class MirrorFolder:
         """
         with destination_errors(self.path), contextlib.ExitStack() as stack:
             self._refuse_foreign()
-            self._make_folder()
-            stack.enter_context(folder_lock(self.path, holder, self._is_hung))
+            self._place.make()
+            stack.enter_context(self._place.lock(holder, self._is_hung))
             held = stack.pop_all()
         with held:
             yield
@@ -129,6 +127,7 @@ class MirrorFolder:
                 f"mv {self.path} {self.path}.old   # then run again; or choose another destination",
             )
         self._update = Update(self.path, self._files, self._clock, guest, uuid, found)
+        self._update.threads = self._place.threads
         return self._update
 
     def _inspect(self) -> Inspection:
@@ -197,17 +196,6 @@ class MirrorFolder:
                 f"{self.path} is not a mirror folder: {found.detail}.",
                 "choose another destination, or move that file away and run again",
             )
-
-    def _make_folder(self) -> None:
-        parent = self.path.parent
-        if not parent.is_dir():
-            raise DestinationUnwritable(
-                f"The destination {parent} does not exist.",
-                f"mkdir -p {parent}   # or mount the share that should be there, then run again",
-            )
-        if not self.path.is_dir():
-            self.path.mkdir(mode=0o700)
-            sync_folder(os.fspath(parent))
 
     def _is_hung(self) -> bool:
         return self._update is not None and self._update.hung

@@ -21,7 +21,8 @@ LOCK_HELD = ".stillframe.lock.held"
 _TARGET = r"[A-Za-z0-9_-]+"
 _STAGED = re.compile(rf"{_TARGET}\.(img\.new|map\.new|redo)|domain\.xml\.new|mirror\.(\w+\.)?json\.tmp")
 _IMAGE = re.compile(rf"({_TARGET})\.img")
-_OURS = re.compile(rf"{_TARGET}\.(map|img\.removed-[0-9a-f]+)|domain\.xml|{re.escape(LOCK)}(\.held)?")
+_OURS = re.compile(
+    rf"{_TARGET}\.(map|img\.removed-[0-9a-f]+)|domain\.xml|{re.escape(LOCK)}(\.held[.0-9a-z]*)?")
 # What file systems themselves put into a folder.
 _SYSTEM = re.compile(r"lost\+found|\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+|\.smb[0-9A-Fa-f]+|\.snapshots?")
 _RECORD_LIMIT_BYTES = 4 * MIB
@@ -84,7 +85,8 @@ def foreign_name(files: Files, names: list[str]) -> str:
     rest = [name for name in names if not _SYSTEM.fullmatch(name)]
     if {RECORD, NEXT, APPLYING} & set(rest):
         return ""
-    made_here = LOCK in rest or any(looks_like_a_map(files, name) for name in rest if name.endswith(".map"))
+    made_here = LOCK in rest or LOCK_HELD in rest or any(
+        looks_like_a_map(files, name) for name in rest if name.endswith(".map"))
     for name in sorted(rest):
         image = _IMAGE.fullmatch(name)
         if image:

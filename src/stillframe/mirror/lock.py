@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stillframe import process
-from stillframe.errors import DestinationBusy
+from stillframe.errors import DestinationBusy, StorageError
 from stillframe.mirror.layout import LOCK, LOCK_HELD
+from stillframe.storage.files import FileServer
 
 _NO_FLOCK = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _TEXT_LIMIT_BYTES = 4096
@@ -50,6 +51,57 @@ def folder_lock(folder: Path, holder: str, keep: Callable[[], bool]) -> Iterator
             if by_file:
                 os.unlink(folder / LOCK_HELD)
             os.close(fd)
+
+
+@contextlib.contextmanager
+def far_lock(server: FileServer, address: str, holder: str, keep: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock of a folder on a server, where there is no flock: see folder_lock.
+
+    Raises DestinationBusy, StorageError.
+    """
+    _take_far_file(server, address, _me(holder))
+    try:
+        yield
+    finally:
+        if not keep():
+            # What can't be removed now is taken over by the next run: this process is dead then.
+            with contextlib.suppress(StorageError, FileNotFoundError):
+                server.remove(LOCK_HELD)
+
+
+def _take_far_file(server: FileServer, address: str, text: str) -> None:
+    mine = f"{LOCK_HELD}.{os.urandom(8).hex()}"
+    for _ in range(2):
+        server.write(mine, memoryview(text.encode()))
+        try:
+            server.publish(mine, LOCK_HELD)  # with all its text, or not at all
+        except FileExistsError:
+            server.remove(mine)
+        else:
+            return
+        found = _far_text(server, LOCK_HELD)
+        if not _is_dead(found):
+            raise _busy(address, found, f"{LOCK_HELD} there")
+        _take_away(server, found, f"{mine}.dead")
+    raise _busy(address, "", f"{LOCK_HELD} there")
+
+
+def _take_away(server: FileServer, dead: str, aside: str) -> None:
+    """Remove the lock of a holder that is dead, unless another run did so and has it by now."""
+    with contextlib.suppress(FileNotFoundError):
+        server.publish(LOCK_HELD, aside)
+        if _far_text(server, aside) == dead:
+            server.remove(aside)
+        else:
+            server.publish(aside, LOCK_HELD)
+
+
+def _far_text(server: FileServer, path: str) -> str:
+    try:
+        content, _ = server.read(path, 0, _TEXT_LIMIT_BYTES)
+    except FileNotFoundError:
+        return ""
+    return content.decode(errors="replace")
 
 
 def _flocked(fd: int, folder: Path) -> bool:
@@ -97,7 +149,7 @@ def _me(holder: str) -> str:
     return f"holder {holder}\nhost {socket.gethostname()}\npid {pid}\nstarted {process.start_mark(pid)}\n"
 
 
-def _busy(folder: Path, text: str, path: Path | None = None) -> DestinationBusy:
+def _busy(folder: Path | str, text: str, path: Path | str | None = None) -> DestinationBusy:
     fields = dict(line.partition(" ")[::2] for line in text.splitlines())
     named = (f"{fields['holder']}, process {fields.get('pid', '?')} on {fields.get('host', '?')}"
              if "holder" in fields else "another run")

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from stillframe.capture.apart import about_bytes, refuse_inside_images, refuse_overlays_at
+from stillframe.capture.apart import about_bytes
 from stillframe.capture.choose import captured, planned
-from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
 from stillframe.capture.plan import Plan, Wishes
 from stillframe.capture.recover import recover_domain
 from stillframe.capture.run import Capture, Stop, Tools
-from stillframe.errors import (
-    DestinationSpace,
-    DestinationUnwritable,
-    StillframeError,
-)
+from stillframe.errors import DestinationSpace, StillframeError
 from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import ExcludedDisk
 from stillframe.mirror.folder import MirrorFolder
+from stillframe.mirror.layout import image_name
+from stillframe.mirror.place import Destination, MirrorPlace
 from stillframe.mirror.record import CaptureFacts
+from stillframe.mirror.trouble import destination_errors
 from stillframe.mirror.update import CopyProgress, CopyResult, Update
 from stillframe.units import size_text
 
@@ -54,7 +50,7 @@ class MirrorJob:
     """What is to be mirrored, where to, and how. *report* is told how far each copy is."""
 
     domain: Guest
-    destination: Path
+    destination: Destination
     wishes: Wishes
     verify_destination: bool
     stop: Stop
@@ -73,17 +69,17 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
     with domain_lock(tools.journal.folder, domain.uuid, domain.name, purpose, tools.clock):
         recovered = recover_domain(domain, tools, job.wishes.limits)
         plan = planned(domain, job.wishes, tools)
-        path = _destination_folder(job, plan)
-        folder = MirrorFolder(path, clock=tools.clock)
+        place = job.destination.place_for(plan)
+        folder = MirrorFolder(place, clock=tools.clock)
         with folder.lock(f"mirror of {domain.name}"):
             words = [word for each in recovered for word in each.told]
             words += [told for told in [folder.recover().words] if told]
             update = folder.begin(domain.name, domain.uuid)
-            _check_space(path, plan)
-            capture, results = _update(job, plan, tools, path, update)
+            _check_space(place, plan)
+            capture, results = _update(job, plan, tools, str(place), update)
             update.finish()
     return MirrorResult(
-        guest=domain.name, folder=str(path), captured_at=capture.captured_at,
+        guest=domain.name, folder=str(place), captured_at=capture.captured_at,
         consistency=capture.consistency.value, disks=results, excluded=plan.excluded,
         warnings=(*capture.warnings, *_audit_warnings(results)), recovered=tuple(words),
         frozen_s=capture.frozen_s, seconds=tools.clock.monotonic_s() - began_s,
@@ -91,10 +87,10 @@ def mirror_guest(job: MirrorJob, tools: Tools) -> MirrorResult:
 
 
 def _update(
-    job: MirrorJob, plan: Plan, tools: Tools, path: Path, update: Update
+    job: MirrorJob, plan: Plan, tools: Tools, where: str, update: Update
 ) -> tuple[Capture, tuple[CopyResult, ...]]:
     with _abandoned_on_error(update), \
-            captured(plan, tools, str(path), job.stop, update.anchor) as capture:
+            captured(plan, tools, where, job.stop, update.anchor) as capture:
         results = tuple(_copy(job, capture, update))
         capture.check_still()
         update.publish(
@@ -141,34 +137,16 @@ def _copy(job: MirrorJob, capture: Capture, update: Update) -> Iterator[CopyResu
             )
 
 
-def _destination_folder(job: MirrorJob, plan: Plan) -> Path:
-    try:
-        destination = job.destination.resolve(strict=True)
-    except OSError as error:
-        raise DestinationUnwritable(
-            f"The destination {job.destination} is not there: {error.strerror}.",
-            f"mkdir -p {job.destination}   # or mount it, then run again",
-        ) from error
-    if not destination.is_dir() or not os.access(destination, os.W_OK | os.X_OK):
-        raise DestinationUnwritable(
-            f"The destination {destination} is not a folder that you can write to.",
-            f"ls -ld {destination}",
-        )
-    path = destination / plan.domain.name
-    refuse_inside_images(path, plan)
-    refuse_overlays_at(destination, path, plan)
-    return path
-
-
-def _check_space(path: Path, plan: Plan) -> None:
+def _check_space(place: MirrorPlace, plan: Plan) -> None:
     """Refuse a first copy that can't fit: what the images take now is about what the copy will take."""
-    needed = sum(
-        about_bytes(disk) for disk in plan.disks if not (path / f"{disk.target}.img").exists())
-    free = free_bytes(str(path))
+    with destination_errors(str(place)):
+        there = place.files.names()
+        free = place.files.free_bytes()
+    needed = sum(about_bytes(disk) for disk in plan.disks if image_name(disk.target) not in there)
     if needed > free:
         raise DestinationSpace(
-            f"The first copy needs about {size_text(needed)}, but {path} has {size_text(free)} free.",
-            f"df -h {path}   # free some space or choose another destination",
+            f"The first copy needs about {size_text(needed)}, but {place} has {size_text(free)} free.",
+            f"df -h {place}   # free some space or choose another destination",
         )
 
 

@@ -18,7 +18,7 @@ from stillframe.mirror.audit import Audit, Audited, Ranges
 from stillframe.mirror.baseline import Baseline, ByImage, ByMap, NoImage
 from stillframe.mirror.blockmap import BLOCK_SIZE_BYTES, MapReader, MapUnusable, MapWriter, open_map
 from stillframe.mirror.copy import THREADS, DiskCopy, NewImage, Redo, Staging, Tally, data_bytes
-from stillframe.mirror.files import FileFacts, Files
+from stillframe.mirror.files import Files
 from stillframe.mirror.layout import (
     RECORD,
     image_name,
@@ -36,6 +36,7 @@ from stillframe.mirror.record import (
 )
 from stillframe.mirror.redo import RedoWriter
 from stillframe.mirror.units import DATA_UNIT_BYTES, Unit, changed_units, work_units
+from stillframe.storage.open_files import FileFacts
 from stillframe.units import size_text
 
 

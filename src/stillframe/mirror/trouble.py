@@ -6,16 +6,31 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from stillframe.errors import DestinationFull, DestinationLost, DestinationUnwritable, StillframeError
+from stillframe.errors import (
+    DestinationFull,
+    DestinationLost,
+    DestinationUnwritable,
+    StillframeError,
+    StorageError,
+    StorageFull,
+)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+class StorageTrouble(OSError):
+    """What a server's storage raised, on its way through code that knows files; *meaning* is what it was."""
+
+    def __init__(self, meaning: StorageError) -> None:
+        number = errno.ENOSPC if isinstance(meaning, StorageFull) else errno.EIO
+        super().__init__(number, meaning.message)
+        self.meaning = meaning
+
+
 @contextlib.contextmanager
-def destination_errors(path: Path, *, begun: bool = False) -> Iterator[None]:
+def destination_errors(path: str, *, begun: bool = False) -> Iterator[None]:
     """Turn every OSError in the block into what it means for the destination *path*.
 
     Once the run has *begun* (the guest was touched), a destination that forbids writing is lost.
@@ -26,7 +41,9 @@ def destination_errors(path: Path, *, begun: bool = False) -> Iterator[None]:
         raise _meaning(path, error, begun) from error
 
 
-def _meaning(path: Path, error: OSError, begun: bool) -> StillframeError:
+def _meaning(path: str, error: OSError, begun: bool) -> StillframeError:
+    if isinstance(error, StorageTrouble):
+        return error.meaning
     why = error.strerror or str(error)
     if error.errno in _FULL:
         return DestinationFull(
@@ -39,7 +56,7 @@ def _meaning(path: Path, error: OSError, begun: bool) -> StillframeError:
     if error.errno in _FORBIDDEN and not begun:
         return DestinationUnwritable(
             f"The destination {path} can't be written to ({why}).",
-            f"ls -ld {path}; grep {os.fspath(path.parent)} /proc/mounts")
+            f"ls -ld {path}; grep {os.path.dirname(path)} /proc/mounts")
     return DestinationLost(
         f"The destination {path} failed ({why}). What is published there is whole.",
         f"ls -l {path}; dmesg | tail   # then run again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -15,7 +14,7 @@ from stillframe.block.reader import DiskReader
 from stillframe.capture.plan import FULL_READ_EVERY_S
 from stillframe.capture.watched import GRACE_S, STALL_TIMEOUT_S, Stop, Watch, Watched
 from stillframe.clock import Clock
-from stillframe.errors import ApplyFailed, DestinationFull, DestinationLost, StillframeError
+from stillframe.errors import ApplyFailed, DestinationFull, DestinationLost, StillframeError, StorageError
 from stillframe.mirror.apply import Unfinishable, drop, finish
 from stillframe.mirror.blockmap import BLOCK_SIZE_BYTES
 from stillframe.mirror.copy import THREADS
@@ -62,7 +61,7 @@ class Update:
     """
 
     def __init__(
-        self, path: Path, files: Files, clock: Clock, guest: str, uuid: str, found: Inspection
+        self, path: str, files: Files, clock: Clock, guest: str, uuid: str, found: Inspection
     ) -> None:
         self.hung = False
         self.published = False
@@ -157,7 +156,7 @@ class Update:
         try:
             return self._watched(
                 lambda watch: finish(self._files, self._clock, watch.tick), stop, "finish")
-        except (DestinationLost, DestinationFull, Unfinishable) as error:
+        except (DestinationLost, DestinationFull, StorageError, Unfinishable) as error:
             cause = error.__cause__
             why = (cause.strerror or "") if isinstance(cause, OSError) else str(error)
             raise ApplyFailed(

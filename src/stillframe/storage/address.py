@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 import msgspec
 
@@ -15,12 +15,15 @@ from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.files import FileStorage
 from stillframe.storage.local import LocalStorage
 from stillframe.storage.model import Storage
+from stillframe.storage.open_files import RangeServer
 
 if TYPE_CHECKING:
     from stillframe.storage.sftp import SftpPlace
     from stillframe.storage.smb import SmbPlace
 
-_SERVERS = ("s3", "sftp", "smb")
+#: The servers that have folders with files.
+FILE_SERVERS = ("sftp", "smb")
+_SERVERS = ("s3", *FILE_SERVERS)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -44,17 +47,27 @@ def open_storage(
 
         bucket, prefix, access = _in_bucket(address, access)
         return S3Storage(bucket, prefix, access, address)
-    if kind == "sftp":
+    if kind in FILE_SERVERS:
+        return FileStorage(file_server(address, access, clock or SystemClock()), make=make, address=address)
+    return LocalStorage(local_folder(address), make=make)
+
+
+def file_server(address: str, access: Access, clock: Clock) -> RangeServer:
+    """Return the folder on a server that *address*, one of FILE_SERVERS, names. Raises RepositoryRefused."""
+    if scheme_of(address) == "sftp":
         from stillframe.storage.sftp import SftpServer
 
-        return FileStorage(SftpServer(_on_host(address)), make=make, address=address)
-    if kind == "smb":
-        from stillframe.storage.smb import SmbServer
+        return SftpServer(_on_host(address))
+    from stillframe.storage.smb import SmbServer
 
-        place, access = _on_share(address, access)
-        server = SmbServer(place, access, clock or SystemClock())
-        return FileStorage(server, make=make, address=address)
-    return LocalStorage(local_folder(address), make=make)
+    place, access = _on_share(address, access)
+    return SmbServer(place, access, clock)
+
+
+def below(address: str, name: str) -> str:
+    """Return the address of the folder *name* in the folder on a server that *address* names."""
+    parts = urlsplit(address)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name, safe='')}").geturl()
 
 
 def check_address(address: str) -> None:

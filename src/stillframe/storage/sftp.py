@@ -21,7 +21,7 @@ import stat as stat_bits
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import asyncssh
 import msgspec
@@ -29,6 +29,7 @@ import msgspec
 from stillframe.errors import StorageFull, StorageLost, StorageRefused
 from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
+from stillframe.storage.open_files import FileFacts, OpenFile
 
 T = TypeVar("T")
 
@@ -43,9 +44,21 @@ _NOT_THERE = (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath)
 _NEW_FILE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
 #: As far as the account's umask lets them.
 _READ_ONLY, _FOLDER = asyncssh.SFTPAttrs(permissions=0o440), asyncssh.SFTPAttrs(permissions=0o770)
+_CHANGED_FILE = asyncssh.FXF_READ | asyncssh.FXF_WRITE
+_EMPTIED_FILE = _CHANGED_FILE | asyncssh.FXF_CREAT | asyncssh.FXF_TRUNC
+#: What a mirror changes in place is for its account alone.
+_PRIVATE = asyncssh.SFTPAttrs(permissions=0o600)
 _BROKEN = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection)
 _WHY_REFUSED = (asyncssh.PermissionDenied, asyncssh.HostKeyNotVerifiable, asyncssh.KeyExchangeFailed,
                 asyncssh.KeyImportError)
+
+
+class _Run(Protocol):
+    """See SftpServer._run."""
+
+    def __call__(self, what: str, call: Callable[[asyncssh.SFTPClient], Coroutine[Any, Any, T]]) -> T:
+        """See SftpServer._run."""
+        ...
 
 
 class SftpPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +202,36 @@ class SftpServer:
 
         return self._run(f"looking at {path}", call)
 
+    def open(self, path: str, *, write: bool = False, create: bool = False) -> OpenFile:
+        """See RangeServer."""
+        flags = _EMPTIED_FILE if create else _CHANGED_FILE if write else asyncssh.FXF_READ
+
+        async def call(client: asyncssh.SFTPClient) -> asyncssh.SFTPClientFile:
+            return await client.open(self._path(path), flags, _PRIVATE, encoding=None)
+
+        return _SftpFile(path, self._run(f"opening {path}", call), self._run)
+
+    def facts(self, path: str) -> FileFacts:
+        """See RangeServer."""
+        facts = self._run(f"looking at {path}", lambda client: client.lstat(self._path(path)))
+        return FileFacts(0, facts.size or 0, (facts.mtime or 0) * 10**9)
+
+    def set_mtime(self, path: str, mtime_s: int) -> None:
+        """See RangeServer."""
+        times = (mtime_s, mtime_s)
+        self._run(f"setting the time of {path}", lambda client: client.utime(self._path(path), times))
+
+    def free_bytes(self) -> int | None:
+        """See RangeServer."""
+        async def call(client: asyncssh.SFTPClient) -> int | None:
+            try:
+                facts = await client.statvfs(self._path(""))
+            except asyncssh.SFTPOpUnsupported:
+                return None
+            return (facts.bavail or 0) * (facts.frsize or 0)
+
+        return self._run("looking how much room is left", call)
+
     def _path(self, path: str) -> str:
         return f"{self._place.path or '.'}/{path}" if path else self._place.path or "."
 
@@ -290,6 +333,49 @@ class SftpServer:
         return StorageLost(
             f"The storage {self.address} failed ({why}): {what}. What was stored before is whole.",
             f"sftp {self._place.user or '$USER'}@{self._place.host}   # then run again")
+
+
+class _SftpFile:
+    """See OpenFile."""
+
+    def __init__(self, path: str, file: asyncssh.SFTPClientFile, run: _Run) -> None:
+        self._path = path
+        self._file = file
+        self._run = run
+
+    def size_bytes(self) -> int:
+        """See OpenFile."""
+        return self._run(f"looking at {self._path}", lambda _: self._file.stat()).size or 0
+
+    def read_into(self, buffer: memoryview, offset_bytes: int) -> int:
+        """See OpenFile."""
+        wanted = len(buffer)
+        content = bytes(self._run(
+            f"reading {self._path}", lambda _: self._file.read(wanted, offset_bytes)))  # type: ignore[arg-type]
+        buffer[: len(content)] = content
+        return len(content)
+
+    def write(self, data: memoryview | bytes, offset_bytes: int) -> None:
+        """See OpenFile."""
+        kept = bytes(data)  # the buffer is the caller's again on return, whatever the loop still holds
+        self._run(f"writing {self._path}", lambda _: self._file.write(kept, offset_bytes))
+
+    def truncate(self, size_bytes: int) -> None:
+        """See OpenFile."""
+        self._run(f"writing {self._path}", lambda _: self._file.truncate(size_bytes))
+
+    def sync(self) -> None:
+        """See OpenFile."""
+        async def call(_client: asyncssh.SFTPClient) -> None:
+            with contextlib.suppress(asyncssh.SFTPOpUnsupported):
+                await self._file.fsync()
+
+        self._run(f"making {self._path} durable", call)
+
+    def close(self) -> None:
+        """See OpenFile."""
+        with contextlib.suppress(StorageLost):  # it is closed then, too
+            self._run(f"closing {self._path}", lambda _: self._file.close())
 
 
 def _is_file(facts: asyncssh.SFTPAttrs) -> bool:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import smbclient
@@ -36,6 +36,7 @@ from stillframe.errors import StorageFull, StorageLost, StorageRefused
 from stillframe.storage.access import Access
 from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
+from stillframe.storage.open_files import FileFacts, OpenFile
 from stillframe.units import MIB
 
 T = TypeVar("T")
@@ -56,7 +57,16 @@ _MARKED = re.compile(r"\^([a-z])")
 _DEVICE = re.compile(r"(?:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
 #: STATUS_DISK_FULL and STATUS_QUOTA_EXCEEDED of [MS-ERREF], which have no errno of their own in smbprotocol.
 _IN_USE_STATUS = (0xC0000022, 0xC0000043)  # STATUS_ACCESS_DENIED, STATUS_SHARING_VIOLATION
+_GOING_STATUS = (0xC0000056,)  # STATUS_DELETE_PENDING
 _FULL_STATUS = (0xC000007F, 0xC0000044)
+
+
+class _Run(Protocol):
+    """See SmbServer._run."""
+
+    def __call__(self, what: str, call: Callable[[], T]) -> T:
+        """See SmbServer._run."""
+        ...
 
 
 class SmbPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,9 +119,7 @@ class SmbServer:
 
         def call() -> None:
             with self._open(path, "xb") as file:
-                at = 0
-                while at < len(data):
-                    at += file.write(data[at:at + _WRITE_BYTES])
+                _write(file, data)
                 file.flush()
 
         self._run(f"writing {path}", call)
@@ -125,20 +133,9 @@ class SmbServer:
         """See FileServer."""
         old, new = self._path(temporary), self._path(path)
 
-        def call() -> None:
-            deadline = Deadline(self._clock, _OPEN_PATIENCE_S)
-            while True:
-                try:
-                    smbclient.replace(old, new, **self._options())
-                except SMBOSError as error:
-                    # No file is replaced while somebody has it open. Readers are done soon.
-                    if error.ntstatus not in _IN_USE_STATUS or deadline.passed():
-                        raise
-                else:
-                    return
-                self._clock.pause(_OPEN_PAUSE_S)
-
-        self._run(f"naming {path}", call)
+        # No file is replaced while somebody has it open. Readers are done soon.
+        self._run(f"naming {path}", lambda: self._patiently(
+            _IN_USE_STATUS, lambda: smbclient.replace(old, new, **self._options())))
 
     def remove(self, path: str) -> None:
         """See FileServer."""
@@ -185,6 +182,33 @@ class SmbServer:
 
         return self._run(f"looking at {path}", call)
 
+    def open(self, path: str, *, write: bool = False, create: bool = False) -> OpenFile:
+        """See RangeServer."""
+        def opened(mode: str) -> Callable[[], Any]:
+            # What a run removed that was killed goes once the server sees that its connection is gone.
+            return lambda: self._patiently(_GOING_STATUS, lambda: smbclient.open_file(
+                self._path(path), mode=mode, buffering=0, share_access="rwd", **self._options()))
+
+        first = self._run(f"opening {path}", opened("w+b" if create else "r+b" if write else "rb"))
+        return _SmbFile(path, first, opened("r+b" if create or write else "rb"), opened("r+b"), self._run)
+
+    def facts(self, path: str) -> FileFacts:
+        """See RangeServer."""
+        facts = self._run(
+            f"looking at {path}", lambda: smbclient.stat(self._path(path), **self._options()))
+        return FileFacts(facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+    def set_mtime(self, path: str, mtime_s: int) -> None:
+        """See RangeServer."""
+        times = (mtime_s, mtime_s)
+        self._run(f"setting the time of {path}",
+                  lambda: smbclient.utime(self._path(path), times=times, **self._options()))
+
+    def free_bytes(self) -> int | None:
+        """See RangeServer."""
+        return self._run("looking how much room is left", lambda: int(
+            smbclient.stat_volume(self._path(""), **self._options()).caller_available_size))
+
     def _run(self, what: str, call: Callable[[], T]) -> T:
         """Run *call* in a thread of our own. Its errors become those of a storage.
 
@@ -192,6 +216,17 @@ class SmbServer:
         """
         with self._errors(what):
             return self._threads.submit(call).result()
+
+    def _patiently(self, statuses: tuple[int, ...], call: Callable[[], T]) -> T:
+        """Return what *call* does, tried again while the server says one of *statuses*."""
+        deadline = Deadline(self._clock, _OPEN_PATIENCE_S)
+        while True:
+            try:
+                return call()
+            except SMBOSError as error:
+                if error.ntstatus not in statuses or deadline.passed():
+                    raise
+            self._clock.pause(_OPEN_PAUSE_S)
 
     @contextlib.contextmanager
     def _open(self, path: str, mode: str) -> Iterator[Any]:
@@ -262,6 +297,83 @@ class SmbServer:
             f"smbclient -U {self._access.user or 'USER'} //{self._place.host}/{self._place.share} -c ls")
 
 
+class _SmbFile:
+    """See OpenFile. A handle of smbclient has a place of its own, so each call at a time has a handle.
+
+    Handles know how long the file is from when they were opened: what is written here is told to all.
+    """
+
+    def __init__(
+        self, path: str, first: Any, opened: Callable[[], Any], writable: Callable[[], Any], run: _Run,
+    ) -> None:
+        self._path = path
+        self._opened = opened
+        self._writable = writable
+        self._run = run
+        self._size_bytes = int(first.fd.end_of_file)
+        self._lock = threading.Lock()
+        self._idle = [first]
+
+    def size_bytes(self) -> int:
+        """See OpenFile."""
+        return self._size_bytes
+
+    def read_into(self, buffer: memoryview, offset_bytes: int) -> int:
+        """See OpenFile."""
+        def call(file: Any) -> bytes:
+            file.fd.end_of_file = self._size_bytes
+            file.seek(offset_bytes)
+            return _read(file, len(buffer))  # into a buffer of the call's own, see SmbServer._run
+
+        content = self._with_handle(f"reading {self._path}", call)
+        buffer[: len(content)] = content
+        return len(content)
+
+    def write(self, data: memoryview | bytes, offset_bytes: int) -> None:
+        """See OpenFile."""
+        kept = bytes(data)
+
+        def call(file: Any) -> None:
+            file.seek(offset_bytes)
+            _write(file, kept)
+
+        self._with_handle(f"writing {self._path}", call)
+        with self._lock:
+            self._size_bytes = max(self._size_bytes, offset_bytes + len(kept))
+
+    def truncate(self, size_bytes: int) -> None:
+        """See OpenFile."""
+        self._with_handle(f"writing {self._path}", lambda file: file.truncate(size_bytes))
+        with self._lock:
+            self._size_bytes = size_bytes
+
+    def sync(self) -> None:
+        """See OpenFile. The server makes durable what came by any handle, if one that may write asks."""
+        def call() -> None:
+            with self._writable() as file:
+                file.fd.flush()
+
+        self._run(f"making {self._path} durable", call)
+
+    def close(self) -> None:
+        """See OpenFile."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for file in idle:
+            with contextlib.suppress(StorageLost):  # it is closed then, too
+                self._run(f"closing {self._path}", file.close)
+
+    def _with_handle(self, what: str, call: Callable[[Any], T]) -> T:
+        with self._lock:
+            idle = self._idle.pop() if self._idle else None
+        handle = idle or self._run(f"opening {self._path}", self._opened)
+        try:
+            return self._run(what, lambda: call(handle))
+        finally:
+            with self._lock:
+                self._idle.append(handle)
+
+
 def _read(file: Any, length_bytes: int) -> bytes:
     """Return what the file has from where it stands, at most so much."""
     content = bytearray(length_bytes)
@@ -273,6 +385,13 @@ def _read(file: Any, length_bytes: int) -> bytes:
                 break
             at += done
     return bytes(content[:at])
+
+
+def _write(file: Any, data: bytes) -> None:
+    """Write all of *data* from where the file stands."""
+    at = 0
+    while at < len(data):
+        at += file.write(data[at:at + _WRITE_BYTES])
 
 
 def _server_name(part: str) -> str:

@@ -281,8 +281,8 @@ class RateLimited(Wrapper):
     def __init__(self, inner: Storage, clock: Clock, *, write_bytes_per_s: float | None = None,
                  read_bytes_per_s: float | None = None) -> None:
         super().__init__(inner)
-        self._writing = _Turns(clock, write_bytes_per_s)
-        self._reading = _Turns(clock, read_bytes_per_s)
+        self._writing = Turns(clock, write_bytes_per_s)
+        self._reading = Turns(clock, read_bytes_per_s)
 
     def get(self, key: str, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
         """See Storage."""
@@ -303,7 +303,7 @@ class RateLimited(Wrapper):
         self._inner.replace(key, content)
 
 
-class _Turns:
+class Turns:
     """Who may begin when, so that a rate is kept."""
 
     def __init__(self, clock: Clock, bytes_per_s: float | None) -> None:
