@@ -12,9 +12,9 @@ import pytest
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, run
-from lab.s3 import BUCKET
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import RepositoryExists, StorageRefused
+from tests.contract.addresses import ADDRESSES
 from tests.contract.drivers import Servers
 from tests.fault.driver import PASSPHRASE
 from tests.fault.harness import Place
@@ -24,31 +24,9 @@ MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
 
 
-def _s3(servers: Servers, _folder: Path) -> tuple[str, dict[str, str]]:
-    access = servers.s3.access
-    query = urlencode({"endpoint": access.endpoint, "region": access.region})
-    return f"s3://{BUCKET}/{servers.unused}?{query}", {
-        "AWS_ACCESS_KEY_ID": access.user, "AWS_SECRET_ACCESS_KEY": access.secret}
-
-
-def _sftp(servers: Servers, _folder: Path) -> tuple[str, dict[str, str]]:
-    place = servers.sftp.place(servers.unused)
-    query = urlencode({"identity": place.identity, "known_hosts": place.known_hosts})
-    return f"sftp://{place.user}@{place.host}:{place.port}{place.path}?{query}", {}
-
-
-def _smb(servers: Servers, folder: Path) -> tuple[str, dict[str, str]]:
-    place, access = servers.smb.place(servers.unused), servers.smb.access
-    credentials = folder / "credentials"
-    credentials.write_text(f"username={access.user}\npassword={access.secret}\n")
-    credentials.chmod(0o600)
-    return (f"smb://{place.host}:{place.port}/{place.share}/{place.folder}",
-            {"STILLFRAME_CREDENTIALS_FILE": str(credentials)})
-
-
-@pytest.fixture(params=[_s3, _sftp, _smb], ids=["s3", "sftp", "smb"])
+@pytest.fixture(params=["s3", "sftp", "smb"])
 def repo(request: pytest.FixtureRequest, servers: Servers, place: Place, tmp_path: Path) -> Repo:
-    address, settings = request.param(servers, tmp_path)
+    address, settings = ADDRESSES[request.param](servers, tmp_path)
     repo = Repo(tmp_path / "repository", place, address=address, settings=settings)
     passphrase = repo.path.with_suffix(".pass")
     passphrase.write_bytes(PASSPHRASE + b" of the server\n")

@@ -33,6 +33,8 @@ from tests.model.writer import Writer
 
 WRITER = Writer("w")
 UNSURE = Writer("w", loses_reply=True)
+REPEATED = Writer("w", twice=True)
+UNSURE_REPEATED = Writer("w", twice=True, loses_reply=True)
 HINTED = Writer("w", hints=HINT)
 REUSER = Writer("w", new_slots=0)
 SECOND_REUSER = Writer("v", new_slots=0)
@@ -65,6 +67,10 @@ LAX_MARKED = replace(LAX, beneath=Beneath.MARKED)
     pytest.param(
         World(FORGOTTEN, (UNSURE, TWICE, FENCER, FORGETTER)), PROTOCOL,
         id="the commit's reply is lost"),
+    pytest.param(
+        World(FORGOTTEN, (REPEATED, TWICE, FENCER, FORGETTER)), PROTOCOL, id="the commit is sent on twice"),
+    pytest.param(
+        World(FORGOTTEN, (UNSURE_REPEATED, ONCE, FENCER)), PROTOCOL, id="sent on twice, a reply is lost"),
     pytest.param(World(TWO, (WRITER, GETS_EACH._replace(rounds=2), FORGETTER)), PROTOCOL, id="gets each"),
     pytest.param(World(TWO, (REUSER, COMPACTS, OTHER, FORGETTER)), PROTOCOL, id="compaction"),
     pytest.param(World(LATE, (REUSER, COMPACTS, FORGETTER)), PROTOCOL, id="a condemned pack is compacted"),
@@ -140,6 +146,9 @@ def _without(**rules: object) -> Rules:
         id="W5 does not create again"),
     pytest.param(
         _without(lost_reply=LostReply.LOOK), World(FORGOTTEN, (UNSURE, TWICE)), id="W5 closes its place"),
+    pytest.param(
+        _without(copies_end=False), World(FORGOTTEN, (REPEATED, TWICE, FENCER, FORGETTER)),
+        id="no copy of a commit comes for ever"),
     pytest.param(_without(tombstone=False), World(FORGOTTEN, (HINTED, TWICE, FENCER)), id="G0 tombstone"),
     pytest.param(
         _without(order=(Look.LATEST, Look.PACKS, Look.MANIFESTS, Look.SESSIONS)),
@@ -161,6 +170,12 @@ def _without(**rules: object) -> Rules:
 def test_without_this_rule_a_slot_is_lost(rules: Rules, start: World) -> None:
     assert search(start, rules).trouble.startswith("lost")
     assert not search(start, LAX if rules.reuse is LAX.reuse else PROTOCOL).trouble
+
+
+def test_a_writer_that_does_not_look_whose_manifest_it_found_is_wrong() -> None:
+    start = World(FORGOTTEN, (REPEATED, FENCER))
+    assert search(start, _without(own_bytes=False)).trouble == "a writer did not know of its own snapshot"
+    assert not search(start, PROTOCOL).trouble
 
 
 def test_one_reload_is_not_enough_for_a_slow_reader() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,12 +23,26 @@ from stillframe.repository.layout import PackName, SnapshotName, session_key
 from stillframe.repository.session import SessionRecord
 from stillframe.repository.writer import Audit
 from stillframe.storage.model import Storage
-from tests.model.real import HISTORIES, TINY, Broken, Cast, Lost, Run, SharedHints, chunk, history
+from tests.contract.drivers import DRIVERS, Servers
+from tests.model.real import (
+    HISTORIES,
+    TINY,
+    Broken,
+    Cast,
+    Lost,
+    Make,
+    Run,
+    SharedHints,
+    chunk,
+    filled,
+    history,
+)
 from tests.unit.repository_disks import CHUNK, SourceDisk
 from tests.unit.repository_snapshots import World, make_snapshot, read_snapshot
 
 _RUNS = 300
 _TRIES = 3000
+_RUNS_ON_SERVERS = 3
 
 Rule = Callable[[pytest.MonkeyPatch], None]
 
@@ -43,6 +58,25 @@ def test_nothing_is_lost_and_nothing_is_left(batch: int) -> None:
 def test_nothing_is_lost_in_many_more(batch: int) -> None:
     for seed in range((batch + 10) * 1000, (batch + 11) * 1000):
         Run(seed).go()
+
+
+def _on_server(kind: str, folder: Path, servers: Servers) -> Make:
+    return lambda contents: filled(DRIVERS[kind](folder, servers)(), contents)
+
+
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_nothing_is_lost_on_a_server(kind: str, tmp_path: Path, servers: Servers) -> None:
+    for seed in range(_RUNS_ON_SERVERS):
+        Run(seed, make=_on_server(kind, tmp_path, servers)).go()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 11))
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_nothing_is_lost_on_a_server_in_many_more(
+        kind: str, batch: int, tmp_path: Path, servers: Servers) -> None:
+    for seed in range(batch * 1000, batch * 1000 + 20):
+        Run(seed, make=_on_server(kind, tmp_path, servers)).go()
 
 
 def test_a_schedule_can_be_run_again() -> None:

@@ -14,6 +14,9 @@ from typing import NamedTuple
 from tests.model.rules import Beneath, LostReply, Reuse, Rules
 from tests.model.state import NO_GENERATION, NO_REFS, Generation, Manifest, Ref, Refs, Session, Storage
 
+WRONG = "wrong"
+"""Where a writer is that said that there is no snapshot, while there was one."""
+
 TREE_SLOT = 9
 """In a pack with this slot, it is the tree node above the manifest's other slots."""
 
@@ -23,7 +26,9 @@ class Writer(NamedTuple):
 
     *hints*: what its cache knows of other snapshots, forgotten ones too. *beats*: its heartbeat brings a
     deleted session back. *loses_reply*: it may hear nothing of its commit, which is *in_flight* then and
-    takes effect later, at any time or never.
+    takes effect later, at any time or never; nor of its tombstone, which it sends again, and one of them is
+    *burying* still. *twice*: something in between may carry out its commit twice, and what it hears is what
+    came of the second one.
     """
 
     name: str
@@ -31,8 +36,10 @@ class Writer(NamedTuple):
     hints: Refs = NO_REFS
     new_slots: int = 1
     loses_reply: bool = False
+    twice: bool = False
     beats: bool = False
     in_flight: bool = False
+    burying: bool = False
     generation: Generation = NO_GENERATION
     refs: Refs = NO_REFS
 
@@ -42,6 +49,8 @@ class Writer(NamedTuple):
         if self.in_flight:
             landed = self._replace(in_flight=False)
             yield self._committed(storage, rules), landed if self.at == "W5 lost" else landed._ending(self.at)
+        if self.burying:
+            yield self._buried(storage), self._replace(burying=False)
         match self.at:
             case "W1" | "session" | "W2" | "replace":
                 yield self._begin(storage, rules)
@@ -53,7 +62,7 @@ class Writer(NamedTuple):
                     yield storage.put_pack(self.name, new), self._replace(at="W5", refs=self.refs | new)
                 if self.refs:
                     yield storage, self._replace(at="W5")
-            case "W5" | "W5 lost" | "W5 again":
+            case "W5" | "W5 lost" | "W5 again" | "W5 twice" | "W5 whose":
                 yield from self._commit(storage, rules)
             case "W6":
                 yield storage.delete_session(self.name), self._replace(at="done")
@@ -82,17 +91,37 @@ class Writer(NamedTuple):
                 yield storage, self._chosen("W4", self.refs | more)
 
     def _commit(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
-        """W5. Whose manifest key is taken has lost: to a fencer, or it had committed already."""
-        if self.at != "W5 lost":
+        """W5. Whose manifest key is taken has lost to a fencer, unless it is taken by its own manifest."""
+        if self.at in {"W5", "W5 again"}:
             yield self._committed(storage, rules), self._ending()
             if self.loses_reply and self.at == "W5":
                 yield storage, self._replace(at="W5 lost", in_flight=True)
+            if self.twice:
+                yield self._committed(storage, rules), self._replace(at="W5 twice")
+        elif self.at == "W5 twice":
+            yield from self._second(storage, rules)
+        elif self.at == "W5 whose":
+            yield storage, self._ending()
         elif rules.lost_reply is LostReply.CLOSE:
-            yield storage.create_manifest(Manifest(self.name, None)), self._ending()
+            yield self._buried(storage), self._ending()
+            yield storage, self._replace(burying=True)
         elif rules.lost_reply is LostReply.AGAIN and not storage.has_key(self.name):
             yield storage, self._replace(at="W5 again")
         else:
             yield storage, self._ending()
+
+    def _second(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
+        """The same request is carried out again."""
+        if not storage.has_key(self.name):  # forgotten in between
+            comes = storage.has_session(self.name) or not rules.copies_end
+            yield self._committed(storage, rules) if comes else storage, self._ending()
+        elif rules.own_bytes:
+            yield storage, self._replace(at="W5 whose")
+        else:
+            yield storage, self._ending("W6" if storage.has_tombstone(self.name) else WRONG)
+
+    def _buried(self, storage: Storage) -> Storage:
+        return storage.create_manifest(Manifest(self.name, None))
 
     def _committed(self, storage: Storage, rules: Rules) -> Storage:
         generation = self.generation.n if rules.beneath.is_recorded else 0

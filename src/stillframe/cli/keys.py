@@ -15,6 +15,7 @@ from stillframe.repository.keyslots import KeySlot, SlotKind, new_recovery_key, 
 from stillframe.repository.opened import Secret, init_repository, key_slots, read_parameters
 from stillframe.storage.address import folder_of
 from stillframe.storage.local import UNFINISHED
+from stillframe.storage.own import create_own
 
 _MAY_BE_THERE = (UNFINISHED, "lost+found")
 
@@ -46,7 +47,7 @@ def add(session: Session, label: str, passphrase_file: Path | None, new_key_file
     else:
         secret = read_secret(RepositorySettings(), session.screen, new=True)
     slot = wrap(repository.key, secret.value, secret.kind, label, utc_text(session.clock.now()))
-    repository.storage.create(slot.key, slot.encode())
+    create_own(repository.storage, slot.key, slot.encode())
     session.screen.result(f"added the key slot {slot.id} ({slot.kind.value})")
     if new_key_file is not None:
         session.screen.result(f"{new_key_file} opens {repository.address} now; keep a copy of it elsewhere")
@@ -92,7 +93,7 @@ def export(session: Session, label: str) -> int:
     key = new_recovery_key()
     slot = wrap(
         repository.key, recovery_secret(key), SlotKind.RECOVERY, label, utc_text(session.clock.now()))
-    repository.storage.create(slot.key, slot.encode())
+    create_own(repository.storage, slot.key, slot.encode())
     say = session.screen.result
     say(f"recovery key of {repository.address} (slot {slot.id}), shown this once and stored nowhere:")
     say("")

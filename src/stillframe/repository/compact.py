@@ -17,6 +17,7 @@ from stillframe.repository.heal import record_bad
 from stillframe.repository.layout import PackName
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import PackBuilder, SlotRow, read_footer
+from stillframe.storage.own import create_own
 from stillframe.units import KIB, MIB
 
 _GAP_BYTES = 64 * KIB
@@ -102,7 +103,7 @@ class Compactor:
     def _close(self) -> None:
         if self._builder is None:
             return
-        self._repository.storage.create(self._builder.name.key, self._builder.finished())
+        create_own(self._repository.storage, self._builder.name.key, self._builder.finished())
         for birth, slot in self._held:
             self.copies.put(birth, slot, self._builder.name)
         self._builder, self._held = None, []

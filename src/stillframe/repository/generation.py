@@ -36,6 +36,7 @@ from stillframe.repository.layout import (
     pack_name,
 )
 from stillframe.storage.model import Storage
+from stillframe.storage.own import create_own
 
 _TRIES = 8
 
@@ -148,7 +149,7 @@ def create_generation(storage: Storage, generation: Generation, domain_key: Doma
     """Create the generation; return False if another collector was first with its number."""
     key = generation_key(generation.number)
     try:
-        storage.create(key, _encode(generation, key, domain_key))
+        create_own(storage, key, _encode(generation, key, domain_key))
     except ObjectExists:
         return False
     return True

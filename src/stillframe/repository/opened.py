@@ -31,10 +31,12 @@ from stillframe.repository.layout import (
     decode_parameters,
     packs_prefix,
 )
+from stillframe.repository.manifest import is_tombstone
 from stillframe.repository.slots import SlotCodec
 from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.cache import Cached
-from stillframe.storage.model import Storage
+from stillframe.storage.model import Content, Storage
+from stillframe.storage.own import create_own
 from stillframe.storage.probe import probe_create_if_absent
 from stillframe.storage.wrappers import Retried
 
@@ -72,10 +74,14 @@ class Repository:
 def retried(storage: Storage, clock: Clock, **options: Any) -> Retried:
     """Return *storage* with what failed tried again, but for a commit: that is sent once.
 
-    The commit's outcome is settled by `Session.commit`, which a second request would spoil. *options*
-    are those of Retried.
+    The commit's outcome is settled by `Session.commit`, which a second request would spoil. A tombstone is no
+    commit: it refers to nothing, so one that takes effect late does no harm. *options* are those of Retried.
     """
-    return Retried(storage, clock, sent_once=lambda key: key.startswith(MANIFESTS), **options)
+    return Retried(storage, clock, sent_once=_is_commit, **options)
+
+
+def _is_commit(key: str, content: Content) -> bool:
+    return key.startswith(MANIFESTS) and not is_tombstone(memoryview(content).nbytes)
 
 
 #: Created once and never changed, and needed again by the next backup of this host.
@@ -112,10 +118,10 @@ def init_repository(
     now = utc_text(clock.now())
     slot = wrap(key, secret.value, secret.kind, label, now, costs)
     # The key comes first: a repository that is there can always be opened.
-    storage.create(slot.key, slot.encode())
+    create_own(storage, slot.key, slot.encode())
     made = Parameters(id=secrets.token_hex(SID_BYTES), created_at=now) if parameters is None else parameters
     try:
-        storage.create(REPOSITORY_KEY, made.encode())
+        create_own(storage, REPOSITORY_KEY, made.encode())
     except ObjectExists as error:
         raise RepositoryExists(f"Somebody else made a repository at {storage.address} just now.",
                                f"stillframe list --repo {storage.address}") from error
