@@ -34,6 +34,11 @@ class Place(NamedTuple):
     address: str
     hints: Path
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it is in a folder: a server takes several times as long."""
+        return Path(self.address).is_dir()
+
 
 @pytest.fixture(params=["folder", "s3", "sftp"])
 def place(
@@ -108,7 +113,7 @@ def _kill_again_and_again(place: Place, times: int, seed: int) -> None:
 
 
 def test_killed_at_any_moment(place: Place) -> None:
-    _kill_again_and_again(place, 12, seed=random.randrange(2**32))
+    _kill_again_and_again(place, 12 if place.is_near else 3, seed=random.randrange(2**32))
 
 
 @pytest.mark.slow
@@ -118,13 +123,14 @@ def test_killed_two_hundred_times(place: Place) -> None:
 
 
 def test_two_writers_and_a_collector_at_once(place: Place) -> None:
+    count = 8 if place.is_near else 3
     _end(_start(place, "backup", "web", "0", "2"))
     processes = [
-        _start(place, "backup", "web", "2", "8"), _start(place, "backup", "database", "0", "8"),
-        _start(place, "prune", "12"),
+        _start(place, "backup", "web", "2", str(count)), _start(place, "backup", "database", "0", str(count)),
+        _start(place, "prune", str(count + 4)),
     ]
     for process in processes:
         _end(process)
-    assert {(guest, number) for guest, number in _check(place) if number >= 7} >= {
-        ("web", 7), ("web", 8), ("web", 9), ("database", 7)}
+    assert _check(place) >= {
+        ("web", count - 1), ("web", count), ("web", count + 1), ("database", count - 1)}
     _check_nothing_is_left(place)
