@@ -17,8 +17,8 @@ from stillframe.repository import collect as collect_module
 from stillframe.repository import session as session_module
 from stillframe.repository.collection import Looked
 from stillframe.repository.crypto import DomainKey
-from stillframe.repository.decide import Copied, Decision, decide
-from stillframe.repository.generation import Generation, create_generation, latest_generation
+from stillframe.repository.decide import Decision, decide
+from stillframe.repository.generation import Copied, Generation, create_generation, latest_generation
 from stillframe.repository.layout import PackName, SnapshotName, session_key
 from stillframe.repository.session import SessionRecord
 from stillframe.repository.writer import Audit

@@ -28,22 +28,42 @@ class Writer(NamedTuple):
     deleted session back. *loses_reply*: it may hear nothing of its commit, which is *in_flight* then and
     takes effect later, at any time or never; nor of its tombstone, which it sends again, and one of them is
     *burying* still. *twice*: something in between may carry out its commit twice, and what it hears is what
-    came of the second one.
+    came of the second one. *foreign*: it copies any of these slots as they are out of another repository with
+    the same key, instead of new ones, and lets a generation of its own say where they are.
     """
 
     name: str
     at: str = "W1"
     hints: Refs = NO_REFS
     new_slots: int = 1
+    foreign: Refs = NO_REFS
     loses_reply: bool = False
     twice: bool = False
     beats: bool = False
     in_flight: bool = False
     burying: bool = False
     generation: Generation = NO_GENERATION
+    latest: Generation = NO_GENERATION
     refs: Refs = NO_REFS
 
     def steps(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
+        yield from self._beside(storage, rules)
+        match self.at:
+            case "W1" | "session" | "W2" | "replace":
+                yield self._begin(storage, rules)
+            case "W3" | "hints":
+                yield from self._choose(storage, rules)
+            case "W4":
+                yield from self._put(storage)
+            case "adopt" | "adopt create":
+                yield self._adopt(storage, rules)
+            case "W6":
+                yield storage.delete_session(self.name), self._replace(at="done")
+            case at if at.startswith("W5"):
+                yield from self._commit(storage, rules)
+
+    def _beside(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
+        """What may happen whatever it does next: a heartbeat, and what was sent earlier."""
         if self.beats and self.at in {"hints", "W4", "W5"} and not storage.has_session(self.name):
             yield storage.put_session(self._session()), self
         if self.in_flight:
@@ -51,21 +71,6 @@ class Writer(NamedTuple):
             yield self._committed(storage, rules), landed if self.at == "W5 lost" else landed._ending(self.at)
         if self.burying:
             yield self._buried(storage), self._replace(burying=False)
-        match self.at:
-            case "W1" | "session" | "W2" | "replace":
-                yield self._begin(storage, rules)
-            case "W3" | "hints":
-                yield from self._choose(storage, rules)
-            case "W4":
-                new = frozenset((self.name, slot) for slot in range(self.new_slots))
-                if new:
-                    yield storage.put_pack(self.name, new), self._replace(at="W5", refs=self.refs | new)
-                if self.refs:
-                    yield storage, self._replace(at="W5")
-            case "W5" | "W5 lost" | "W5 again" | "W5 twice" | "W5 whose":
-                yield from self._commit(storage, rules)
-            case "W6":
-                yield storage.delete_session(self.name), self._replace(at="done")
 
     def _begin(self, storage: Storage, rules: Rules) -> tuple[Storage, Writer]:
         """W1 and W2."""
@@ -89,6 +94,33 @@ class Writer(NamedTuple):
         else:
             for more in subsets(self._from_hints(storage, rules) - self.refs):
                 yield storage, self._chosen("W4", self.refs | more)
+
+    def _put(self, storage: Storage) -> Iterator[tuple[Storage, Writer]]:
+        """W4."""
+        new = frozenset((self.name, slot) for slot in range(self.new_slots))
+        for foreign in subsets(self.foreign - self.refs):
+            if foreign:
+                yield storage.put_pack(self.name, foreign), self._replace(at="adopt", foreign=foreign)
+        if new and not self.foreign:
+            yield storage.put_pack(self.name, new), self._replace(at="W5", refs=self.refs | new)
+        if self.refs:
+            yield storage, self._replace(at="W5", foreign=NO_REFS)
+
+    def _adopt(self, storage: Storage, rules: Rules) -> tuple[Storage, Writer]:
+        """Create the next generation until the latest one says what is in its pack."""
+        known = Generation(self.generation.n)
+        brought = self._replace(
+            at="W5", generation=known, latest=NO_GENERATION, refs=self.refs | self.foreign, foreign=NO_REFS)
+        if self.at == "adopt":
+            latest = storage.latest()
+            if all(self.name in latest.homes(ref)[:-1] for ref in self.foreign):
+                return storage, brought
+            return storage, self._replace(at="adopt create", latest=latest)
+        moved = dict(self.latest.moved)
+        moved |= {ref: (self.name, *moved.get(ref, ())) for ref in self.foreign}
+        made = self.latest._replace(n=self.latest.n + 1, moved=frozenset(moved.items()))
+        after = storage if storage.has_generation(made.n) else storage.create_generation(made)
+        return after, self._replace(at="adopt", latest=NO_GENERATION) if rules.adopted_seen else brought
 
     def _commit(self, storage: Storage, rules: Rules) -> Iterator[tuple[Storage, Writer]]:
         """W5. Whose manifest key is taken has lost to a fencer, unless it is taken by its own manifest."""

@@ -8,7 +8,7 @@ from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words, short_id
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, RepositoryDamaged, RepositoryRefused
 from stillframe.repository.catalog import list_snapshots
-from stillframe.repository.copy import Copied, Copier, missing
+from stillframe.repository.copy import Copied, Copier, copy_drills, missing
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
@@ -29,9 +29,12 @@ def copy(session: Session, source: Session, guest: str | None, *, dry_run: bool)
         return EXIT_OK
     session.kept = "What was copied is whole; the snapshot that was under way is not listed."
     copied, failed = _copied(session, source, left)
-    if not left:
+    drills = copy_drills(source.repository, session.repository, guest)
+    if drills:
+        session.screen.result(f"{drills} drill{'s' * (drills != 1)} copied")
+    if not left and not drills:
         session.screen.say("nothing to copy")
-    session.screen.json({"dry_run": False, "copied": copied, "failed": failed})
+    session.screen.json({"dry_run": False, "copied": copied, "failed": failed, "drills": drills})
     return EXIT_PARTIAL if failed else EXIT_OK
 
 
@@ -62,7 +65,8 @@ def _copied(
 
 
 def _shown(session: Session, original: SnapshotName, done: Copied) -> dict[str, object]:
-    session.screen.result(f"{name_words(original)}: copied as {short_id(done.name.sid)}; "
-                          f"{size_text(done.read_bytes)} read, {size_text(done.stored_bytes)} stored")
+    how = f"{size_text(done.stored_bytes)} moved as stored" if done.moved else (
+        f"{size_text(done.read_bytes)} read, {size_text(done.stored_bytes)} stored")
+    session.screen.result(f"{name_words(original)}: copied as {short_id(done.name.sid)}; {how}")
     return {**name_body(done.name), "origin": original.sid, "read_bytes": done.read_bytes,
-            "stored_bytes": done.stored_bytes}
+            "stored_bytes": done.stored_bytes, "moved": done.moved}
