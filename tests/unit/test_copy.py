@@ -15,7 +15,7 @@ from stillframe.repository import collect as collect_module
 from stillframe.repository import move
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs
-from stillframe.repository.copy import Copied, Copier, copy_drills, missing
+from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.drills import Drill, list_drills, read_drill, record_drill
 from stillframe.repository.hints import ChunkHints
@@ -337,10 +337,11 @@ def test_drills_come_along() -> None:
     copy_all(world, target)
     record_drill(world.repository, DRILLED, replace_drill(drilled))
     record_drill(world.repository, DRILLED, replace_drill(SnapshotName("h", "gone", DRILLED, "ab" * 16)))
-    assert copy_drills(world.repository, target, "another") == 0
-    assert copy_drills(world.repository, target, None, dry_run=True) == 1
-    assert copy_drills(world.repository, target, None) == 1
-    assert copy_drills(world.repository, target, None) == 0
+    here, there = world.repository.storage, target.storage
+    assert missing_drills(here, there, "another") == []
+    ((name, sid),) = missing_drills(here, there, None)
+    copy_drill(world.repository, target, name, sid)
+    assert missing_drills(here, there, None) == []
     (found,) = list_drills(target.storage)
     copies = {read_entry(target, name).origin: name.sid for name in list_snapshots(target.storage)}
     assert (found.sid, found.utc, found.passed) == (copies[drilled.sid], DRILLED, False)

@@ -8,7 +8,7 @@ from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words, short_id
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, RepositoryDamaged, RepositoryRefused
 from stillframe.repository.catalog import list_snapshots
-from stillframe.repository.copy import Copied, Copier, copy_drills, missing
+from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
@@ -25,11 +25,13 @@ def copy(session: Session, source: Session, guest: str | None, *, dry_run: bool)
     if dry_run:
         for name in left:
             session.screen.result(f"would copy  {name_words(name)}")
-        session.screen.json({"dry_run": True, "missing": [name_body(name) for name in left]})
+        drills = len(missing_drills(source.storage, session.storage, guest))
+        session.screen.json(
+            {"dry_run": True, "missing": [name_body(name) for name in left], "drills": drills})
         return EXIT_OK
     session.kept = "What was copied is whole; the snapshot that was under way is not listed."
     copied, failed = _copied(session, source, left)
-    drills = copy_drills(source.repository, session.repository, guest)
+    drills = _copied_drills(session, source, guest, failed)
     if drills:
         session.screen.result(f"{drills} drill{'s' * (drills != 1)} copied")
     if not left and not drills:
@@ -62,6 +64,21 @@ def _copied(
                 continue
             copied.append(_shown(session, name, done))
     return copied, failed
+
+
+def _copied_drills(
+    session: Session, source: Session, guest: str | None, failed: list[dict[str, object]],
+) -> int:
+    """Copy the drills of what is copied by now; return how many. Damaged ones are added to *failed*."""
+    count = 0
+    for name, sid in missing_drills(source.storage, session.storage, guest):
+        try:
+            copy_drill(source.repository, session.repository, name, sid)
+            count += 1
+        except RepositoryDamaged as error:
+            session.screen.error(error, f"a drill of {name.guest}")
+            failed.append({"drill": name.key, "error": error.message})
+    return count
 
 
 def _shown(session: Session, original: SnapshotName, done: Copied) -> dict[str, object]:

@@ -69,7 +69,8 @@ from stillframe.repository.session import (
 from stillframe.repository.snapshots import newest_of_each
 from stillframe.storage.model import Storage
 
-_BATCH = 100
+#: Deleted with one request, by servers that can.
+_BATCH = 1000
 _ROUNDS = 3
 
 #: Shown the plan; returns whether to carry it out.

@@ -7,7 +7,7 @@ byte. With the same key and sizes its slots move as they are stored (move.py); w
 something is damaged that may be healed, it is opened all the same. A copy keeps host, guest and moment, and
 by them it is known to be there already. So copying goes on where it ended, a snapshot at a time.
 
-Drills come along (`copy_drills`): what booted there has the same bytes here.
+Drills come along (`missing_drills`): what booted there has the same bytes here.
 
 The anchor (what a guest's next backup counts from) is not copied: it belongs to backups into the first
 repository.
@@ -27,7 +27,7 @@ from stillframe.errors import ObjectMissing, RepositoryDamaged, StillframeError
 from stillframe.extent import Extent
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.difference import changed_extents
-from stillframe.repository.drills import list_drills, read_drill, record_drill
+from stillframe.repository.drills import DrillName, list_drills, read_drill, record_drill
 from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
@@ -40,6 +40,7 @@ from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import read_snapshot, snapshots_of
 from stillframe.repository.tree import Tree
 from stillframe.repository.writer import Progress, Since, SnapshotWriter
+from stillframe.storage.model import Storage
 
 #: Told of the disk and of how far it is.
 Report = Callable[[str, Progress], None]
@@ -126,7 +127,6 @@ class _One:
         self._stop = stop
         self._report = report
         self._places = Places(source)
-
         self._began_at = utc_text(clock.now())
 
     def move(self, name: SnapshotName, manifest: Manifest) -> Copied:
@@ -202,24 +202,23 @@ class _One:
         return Tree(self._places, content.size_bytes, content.place)
 
 
-def copy_drills(source: Repository, target: Repository, guest: str | None, *, dry_run: bool = False) -> int:
-    """Let the target have the drills of snapshots that it has copies of; return how many it lacked.
+def missing_drills(source: Storage, target: Storage, guest: str | None) -> list[tuple[DrillName, str]]:
+    """Return the drills of snapshots that *target* has copies of and that it lacks, and the SID of each copy.
 
-    Raises RepositoryDamaged, StorageError.
+    No key is needed. Raises StorageError.
     """
-    originals = {name.sid: _moment(name) for name in list_snapshots(source.storage)}
-    copies = {_moment(name): name.sid for name in list_snapshots(target.storage)}
-    there = {(each.sid, each.utc) for each in list_drills(target.storage)}
-    count = 0
-    for each in list_drills(source.storage):
-        sid = copies.get(originals.get(each.sid, ("", "", "")))
-        if sid is None or (sid, each.utc) in there or guest not in (None, each.guest):
-            continue
-        if not dry_run:
-            drill = msgspec.structs.replace(read_drill(source.storage, each, source.key), sid=sid)
-            record_drill(target, each.utc, drill)
-        count += 1
-    return count
+    originals = {name.sid: _moment(name) for name in list_snapshots(source)}
+    copies = {_moment(name): name.sid for name in list_snapshots(target)}
+    there = {(each.sid, each.utc) for each in list_drills(target)}
+    found = [(each, copies.get(originals.get(each.sid, ("", "", "")), ""))
+             for each in list_drills(source) if guest in (None, each.guest)]
+    return [(each, sid) for each, sid in found if sid and (sid, each.utc) not in there]
+
+
+def copy_drill(source: Repository, target: Repository, name: DrillName, sid: str) -> None:
+    """Let *target* have a drill, as one of the snapshot *sid*. Raises RepositoryDamaged, StorageError."""
+    drill = read_drill(source.storage, name, source.key)
+    record_drill(target, name.utc, msgspec.structs.replace(drill, sid=sid))
 
 
 class _Reader:

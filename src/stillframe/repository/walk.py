@@ -19,7 +19,8 @@ from stillframe.repository.places import Places
 from stillframe.units import KIB, MIB
 
 _WAITING_MOST = 1 << 18
-_GAP_BYTES = 32 * KIB
+#: Nodes of one level lie this far apart in a pack; reading what is between costs less than a request.
+_GAP_BYTES = 256 * KIB
 _READ_BYTES = 4 * MIB
 _OFFSET_BITS = 32
 
