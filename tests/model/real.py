@@ -25,11 +25,12 @@ from stillframe.repository import collect as collect_module
 from stillframe.repository import session
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs
+from stillframe.repository.copy import Copier
 from stillframe.repository.generation import latest_generation
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import GENERATIONS, Parameters, SnapshotName, new_sid
 from stillframe.repository.nodes import ChunkRef
-from stillframe.repository.opened import Repository, retried
+from stillframe.repository.opened import Repository, init_with_keys_of, retried
 from stillframe.repository.session import SessionRecord, list_sessions
 from stillframe.repository.verify import Level, verify
 from stillframe.repository.writer import Audit
@@ -57,7 +58,10 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Cast:
-    """Who takes part; a letter each: (b)acks up, (c)ollects, (f)orgets, (r)eads, (v)erifies. None: drawn."""
+    """Who takes part; a letter each. None: drawn.
+
+    (b)acks up, (c)ollects, (f)orgets, (m)oves snapshots here from elsewhere, (r)eads, (v)erifies.
+    """
 
     actors: str | None = None
     wrongly_dead: float | None = None
@@ -67,12 +71,16 @@ class Cast:
 
 @dataclass(frozen=True)
 class History:
-    """What lies in the storage before a run, and what its snapshots must read."""
+    """What lies in the storage before a run, and what its snapshots must read.
+
+    *elsewhere* is another repository with the same key; what its snapshots must read is *expected*, too.
+    """
 
     repository: Repository
     contents: Mapping[str, bytes]
     expected: dict[tuple[str, str], bytes]
     hints: dict[bytes, ChunkRef]
+    elsewhere: Repository
 
 
 #: Makes a storage that holds these objects and nothing else.
@@ -129,7 +137,12 @@ def history(number: int) -> History:
     world = World(TINY)
     hints: dict[bytes, ChunkRef] = {}
     disks: dict[str, list[int]] = {}
+    elsewhere = _elsewhere(world, chance)
     for _ in range(chance.randrange(3, 7)):
+        if chance.random() < 0.2:
+            moved = chance.choice(sorted(elsewhere.expected))
+            made = move(elsewhere.repository, world.repository, moved)
+            world.expected[made] = elsewhere.expected[moved]
         guest = chance.choice(("web", "db"))
         disks[guest] = some_disk(chance, disks.get(guest))
         world.backup(content(disks[guest]), guest, hints=SharedHints(hints))
@@ -140,8 +153,27 @@ def history(number: int) -> History:
                 world.prune(0.0, 0.9)
     storage = world.repository.storage
     assert isinstance(storage, MemoryStorage)
-    expected = {(name.guest, name.utc.isoformat()): data for name, data in world.expected.items()}
-    return History(world.repository, storage.contents(), expected, hints)
+    expected = {(name.guest, name.utc.isoformat()): data
+                for name, data in (elsewhere.expected | world.expected).items()}
+    return History(world.repository, storage.contents(), expected, hints, elsewhere.repository)
+
+
+def _elsewhere(world: World, chance: random.Random) -> World:
+    """Return another world with the same key, and snapshots of a guest that only it has."""
+    other = World(TINY)
+    other.repository = init_with_keys_of(world.repository, MemoryStorage(), _CLOCK)
+    disk: list[int] | None = None
+    for _ in range(3):
+        disk = some_disk(chance, disk)
+        other.backup(content(disk), "mail")
+    return other
+
+
+def move(source: Repository, target: Repository, name: SnapshotName) -> SnapshotName:
+    """Copy a snapshot to a repository with the same key."""
+    copied = Copier(source, target, SharedHints({}), _CLOCK, "host").copy(name)
+    assert copied.moved
+    return copied.name
 
 
 @contextmanager
@@ -163,6 +195,7 @@ class Run:
         self.chance = random.Random(seed)
         before = history(self.chance.randrange(HISTORIES))
         self.storage = make(before.contents)
+        self.elsewhere = before.elsewhere
         self.expected = dict(before.expected)
         self.hints = SharedHints(dict(before.hints))
         loses, twice = self.chance.choice((0.0, 0.0, 0.02)), self.chance.choice((0.0, 0.0, 0.02))
@@ -182,9 +215,9 @@ class Run:
 
     def go(self) -> None:
         """Run; raises Broken, and Lost if anything is wrong afterwards."""
-        letters = self.cast.actors or "bcf" + self.chance.choice("bc") + self.chance.choice("bfrv")
-        works = {"b": self._backs_up, "c": self._collects, "f": self._forgets, "r": self._reads,
-                 "v": self._verifies}
+        letters = self.cast.actors or "bcf" + self.chance.choice("bc") + self.chance.choice("bfmrv")
+        works = {"b": self._backs_up, "c": self._collects, "f": self._forgets, "m": self._moves,
+                 "r": self._reads, "v": self._verifies}
         kinds = [works[letter] for letter in letters]
         actors = [Actor(f"{kind.__name__}{number}", partial_work(kind, number))
                   for number, kind in enumerate(kinds)]
@@ -249,6 +282,13 @@ class Run:
                 self.failed.add((wanted.guest, wanted.utc.isoformat()))
                 continue
             self.committed.add(made)
+
+    def _moves(self, _: int) -> None:
+        for name in self.chance.sample(list_snapshots(self.elsewhere.storage), self.chance.choice((1, 2))):
+            try:
+                self.committed.add(move(self.elsewhere, self.repository, name))
+            except (SessionFenced, StorageLost):
+                continue
 
     def _collects(self, _: int) -> None:
         for _ in range(self.chance.choice((1, 2))):

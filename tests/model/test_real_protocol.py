@@ -14,6 +14,7 @@ from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent, Kind
 from stillframe.repository import catalog, known
 from stillframe.repository import collect as collect_module
+from stillframe.repository import move as move_module
 from stillframe.repository import session as session_module
 from stillframe.repository.collection import Looked
 from stillframe.repository.crypto import DomainKey
@@ -51,6 +52,11 @@ Rule = Callable[[pytest.MonkeyPatch], None]
 def test_nothing_is_lost_and_nothing_is_left(batch: int) -> None:
     for seed in range(batch * _RUNS, (batch + 1) * _RUNS):
         Run(seed).go()
+
+
+def test_nothing_is_lost_of_what_moves_here() -> None:
+    for seed in range(_RUNS // 3):
+        Run(seed, Cast("mcf" + "bmc"[seed % 3])).go()
 
 
 @pytest.mark.slow
@@ -202,6 +208,16 @@ def without_moving(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collect_module, "decide", silent)
 
 
+def without_looking_at_what_was_adopted(patch: pytest.MonkeyPatch) -> None:
+    """W4: a generation says where slots of elsewhere are, and nobody looks whether it is the latest."""
+    def once(storage: Storage, key: DomainKey, copied: Copied, by: str, at: str) -> None:
+        latest = latest_generation(storage, key)
+        create_generation(storage, Generation(latest.number + 1, latest.condemned, latest.moved_with(copied),
+                                              by, at, latest.marked), key)
+
+    patch.setattr(move_module, "adopt", once)
+
+
 def with_commits_over_tombstones(patch: pytest.MonkeyPatch) -> None:
     """W5: the manifest replaces what is at its key."""
     def commit(self: session_module.Session, manifest: bytes) -> None:
@@ -264,6 +280,7 @@ _LONG = Cast("bccff", stays=0.85, crashes=0.0)
     (without_keeping_moved, Cast("bccf")),
     (with_a_late_generation, _LONG),
     (without_moving, Cast("cf")),
+    pytest.param(without_looking_at_what_was_adopted, Cast("mccf"), marks=pytest.mark.slow),
     pytest.param(without_looking_again, _LONG, marks=pytest.mark.slow),
     pytest.param(without_a_race, _LONG, marks=pytest.mark.slow),
     pytest.param(without_order, _LONG, marks=pytest.mark.slow),

@@ -6,7 +6,7 @@ import contextlib
 
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import name_body, name_words, short_id
-from stillframe.errors import EXIT_OK, EXIT_PARTIAL, RepositoryDamaged, RepositoryRefused
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, RepositoryDamaged, RepositoryRefused, SnapshotUnknown
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills
 from stillframe.repository.hints import ChunkHints
@@ -58,6 +58,9 @@ def _copied(
                     name, stop=session.stop,
                     report=lambda target, progress, name=name: session.screen.bar(  # type: ignore[misc]
                         f"{short_id(name.sid)} {target}: copy", progress.done_bytes, progress.size_bytes))
+            except SnapshotUnknown:
+                session.screen.say(f"{name_words(name)}: forgotten meanwhile")
+                continue
             except RepositoryDamaged as error:
                 session.screen.error(error, name_words(name))
                 failed.append({**name_body(name), "error": error.message})

@@ -23,7 +23,7 @@ import msgspec
 
 from stillframe.block.reader import Connection
 from stillframe.clock import Clock, utc_text
-from stillframe.errors import ObjectMissing, RepositoryDamaged, StillframeError
+from stillframe.errors import ObjectMissing, RepositoryDamaged, SnapshotUnknown, StillframeError
 from stillframe.extent import Extent
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.difference import changed_extents
@@ -92,8 +92,8 @@ class Copier:
     ) -> Copied:
         """Copy one snapshot that the target has not.
 
-        Raises SlotDamaged where data is lost in the source, StorageError, and what *stop* returns; then
-        nothing new is listed.
+        Raises SlotDamaged where data is lost in the source, SnapshotUnknown if it is forgotten, StorageError,
+        and what *stop* returns; then nothing new is listed.
         """
         if self._target.stores_like(self._source):
             with contextlib.suppress(RepositoryDamaged, ObjectMissing):  # opened, it may be healed
@@ -175,7 +175,7 @@ class _One:
             original = originals.get(_moment(each))
             if original is None:
                 continue
-            with contextlib.suppress(RepositoryDamaged):
+            with contextlib.suppress(RepositoryDamaged, SnapshotUnknown):  # damaged, or forgotten just now
                 copy, first = read_snapshot(self._target, each), read_snapshot(self._source, original)
                 if copy.origin == (first.origin or first.sid):
                     return _Before(first, copy)
