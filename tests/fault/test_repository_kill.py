@@ -113,7 +113,7 @@ def _kill_again_and_again(place: Place, times: int, seed: int) -> None:
 
 
 def test_killed_at_any_moment(place: Place) -> None:
-    _kill_again_and_again(place, 12 if place.is_near else 3, seed=random.randrange(2**32))
+    _kill_again_and_again(place, 12 if place.is_near else 2, seed=random.randrange(2**32))
 
 
 @pytest.mark.slow
