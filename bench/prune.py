@@ -1,11 +1,13 @@
 """How long listing, a dry run and a prune take in a repository with many snapshots of a large disk.
 
-    python -m bench.prune [--snapshots 1000] [--size-gib 1024] [--dirty 200] [--keep 30] [--folder FOLDER]
+    python -m bench.prune [--storage folder|s3] [--snapshots 1000] [--size-gib 1024] [--dirty 200] [--keep 30]
+                          [--folder FOLDER]
 
 The trees are real, made of random chunk IDs: the first snapshot has every chunk of the disk, each
-further one has so many chunks anew, scattered over ten times as many. Data packs are sparse files of the
-right size, since a collector reads nothing of them but their names and sizes (compaction, which copies, is
-off here). Printed: what was built, and for each step seconds, and the peak of memory so far.
+further one has so many chunks anew, scattered over ten times as many. A collector reads nothing of data packs
+but their names and sizes (compaction, which copies, is off here): in a folder they are sparse files of the
+right size, on a server (SeaweedFS on loopback, started for it) objects of a few bytes. Printed: what was
+built, and for each step seconds, the peak of memory so far, and the requests.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ import resource
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from lab.s3 import BUCKET, S3Server
 from stillframe.clock import SystemClock
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs, plan_collection
@@ -33,6 +38,9 @@ from stillframe.repository.pack import PackBuilder, SlotRef
 from stillframe.repository.places import Places
 from stillframe.repository.tree import Tree, TreeBuilder
 from stillframe.storage.local import LocalStorage
+from stillframe.storage.model import Storage
+from stillframe.storage.s3 import S3Storage
+from stillframe.storage.wrappers import Counted, VerbCount
 from stillframe.units import GIB, KIB, MIB, size_text
 
 _CLOCK = SystemClock()
@@ -42,14 +50,48 @@ _SLOT_BYTES = 340 * KIB
 _HOT = 10
 _BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 _DAY_S = 86400.0
+#: Data packs on their way to a server.
+_AT_ONCE = 8
+
+
+#: Stores something under the names of data packs, of the size that is said if that costs nothing.
+PutData = Callable[[Sequence[tuple[PackName, int]]], None]
+
+
+@contextmanager
+def in_folder(folder: Path) -> Iterator[tuple[Storage, PutData]]:
+    """Give a storage in a folder, where data packs are sparse files."""
+    def put(packs: Sequence[tuple[PackName, int]]) -> None:
+        for name, size_bytes in packs:
+            path = folder / name.key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(size_bytes)
+
+    yield LocalStorage(folder, make=True), put
+
+
+@contextmanager
+def on_s3(folder: Path) -> Iterator[tuple[Storage, PutData]]:
+    """Give a storage on a server of its own, where data packs are small objects."""
+    with S3Server(folder) as server, ThreadPoolExecutor(_AT_ONCE) as pool:
+        storage = S3Storage(BUCKET, "bench", server.access)
+
+        def put(packs: Sequence[tuple[PackName, int]]) -> None:
+            list(pool.map(lambda pack: storage.create(pack[0].key, b"data"), packs))
+
+        yield storage, put
+
+
+_STORAGES = {"folder": in_folder, "s3": on_s3}
 
 
 class Synthetic:
     """Makes snapshots of one disk, as the writer does, out of chunks that nobody ever saw."""
 
-    def __init__(self, repository: Repository, folder: Path, size_bytes: int, dirty: int) -> None:
+    def __init__(self, repository: Repository, put_data: PutData, size_bytes: int, dirty: int) -> None:
         self._repository = repository
-        self._folder = folder
+        self._put_data = put_data
         self._size_bytes = size_bytes
         self._dirty = dirty
         self._chance = random.Random(1)
@@ -82,12 +124,14 @@ class Synthetic:
                 builder.put_leaf(index, entries)
         self._root = builder.finish()
         self._close_data()
+        self._put_data(self._closed)
         self._close_tree()
         return self._commit(number)
 
     def _begin(self, sid: str) -> None:
         self._sid = sid
         self._data_packs = self._data_slots = self._filled = self._tree_packs = 0
+        self._closed: list[tuple[PackName, int]] = []
         self._tree: PackBuilder | None = None
 
     def _new_chunk(self) -> ChunkRef:
@@ -107,10 +151,7 @@ class Synthetic:
         slots = self._data_slots + (1 if self._filled else 0)
         if slots:
             name = PackName(PackKind.DATA.value, bytes.fromhex(self._sid), self._data_packs)
-            path = self._folder / name.key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.truncate(28 + slots * (_SLOT_BYTES + 68) + 40)
+            self._closed.append((name, 28 + slots * (_SLOT_BYTES + 68) + 40))
             self._data_packs += 1
         self._data_slots = self._filled = 0
 
@@ -149,37 +190,43 @@ class Synthetic:
 
 
 @contextmanager
-def timed(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Say how long the block took, and the peak of memory so far."""
-    began_s = _CLOCK.monotonic_s()
+def timed(what: str, counted: Counted, say: Callable[[str], None]) -> Iterator[None]:
+    """Say how long the block took, the peak of memory so far, and the calls of the storage."""
+    before, began_s = counted.counts(), _CLOCK.monotonic_s()
+    processor_s = time.process_time()
     yield
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    say(f"{what:<48} {_CLOCK.monotonic_s() - began_s:8.1f} s   peak {peak_mib:6.0f} MiB")
+    calls = {verb: count.calls - before.get(verb, VerbCount()).calls
+             for verb, count in counted.counts().items()}
+    said = ", ".join(f"{count} {verb}" for verb, count in calls.items() if count)
+    took_s, worked_s = _CLOCK.monotonic_s() - began_s, time.process_time() - processor_s
+    say(f"{what:<42} {took_s:8.1f} s   {worked_s:7.1f} s of CPU   peak {peak_mib:5.0f} MiB   {said}")
 
 
-def measure(folder: Path, snapshots: int, size_bytes: int, dirty: int, keep: int,
+def measure(storage: Storage, put_data: PutData, snapshots: int, size_bytes: int, dirty: int, keep: int,
             say: Callable[[str], None] = print) -> None:
-    """Build the repository in *folder*, and time what is done with it."""
+    """Build the repository in *storage*, and time what is done with it."""
+    counted = Counted(storage, _CLOCK)
     repository = init_repository(
-        LocalStorage(folder, make=True), Secret(SlotKind.PASSPHRASE, secrets.token_bytes(8)), "bench", _CLOCK,
+        counted, Secret(SlotKind.PASSPHRASE, secrets.token_bytes(8)), "bench", _CLOCK,
         costs=Kdf("", memory_kib=8, iterations=1, lanes=1),
         parameters=Parameters(id=new_sid(), created_at="", pack_bytes=32 * MIB))
-    synthetic = Synthetic(repository, folder, size_bytes, dirty)
-    with timed(f"(building {snapshots} snapshots of {size_text(size_bytes)})", say):
+    synthetic = Synthetic(repository, put_data, size_bytes, dirty)
+    with timed(f"(building {snapshots} snapshots of {size_text(size_bytes)})", counted, say):
         for number in range(snapshots):
             synthetic.snapshot(number)
     packs = list_packs(repository.storage)
     trees = sum(size for pack, size in packs.items() if pack.kind == PackKind.TREE.value)
     say(f"{len(packs)} packs, {size_text(sum(packs.values()))}; trees: {synthetic.nodes} nodes, "
         f"{size_text(trees)}")
-    with timed("list", say):
+    with timed("list", counted, say):
         names = list_snapshots(repository.storage)
-    with timed("prune --dry-run", say):
+    with timed("prune --dry-run", counted, say):
         plan = plan_collection(repository, _CLOCK, fence_after_s=_DAY_S, compact_below=0.0)
     assert plan.is_empty, "nothing is to be done yet"
-    with timed(f"forget {snapshots - keep}", say):
+    with timed(f"forget {snapshots - keep}", counted, say):
         forget(repository.storage, plan_forget(names[: snapshots - keep]))
-    with timed(f"prune, {keep} snapshots left, both rounds", say):
+    with timed(f"prune, {keep} snapshots left, both rounds", counted, say):
         done = collect(repository, "alpha", _CLOCK, fence_after_s=_DAY_S, compact_below=0.0)
     say(f"deleted {done.deleted_packs} packs, {size_text(done.deleted_bytes)}")
 
@@ -188,15 +235,18 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", choices=_STORAGES, default="folder")
     parser.add_argument("--snapshots", type=int, default=1000)
     parser.add_argument("--size-gib", type=int, default=1024)
     parser.add_argument("--dirty", type=int, default=200)
     parser.add_argument("--keep", type=int, default=30)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(Path(folder) / "repository", options.snapshots, options.size_gib * GIB,
-                options.dirty, options.keep)
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder) as folder,
+        _STORAGES[options.storage](Path(folder) / "repository") as (storage, put_data),
+    ):
+        measure(storage, put_data, options.snapshots, options.size_gib * GIB, options.dirty, options.keep)
     return 0
 
 

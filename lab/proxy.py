@@ -31,7 +31,8 @@ class Chances:
 
     *cut_request*: half of it reaches the server. *lost_reply*: it is carried out, and nothing comes back.
     *cut_reply*: half of the reply comes back. *busy*: it is answered with 503 and not sent on. *late*: the
-    reply takes a moment. *twice*: a request that reads is sent on twice.
+    reply takes a moment. *twice*: a request that reads is sent on twice; *written_twice*: one that writes.
+    What comes back is the second reply.
     """
 
     cut_request: float = 0.0
@@ -40,6 +41,7 @@ class Chances:
     busy: float = 0.0
     late: float = 0.0
     twice: float = 0.0
+    written_twice: float = 0.0
 
     def drawn(self, chance: random.Random) -> str:
         """Return the name of a harm, "" for none."""
@@ -110,7 +112,7 @@ class HttpProxy(_Proxy):
         request = _request(client)
         with self._lock:
             harm = self.chances.drawn(self._chance)
-            if harm == "twice" and not request.startswith((b"GET ", b"HEAD ")):
+            if harm == ("written_twice" if request.startswith((b"GET ", b"HEAD ")) else "twice"):
                 harm = ""
             self.met[harm] += 1
         if harm == "busy":
@@ -121,7 +123,7 @@ class HttpProxy(_Proxy):
                 server.sendall(request[: len(request) // 2])
             return
         reply = self._reply(request)
-        if harm == "twice":
+        if harm in ("twice", "written_twice"):
             reply = self._reply(request)
         if harm == "late":
             time.sleep(0.05)

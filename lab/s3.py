@@ -7,6 +7,7 @@ storage = S3Storage(BUCKET, "a/folder", server.access)
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Self
@@ -25,11 +26,18 @@ _REGION = "us-east-1"
 
 
 class S3Server(Server):
-    """Runs within the block, with one bucket. *host_policy* is IAM's JSON."""
+    """Runs within the block, with one bucket.
 
-    def __init__(self, folder: Path, host_policy: str = "") -> None:
+    *host_policy* is IAM's JSON. With *every_address* other hosts of the lab reach it, too.
+    """
+
+    #: An orderly end takes it 25 s, and nothing of it is kept.
+    _END = signal.SIGKILL
+
+    def __init__(self, folder: Path, host_policy: str = "", *, every_address: bool = False) -> None:
         super().__init__(folder)
         self._host_policy = host_policy
+        self._bound_to = "0.0.0.0" if every_address else "127.0.0.1"
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +55,7 @@ class S3Server(Server):
         self.port, master, volume, filer, *grpc = free_ports(8)
         command = [
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={data}", "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip.bind={self._bound_to}",
             "-master.volumeSizeLimitMB=512", "-volume.max=50", "-filer", "-s3", f"-s3.port={self.port}",
             f"-s3.config={settings}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={master}",
             f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port.grpc={grpc[0]}",

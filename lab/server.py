@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ class Server:
 
     *folder* is for all that it keeps; its output is in ``output`` there.
     """
+
+    #: What ends it.
+    _END = signal.SIGTERM
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -36,7 +40,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.terminate()
+            self._process.send_signal(self._END)
             self._process.wait(PATIENCE_S)
             self._process = None
 

@@ -112,6 +112,15 @@ class Failing(_Scripted):
         raise self._error(f"{verb} {key} fails as the test wants it")
 
 
+class CarriedOutTwice(_Scripted):
+    """The operation is carried out twice, and what comes of the second time is told."""
+
+    def _wrong(self, verb: str, key: str, call: Callable[[], None]) -> None:
+        del verb, key
+        call()
+        call()
+
+
 class LostReply(_Scripted):
     """The operation is carried out, and StorageLost is raised all the same."""
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,8 +18,9 @@ from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.collect import collect
 from stillframe.repository.opened import init_repository
 from stillframe.repository.verify import Level, verify
-from stillframe.storage.local import LocalStorage
-from tests.fault.repository_driver import SECRET, content, number_of, opened
+from tests.contract.addresses import ADDRESSES
+from tests.contract.drivers import Servers
+from tests.fault.repository_driver import SECRET, content, number_of, opened, storage_at
 from tests.unit.repository_disks import CHEAP, SMALL
 from tests.unit.repository_snapshots import DAY_S, read_snapshot, rubbish
 
@@ -26,19 +28,35 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _TIMEOUT_S = 120.0
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Make a repository in a folder in memory: a killed process loses nothing of it, and it is fast."""
-    with tempfile.TemporaryDirectory(prefix="stillframe-kill-", dir="/dev/shm") as place:
-        folder = Path(place) / "repository"
-        init_repository(LocalStorage(folder, make=True), SECRET, "test", SystemClock(), costs=CHEAP,
+class Place(NamedTuple):
+    """Where a repository is, and a folder for what its writers remember."""
+
+    address: str
+    hints: Path
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it is in a folder: a server takes several times as long."""
+        return Path(self.address).is_dir()
+
+
+@pytest.fixture(params=["folder", "s3", "sftp"])
+def place(
+    request: pytest.FixtureRequest, servers: Servers, monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Place]:
+    """Make a repository; the folder is in memory: a killed process loses nothing of it, and it is fast."""
+    with tempfile.TemporaryDirectory(prefix="stillframe-kill-", dir="/dev/shm") as folder:
+        address, settings = ADDRESSES[request.param](servers, Path(folder))
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        init_repository(storage_at(address, make=True), SECRET, "test", SystemClock(), costs=CHEAP,
                         parameters=SMALL)
-        yield folder
+        yield Place(address, Path(folder) / "hints")
 
 
-def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def _start(place: Place, *words: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fault.repository_driver", str(folder), *words],
+        [sys.executable, "-m", "tests.fault.repository_driver", place.address, str(place.hints), *words],
         cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -51,34 +69,34 @@ def _end(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
-def _check(folder: Path) -> set[tuple[str, int]]:
+def _check(place: Place) -> set[tuple[str, int]]:
     """Read every snapshot that is listed; return which there are."""
-    repository = opened(folder)
+    repository = opened(place.address)
     names = list_snapshots(repository.storage)
     for name in names:
         assert read_snapshot(repository, name) == content(name.guest, number_of(name)), name
     return {(name.guest, number_of(name)) for name in names}
 
 
-def _check_nothing_is_left(folder: Path) -> None:
+def _check_nothing_is_left(place: Place) -> None:
     """Collect undisturbed; nothing but what the snapshots need is there then."""
-    repository = opened(folder)
+    repository = opened(place.address)
     for _ in range(2):
         collect(repository, "here", SystemClock(), fence_after_s=DAY_S)
     assert rubbish(repository) == set()
     assert verify(repository, SystemClock(), Level.FULL).is_sound
 
 
-def _kill_again_and_again(folder: Path, times: int, seed: int) -> None:
+def _kill_again_and_again(place: Place, times: int, seed: int) -> None:
     draw = random.Random(seed)
     began_s = time.monotonic()
-    _end(_start(folder, "backup", "web", "0", "3"))
+    _end(_start(place, "backup", "web", "0", "3"))
     whole_s = time.monotonic() - began_s
-    number, kept = 3, _check(folder)
+    number, kept = 3, _check(place)
     killed = 0
     for _ in range(times):
         words = ("prune", "2") if draw.random() < 0.4 else ("backup", "web", str(number), "2")
-        process = _start(folder, *words)
+        process = _start(place, *words)
         try:
             # Any moment of the work is as good as another: this is the kill's, not a wait for something.
             process.wait(draw.uniform(0.0, whole_s / 2))
@@ -86,32 +104,33 @@ def _kill_again_and_again(folder: Path, times: int, seed: int) -> None:
             process.kill()
             killed += 1
         process.communicate()
-        found = _check(folder)
+        found = _check(place)
         # A backup forgets old snapshots only once it has made new ones: some good one is always there.
         assert max(found)[1] >= max(kept)[1], "the last good snapshot is gone"
         number, kept = max(found)[1] + 1, found
     assert killed, "nothing was killed"
-    _check_nothing_is_left(folder)
+    _check_nothing_is_left(place)
 
 
-def test_killed_at_any_moment(folder: Path) -> None:
-    _kill_again_and_again(folder, 12, seed=random.randrange(2**32))
+def test_killed_at_any_moment(place: Place) -> None:
+    _kill_again_and_again(place, 12 if place.is_near else 2, seed=random.randrange(2**32))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_two_hundred_times(folder: Path) -> None:
-    _kill_again_and_again(folder, 200, seed=random.randrange(2**32))
+def test_killed_two_hundred_times(place: Place) -> None:
+    _kill_again_and_again(place, 200, seed=random.randrange(2**32))
 
 
-def test_two_writers_and_a_collector_at_once(folder: Path) -> None:
-    _end(_start(folder, "backup", "web", "0", "2"))
+def test_two_writers_and_a_collector_at_once(place: Place) -> None:
+    count = 8 if place.is_near else 3
+    _end(_start(place, "backup", "web", "0", "2"))
     processes = [
-        _start(folder, "backup", "web", "2", "8"), _start(folder, "backup", "database", "0", "8"),
-        _start(folder, "prune", "12"),
+        _start(place, "backup", "web", "2", str(count)), _start(place, "backup", "database", "0", str(count)),
+        _start(place, "prune", str(count + 4)),
     ]
     for process in processes:
         _end(process)
-    assert {(guest, number) for guest, number in _check(folder) if number >= 7} >= {
-        ("web", 7), ("web", 8), ("web", 9), ("database", 7)}
-    _check_nothing_is_left(folder)
+    assert _check(place) >= {
+        ("web", count - 1), ("web", count), ("web", count + 1), ("database", count - 1)}
+    _check_nothing_is_left(place)

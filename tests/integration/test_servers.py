@@ -14,6 +14,7 @@ from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, run
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.errors import RepositoryExists, StorageRefused
+from tests.contract.addresses import ADDRESSES
 from tests.contract.drivers import Servers
 from tests.fault.driver import PASSPHRASE
 from tests.fault.harness import Place
@@ -23,26 +24,9 @@ MakeGuest = Callable[..., DiskGuest]
 _SIZE_BYTES = 24 * MIB
 
 
-def _s3(servers: Servers, _folder: Path) -> tuple[str, dict[str, str]]:
-    access = servers.s3.access
-    return servers.s3.url(servers.unused), {
-        "AWS_ACCESS_KEY_ID": access.user, "AWS_SECRET_ACCESS_KEY": access.secret}
-
-
-def _sftp(servers: Servers, _folder: Path) -> tuple[str, dict[str, str]]:
-    return servers.sftp.url(servers.unused), {}
-
-
-def _smb(servers: Servers, folder: Path) -> tuple[str, dict[str, str]]:
-    credentials = folder / "credentials"
-    credentials.write_text(servers.smb.credentials)
-    credentials.chmod(0o600)
-    return servers.smb.url(servers.unused), {"STILLFRAME_CREDENTIALS_FILE": str(credentials)}
-
-
-@pytest.fixture(params=[_s3, _sftp, _smb], ids=["s3", "sftp", "smb"])
+@pytest.fixture(params=["s3", "sftp", "smb"])
 def repo(request: pytest.FixtureRequest, servers: Servers, place: Place, tmp_path: Path) -> Repo:
-    address, settings = request.param(servers, tmp_path)
+    address, settings = ADDRESSES[request.param](servers, tmp_path)
     repo = Repo(tmp_path / "repository", place, address=address, settings=settings)
     passphrase = repo.path.with_suffix(".pass")
     passphrase.write_bytes(PASSPHRASE + b" of the server\n")

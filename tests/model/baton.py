@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from stillframe.errors import StorageLost
-from stillframe.storage.memory import MemoryStorage
-from stillframe.storage.model import Content
+from stillframe.storage.model import Content, Listed, Stat, Storage
 from stillframe.storage.wrappers import Wrapper
+
+#: A run takes a fraction of a second in memory, and some on a server.
+_PATIENCE_S = 120.0
 
 
 class Crash(BaseException):
@@ -55,7 +58,7 @@ class Baton:
             actor.turn.acquire()
             thread.start()
         self._hand_on()
-        if not self._done.wait(60.0):
+        if not self._done.wait(_PATIENCE_S):
             raise TimeoutError(f"stuck at {self.current}")
         for thread in threads:
             thread.join()
@@ -96,18 +99,59 @@ class Baton:
             self._done.set()
 
 
-class LossyStorage(Wrapper):
-    """What is created is created, but the reply is lost now and then."""
+class Stepped(Wrapper):
+    """Each operation on *inner* is a step of *baton*; a delete is one for each key."""
 
-    def __init__(self, inner: MemoryStorage, chance: random.Random, loses: float) -> None:
+    def __init__(self, inner: Storage, baton: Baton) -> None:
+        super().__init__(inner)
+        self._baton = baton
+
+    def get(self, key: str, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
+        self._baton.step("get", key)
+        return self._inner.get(key, offset_bytes, length_bytes)
+
+    def create(self, key: str, content: Content) -> None:
+        self._baton.step("create", key)
+        self._inner.create(key, content)
+
+    def replace(self, key: str, content: Content) -> None:
+        self._baton.step("replace", key)
+        self._inner.replace(key, content)
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        self._baton.step("list", prefix)
+        return self._inner.list(prefix)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._baton.step("delete", key)
+            self._inner.delete([key])
+
+    def stat(self, key: str) -> Stat:
+        self._baton.step("stat", key)
+        return self._inner.stat(key)
+
+    def now(self) -> datetime:
+        self._baton.step("now", "")
+        return self._inner.now()
+
+
+class LossyStorage(Wrapper):
+    """What is created is created, but now and then the reply is lost, or it is carried out twice."""
+
+    def __init__(self, inner: Storage, chance: random.Random, loses: float, twice: float) -> None:
         super().__init__(inner)
         self._chance = chance
         self._loses = loses
+        self._twice = twice
 
     def create(self, key: str, content: Content) -> None:
         self._inner.create(key, content)
-        if self._chance.random() < self._loses:
+        harm = self._chance.random()
+        if harm < self._loses:
             raise StorageLost("The reply was lost.")
+        if harm < self._loses + self._twice:
+            self._inner.create(key, content)
 
 
 class Inline(Executor):

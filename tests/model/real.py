@@ -1,5 +1,7 @@
 """The real writer, collector, verifier and forgetting, over a storage where every operation may be the last.
 
+The storage is in memory, or on a server.
+
 A run is a seed: a repository with some history, a few actors, a schedule. Afterwards every snapshot that
 is there must read back equal, none may be gone that was not forgotten, and two collections must leave nothing
 that nobody needs.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,16 +25,18 @@ from stillframe.repository import collect as collect_module
 from stillframe.repository import session
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
 from stillframe.repository.collect import collect, list_packs
+from stillframe.repository.copy import Copier
 from stillframe.repository.generation import latest_generation
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import GENERATIONS, Parameters, SnapshotName, new_sid
 from stillframe.repository.nodes import ChunkRef
-from stillframe.repository.opened import Repository
+from stillframe.repository.opened import Repository, init_with_keys_of, retried
 from stillframe.repository.session import SessionRecord, list_sessions
 from stillframe.repository.verify import Level, verify
 from stillframe.repository.writer import Audit
 from stillframe.storage.memory import MemoryStorage
-from tests.model.baton import Actor, Baton, Inline, LossyStorage
+from stillframe.storage.model import Storage
+from tests.model.baton import Actor, Baton, Inline, LossyStorage, Stepped
 from tests.unit.repository_disks import CHUNK, SourceDisk
 from tests.unit.repository_snapshots import World, make_snapshot, read_snapshot, rubbish
 
@@ -54,7 +58,10 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Cast:
-    """Who takes part; a letter each: (b)acks up, (c)ollects, (f)orgets, (r)eads, (v)erifies. None: drawn."""
+    """Who takes part; a letter each. None: drawn.
+
+    (b)acks up, (c)ollects, (f)orgets, (m)oves snapshots here from elsewhere, (r)eads, (v)erifies.
+    """
 
     actors: str | None = None
     wrongly_dead: float | None = None
@@ -64,12 +71,31 @@ class Cast:
 
 @dataclass(frozen=True)
 class History:
-    """What lies in the storage before a run, and what its snapshots must read."""
+    """What lies in the storage before a run, and what its snapshots must read.
+
+    *elsewhere* is another repository with the same key; what its snapshots must read is *expected*, too.
+    """
 
     repository: Repository
-    storage: MemoryStorage
+    contents: Mapping[str, bytes]
     expected: dict[tuple[str, str], bytes]
     hints: dict[bytes, ChunkRef]
+    elsewhere: Repository
+
+
+#: Makes a storage that holds these objects and nothing else.
+Make = Callable[[Mapping[str, bytes]], Storage]
+
+
+def in_memory(contents: Mapping[str, bytes]) -> Storage:
+    return filled(MemoryStorage(), contents)
+
+
+def filled(storage: Storage, contents: Mapping[str, bytes]) -> Storage:
+    """Store *contents* in an empty storage."""
+    for key, content in contents.items():
+        storage.create(key, content)
+    return storage
 
 
 class SharedHints(ChunkHints):
@@ -111,6 +137,7 @@ def history(number: int) -> History:
     world = World(TINY)
     hints: dict[bytes, ChunkRef] = {}
     disks: dict[str, list[int]] = {}
+    elsewhere = _elsewhere(world, random.Random(f"elsewhere {number}"))
     for _ in range(chance.randrange(3, 7)):
         guest = chance.choice(("web", "db"))
         disks[guest] = some_disk(chance, disks.get(guest))
@@ -122,8 +149,27 @@ def history(number: int) -> History:
                 world.prune(0.0, 0.9)
     storage = world.repository.storage
     assert isinstance(storage, MemoryStorage)
-    expected = {(name.guest, name.utc.isoformat()): data for name, data in world.expected.items()}
-    return History(world.repository, storage, expected, hints)
+    expected = {(name.guest, name.utc.isoformat()): data
+                for name, data in (elsewhere.expected | world.expected).items()}
+    return History(world.repository, storage.contents(), expected, hints, elsewhere.repository)
+
+
+def _elsewhere(world: World, chance: random.Random) -> World:
+    """Return another world with the same key, and snapshots of a guest that only it has."""
+    other = World(TINY)
+    other.repository = init_with_keys_of(world.repository, MemoryStorage(), _CLOCK)
+    disk: list[int] | None = None
+    for _ in range(3):
+        disk = some_disk(chance, disk)
+        other.backup(content(disk), "mail")
+    return other
+
+
+def move(source: Repository, target: Repository, name: SnapshotName) -> SnapshotName:
+    """Copy a snapshot to a repository with the same key."""
+    copied = Copier(source, target, SharedHints({}), _CLOCK, "host").copy(name)
+    assert copied.moved
+    return copied.name
 
 
 @contextmanager
@@ -140,37 +186,39 @@ def one_round(wanted: bool) -> Iterator[None]:
 class Run:
     """One seeded run."""
 
-    def __init__(self, seed: int, cast: Cast = Cast()) -> None:
+    def __init__(self, seed: int, cast: Cast = Cast(), make: Make = in_memory) -> None:
         self.cast = cast
         self.chance = random.Random(seed)
         before = history(self.chance.randrange(HISTORIES))
-        self.storage = before.storage.copy()
+        self.storage = make(before.contents)
+        self.elsewhere = before.elsewhere
         self.expected = dict(before.expected)
         self.hints = SharedHints(dict(before.hints))
-        loses = self.chance.choice((0.0, 0.0, 0.02))
-        self.repository = replace(
-            before.repository, storage=LossyStorage(self.storage, self.chance, loses))
+        loses, twice = self.chance.choice((0.0, 0.0, 0.02)), self.chance.choice((0.0, 0.0, 0.02))
         self.baton = Baton(self.chance, self._drawn(cast.stays, (0.0, 0.5, 0.85, 0.95)),
                            self._drawn(cast.crashes, (0.0, 0.0, 0.005, 0.03)))
+        stepped = Stepped(self.storage, self.baton)
+        self.repository = replace(before.repository, storage=retried(
+            LossyStorage(stepped, self.chance, loses, twice), _CLOCK, first_pause_s=0.0))
         self.wrongly_dead = self._drawn(cast.wrongly_dead, (0.0, 0.0, 0.2))
         self.committed = set(list_snapshots(self.storage))
         self.forgotten: set[SnapshotName] = set()
+        #: Guest and moment of backups that said that they made no snapshot.
+        self.failed: set[tuple[str, str]] = set()
         self.owners: dict[str, Actor] = {}
         self.disks: dict[str, list[int]] = {}
         self.collections = 0
 
     def go(self) -> None:
         """Run; raises Broken, and Lost if anything is wrong afterwards."""
-        letters = self.cast.actors or "bcf" + self.chance.choice("bc") + self.chance.choice("bfrv")
-        works = {"b": self._backs_up, "c": self._collects, "f": self._forgets, "r": self._reads,
-                 "v": self._verifies}
+        letters = self.cast.actors or "bcf" + self.chance.choice("bc") + self.chance.choice("bfmrv")
+        works = {"b": self._backs_up, "c": self._collects, "f": self._forgets, "m": self._moves,
+                 "r": self._reads, "v": self._verifies}
         kinds = [works[letter] for letter in letters]
         actors = [Actor(f"{kind.__name__}{number}", partial_work(kind, number))
                   for number, kind in enumerate(kinds)]
         with self._patched():
-            self.storage.before = self.baton.step
             self.baton.run(actors)
-            self.storage.before = None
             for actor in actors:
                 if actor.error is not None:
                     raise Broken(f"{actor.name} ended with {actor.error!r}") from actor.error
@@ -199,6 +247,8 @@ class Run:
         if gone:
             raise Lost(f"{gone} is gone {when}")
         for name in there:
+            if (name.guest, name.utc.isoformat()) in self.failed:
+                raise Lost(f"{name} is there {when}, and its backup failed")
             try:
                 found = read_snapshot(self.repository, name)
             except (StillframeError, KeyError) as error:
@@ -225,8 +275,16 @@ class Run:
                     self.repository, SourceDisk(data), wanted, _CLOCK, hints=self.hints, audit=audit,
                     changes=lambda parent, data=data: self._changes(parent, data))  # type: ignore[misc]
             except (SessionFenced, StorageLost):
+                self.failed.add((wanted.guest, wanted.utc.isoformat()))
                 continue
             self.committed.add(made)
+
+    def _moves(self, _: int) -> None:
+        for name in self.chance.sample(list_snapshots(self.elsewhere.storage), self.chance.choice((1, 2))):
+            try:
+                self.committed.add(move(self.elsewhere, self.repository, name))
+            except (SessionFenced, StorageLost):
+                continue
 
     def _collects(self, _: int) -> None:
         for _ in range(self.chance.choice((1, 2))):

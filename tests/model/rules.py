@@ -56,7 +56,10 @@ class Rules:
     reuse: Reuse = Reuse.HOME               # W3
     hints_listed: bool = True               # W3: a hint counts only if its pack is in a listing made after W2
     beneath: Beneath = Beneath.CHECKED      # W3
+    adopted_seen: bool = True               # W4: slots of elsewhere count once the latest generation has them
     lost_reply: LostReply = LostReply.CLOSE     # W5
+    own_bytes: bool = True                  # W5: who finds its place taken looks by whose manifest
+    copies_end: bool = True                 # assumed: no second copy comes when session and snapshot are gone
     tombstone: bool = True                  # G0
     reload_often: bool = True               # a reader that misses reloads while there is a newer generation
     order: tuple[Look, ...] = (Look.LATEST, Look.PACKS, Look.SESSIONS, Look.MANIFESTS)

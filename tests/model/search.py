@@ -10,7 +10,7 @@ from tests.model.collector import Collector
 from tests.model.others import FAILED, Fencer, Forgetter, Reader
 from tests.model.rules import PROTOCOL, Rules
 from tests.model.state import Storage, lost, rubbish
-from tests.model.writer import Writer
+from tests.model.writer import WRONG, Writer
 
 Actor: TypeAlias = Writer | Fencer | Forgetter | Reader | Collector
 
@@ -62,6 +62,8 @@ def search(start: World, rules: Rules = PROTOCOL, judge: Judge | None = None) ->
             trouble = verdicts[world.storage] = judge(world.storage, rules)
         if any(actor.at == FAILED for actor in world.actors):
             trouble = "a reader gave up"
+        if any(actor.at == WRONG for actor in world.actors):
+            trouble = "a writer did not know of its own snapshot"
         if trouble:
             return Found(len(reached), len(verdicts), trouble, _trace(reached, came_from, here))
         for label, after in successors(world, rules):

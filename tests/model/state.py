@@ -96,6 +96,9 @@ class Storage(NamedTuple):
         """Is there a manifest or a tombstone?"""
         return any(each.name == name for each in self.manifests)
 
+    def has_tombstone(self, name: str) -> bool:
+        return Manifest(name, None) in self.manifests
+
     def create_manifest(self, manifest: Manifest) -> Storage:
         """What is there already stays."""
         return self if self.has_key(manifest.name) else self._replace(manifests=self.manifests | {manifest})

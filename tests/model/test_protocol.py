@@ -33,6 +33,10 @@ from tests.model.writer import Writer
 
 WRITER = Writer("w")
 UNSURE = Writer("w", loses_reply=True)
+REPEATED = Writer("w", twice=True)
+UNSURE_REPEATED = Writer("w", twice=True, loses_reply=True)
+MOVER = Writer("w", foreign=frozenset({P0, ("z", 0)}))
+OTHER_MOVER = MOVER._replace(name="v")
 HINTED = Writer("w", hints=HINT)
 REUSER = Writer("w", new_slots=0)
 SECOND_REUSER = Writer("v", new_slots=0)
@@ -65,6 +69,15 @@ LAX_MARKED = replace(LAX, beneath=Beneath.MARKED)
     pytest.param(
         World(FORGOTTEN, (UNSURE, TWICE, FENCER, FORGETTER)), PROTOCOL,
         id="the commit's reply is lost"),
+    pytest.param(
+        World(FORGOTTEN, (REPEATED, TWICE, FENCER, FORGETTER)), PROTOCOL, id="the commit is sent on twice"),
+    pytest.param(
+        World(FORGOTTEN, (UNSURE_REPEATED, ONCE, FENCER)), PROTOCOL, id="sent on twice, a reply is lost"),
+    pytest.param(World(FORGOTTEN, (MOVER, ONCE, FENCER, FORGETTER)), PROTOCOL, id="slots of elsewhere"),
+    pytest.param(World(FORGOTTEN, (MOVER, OTHER_MOVER, ONCE)), PROTOCOL, id="the same slots of elsewhere"),
+    pytest.param(World(LATE, (MOVER, COMPACTS)), PROTOCOL, id="slots of elsewhere, compaction"),
+    pytest.param(World(TAKEN_BACK, (MOVER, ONCE, OTHER)), PROTOCOL, id="slots of elsewhere, taken back"),
+    pytest.param(World(GONE, (MOVER, ONCE, FORGETTER)), PROTOCOL, id="slots of elsewhere, moved before"),
     pytest.param(World(TWO, (WRITER, GETS_EACH._replace(rounds=2), FORGETTER)), PROTOCOL, id="gets each"),
     pytest.param(World(TWO, (REUSER, COMPACTS, OTHER, FORGETTER)), PROTOCOL, id="compaction"),
     pytest.param(World(LATE, (REUSER, COMPACTS, FORGETTER)), PROTOCOL, id="a condemned pack is compacted"),
@@ -72,6 +85,7 @@ LAX_MARKED = replace(LAX, beneath=Beneath.MARKED)
     pytest.param(World(TAKEN_BACK, (HINTED, ONCE, OTHER)), PROTOCOL, id="taken back"),
     pytest.param(World(TAKEN_BACK, (HINTED, ONCE, OTHER)), LAX, id="taken back, lax reuse"),
     pytest.param(World(GONE, (HINTED, ONCE, THRICE)), PROTOCOL, id="moved and forgotten"),
+    pytest.param(World(FORGOTTEN, (MOVER, REUSER, ONCE, FORGETTER)), MARKED, id="marked, from elsewhere"),
     pytest.param(World(BENEATH, (WRITER, TWICE, FORGETTER)), MARKED, id="marked parents"),
     pytest.param(World(LATE, (REUSER, TWICE, FORGETTER)), MARKED, id="marked, a late parent"),
     pytest.param(World(FORGOTTEN, (REUSER, REUSER_HINTED, TWICE, FORGETTER)), MARKED,
@@ -96,6 +110,11 @@ def test_nothing_is_lost_and_no_rubbish_stays(start: World, rules: Rules) -> Non
     pytest.param(World(TWO, (WRITER, COMPACTS_TWICE, FENCER, FORGETTER)), PROTOCOL, id="compaction, fencer"),
     pytest.param(World(TWO, (REUSER, COMPACTS, COMPACTS_TOO, FORGETTER)), PROTOCOL,
                  id="two compactions"),
+    pytest.param(World(FORGOTTEN, (MOVER, TWICE, FENCER, FORGETTER)), PROTOCOL, id="slots of elsewhere"),
+    pytest.param(World(GONE, (MOVER, ONCE, THRICE)), PROTOCOL, id="slots of elsewhere, moved before"),
+    pytest.param(World(FORGOTTEN, (MOVER, OTHER_MOVER, TWICE)), PROTOCOL, id="the same slots of elsewhere"),
+    pytest.param(World(ONE, (MOVER, REUSER_HINTED, ONCE)), PROTOCOL, id="reused from elsewhere"),
+    pytest.param(World(TWO, (MOVER, COMPACTS, FORGETTER)), PROTOCOL, id="elsewhere, compaction"),
     pytest.param(World(TWO, (COMPACTS_TWICE, COMPACTS_TWICE._replace(name="b"), FORGETTER)), PROTOCOL,
                  id="two compact twice"),
     pytest.param(World(TWO, (REUSER, COMPACTS._replace(rounds=3), FORGETTER)), PROTOCOL, id="thrice"),
@@ -140,6 +159,10 @@ def _without(**rules: object) -> Rules:
         id="W5 does not create again"),
     pytest.param(
         _without(lost_reply=LostReply.LOOK), World(FORGOTTEN, (UNSURE, TWICE)), id="W5 closes its place"),
+    pytest.param(_without(adopted_seen=False), World(FORGOTTEN, (MOVER, TWICE)), id="W4 is seen"),
+    pytest.param(
+        _without(copies_end=False), World(FORGOTTEN, (REPEATED, TWICE, FENCER, FORGETTER)),
+        id="no copy of a commit comes for ever"),
     pytest.param(_without(tombstone=False), World(FORGOTTEN, (HINTED, TWICE, FENCER)), id="G0 tombstone"),
     pytest.param(
         _without(order=(Look.LATEST, Look.PACKS, Look.MANIFESTS, Look.SESSIONS)),
@@ -161,6 +184,12 @@ def _without(**rules: object) -> Rules:
 def test_without_this_rule_a_slot_is_lost(rules: Rules, start: World) -> None:
     assert search(start, rules).trouble.startswith("lost")
     assert not search(start, LAX if rules.reuse is LAX.reuse else PROTOCOL).trouble
+
+
+def test_a_writer_that_does_not_look_whose_manifest_it_found_is_wrong() -> None:
+    start = World(FORGOTTEN, (REPEATED, FENCER))
+    assert search(start, _without(own_bytes=False)).trouble == "a writer did not know of its own snapshot"
+    assert not search(start, PROTOCOL).trouble
 
 
 def test_one_reload_is_not_enough_for_a_slow_reader() -> None:

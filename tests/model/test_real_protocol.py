@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,21 +14,36 @@ from stillframe.errors import SlotDamaged
 from stillframe.extent import Extent, Kind
 from stillframe.repository import catalog, known
 from stillframe.repository import collect as collect_module
+from stillframe.repository import move as move_module
 from stillframe.repository import session as session_module
 from stillframe.repository.collection import Looked
 from stillframe.repository.crypto import DomainKey
-from stillframe.repository.decide import Copied, Decision, decide
-from stillframe.repository.generation import Generation, create_generation, latest_generation
+from stillframe.repository.decide import Decision, decide
+from stillframe.repository.generation import Copied, Generation, create_generation, latest_generation
 from stillframe.repository.layout import PackName, SnapshotName, session_key
 from stillframe.repository.session import SessionRecord
 from stillframe.repository.writer import Audit
 from stillframe.storage.model import Storage
-from tests.model.real import HISTORIES, TINY, Broken, Cast, Lost, Run, SharedHints, chunk, history
+from tests.contract.drivers import DRIVERS, Servers
+from tests.model.real import (
+    HISTORIES,
+    TINY,
+    Broken,
+    Cast,
+    Lost,
+    Make,
+    Run,
+    SharedHints,
+    chunk,
+    filled,
+    history,
+)
 from tests.unit.repository_disks import CHUNK, SourceDisk
 from tests.unit.repository_snapshots import World, make_snapshot, read_snapshot
 
 _RUNS = 300
 _TRIES = 3000
+_RUNS_ON_SERVERS = 3
 
 Rule = Callable[[pytest.MonkeyPatch], None]
 
@@ -38,11 +54,35 @@ def test_nothing_is_lost_and_nothing_is_left(batch: int) -> None:
         Run(seed).go()
 
 
+def test_nothing_is_lost_of_what_moves_here() -> None:
+    for seed in range(_RUNS // 3):
+        Run(seed, Cast("mcf" + "bmc"[seed % 3])).go()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", range(20))
 def test_nothing_is_lost_in_many_more(batch: int) -> None:
     for seed in range((batch + 10) * 1000, (batch + 11) * 1000):
         Run(seed).go()
+
+
+def _on_server(kind: str, folder: Path, servers: Servers) -> Make:
+    return lambda contents: filled(DRIVERS[kind](folder, servers)(), contents)
+
+
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_nothing_is_lost_on_a_server(kind: str, tmp_path: Path, servers: Servers) -> None:
+    for seed in range(_RUNS_ON_SERVERS):
+        Run(seed, make=_on_server(kind, tmp_path, servers)).go()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 11))
+@pytest.mark.parametrize("kind", ["s3", "sftp"])
+def test_nothing_is_lost_on_a_server_in_many_more(
+        kind: str, batch: int, tmp_path: Path, servers: Servers) -> None:
+    for seed in range(batch * 1000, batch * 1000 + 20):
+        Run(seed, make=_on_server(kind, tmp_path, servers)).go()
 
 
 def test_a_schedule_can_be_run_again() -> None:
@@ -168,6 +208,16 @@ def without_moving(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collect_module, "decide", silent)
 
 
+def without_looking_at_what_was_adopted(patch: pytest.MonkeyPatch) -> None:
+    """W4: a generation says where slots of elsewhere are, and nobody looks whether it is the latest."""
+    def once(storage: Storage, key: DomainKey, copied: Copied, by: str, at: str) -> None:
+        latest = latest_generation(storage, key)
+        create_generation(storage, Generation(latest.number + 1, latest.condemned, latest.moved_with(copied),
+                                              by, at, latest.marked), key)
+
+    patch.setattr(move_module, "adopt", once)
+
+
 def with_commits_over_tombstones(patch: pytest.MonkeyPatch) -> None:
     """W5: the manifest replaces what is at its key."""
     def commit(self: session_module.Session, manifest: bytes) -> None:
@@ -230,6 +280,7 @@ _LONG = Cast("bccff", stays=0.85, crashes=0.0)
     (without_keeping_moved, Cast("bccf")),
     (with_a_late_generation, _LONG),
     (without_moving, Cast("cf")),
+    pytest.param(without_looking_at_what_was_adopted, Cast("mccf"), marks=pytest.mark.slow),
     pytest.param(without_looking_again, _LONG, marks=pytest.mark.slow),
     pytest.param(without_a_race, _LONG, marks=pytest.mark.slow),
     pytest.param(without_order, _LONG, marks=pytest.mark.slow),

@@ -643,6 +643,16 @@ def test_forget_and_prune_give_space_back(call: Call, repository: Repository) ->
     assert body(call("list", "--json"))["snapshots"] == []
 
 
+def test_a_second_site_with_the_same_keys(call: Call, repository: Repository, tmp_path: Path) -> None:
+    content, second, image = disk((4096, b"one")), tmp_path / "second", tmp_path / "out.img"
+    first = add_snapshot(repository, "web", _DAY, content)
+    assert call("init", second, "--same-keys-as", repository.address).returncode == EXIT_OK
+    (copied,) = body(call("copy", "--from", repository.address, "--to", second, "--json"))["copied"]
+    assert (copied["moved"], copied["origin"]) == (True, first)
+    assert call("restore", copied["id"], "--to", image, "--repo", second).returncode == EXIT_OK
+    assert image.read_bytes() == content
+
+
 def test_verify_in_parts(call: Call, repository: Repository) -> None:
     for day in range(3):
         add_snapshot(repository, "web", _DAY + timedelta(days=day), disk((0, os.urandom(300_000))))

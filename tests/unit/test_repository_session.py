@@ -20,7 +20,7 @@ from stillframe.repository.session import Session, fence, is_dead, list_sessions
 from stillframe.storage.memory import MemoryStorage
 from stillframe.storage.model import Storage
 from stillframe.storage.wrappers import Counted
-from tests.storage_faults import Failing, LostReply, verb_is
+from tests.storage_faults import CarriedOutTwice, Failing, LostReply, verb_is
 
 _KEY = DomainKey.new()
 _MANIFEST = b"a manifest" * 10
@@ -110,9 +110,35 @@ def test_a_commit_that_was_lost_closes_its_own_place() -> None:
 
 def test_a_commit_in_doubt_leaves_its_session_for_fencing() -> None:
     inner = MemoryStorage()
-    with _session(Failing(inner, _is_commit, times=2)) as session, pytest.raises(StorageLost):
+    with _session(Failing(inner, _is_commit, times=2)) as session, pytest.raises(
+            StorageLost, match="not known"):
         session.commit(_MANIFEST)
     assert [each.sid for each in list_sessions(inner, _KEY)] == [session.sid]
+
+
+def test_a_commit_that_was_carried_out_twice_is_a_commit() -> None:
+    inner = MemoryStorage()
+    with _session(CarriedOutTwice(inner, _is_commit)) as session:
+        session.commit(_MANIFEST)
+    assert inner.get(session.record.manifest_key) == _MANIFEST
+    assert list_sessions(inner, _KEY) == []
+
+
+def test_what_became_of_a_commit_is_asked_more_than_once() -> None:
+    """The reply to the commit is lost, and so are those to two tombstones and to a look at what is there."""
+    inner = MemoryStorage()
+    bad = Failing(LostReply(inner, _is_commit), lambda verb, key: key.startswith("main/m/") and (
+        verb == "get" or inner.contents().get(key) is not None), times=3)
+    with _session(retried(bad, SystemClock(), first_pause_s=0.0)) as session:
+        session.commit(_MANIFEST)
+    assert bad.left == 0
+    assert inner.get(session.record.manifest_key) == _MANIFEST
+
+
+def test_a_generation_that_was_created_twice_is_ones_own() -> None:
+    storage = CarriedOutTwice(MemoryStorage(), verb_is("create"), times=1)
+    assert create_generation(storage, Generation(1), _KEY)
+    assert not create_generation(storage, Generation(1), _KEY), "another made this one"
 
 
 def test_a_commit_is_sent_once_although_all_else_is_retried() -> None:

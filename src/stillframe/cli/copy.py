@@ -14,10 +14,11 @@ from stillframe.errors import (
     ConfigInvalid,
     RepositoryDamaged,
     RepositoryRefused,
+    SnapshotUnknown,
     StillframeError,
 )
 from stillframe.repository.catalog import list_snapshots
-from stillframe.repository.copy import Copied, Copier, missing
+from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
@@ -65,13 +66,18 @@ def _copy(session: Session, source: Session, guest: str | None, *, dry_run: bool
     if dry_run:
         for name in left:
             session.screen.result(f"would copy  {name_words(name)}")
-        session.screen.json({"dry_run": True, "missing": [name_body(name) for name in left]})
+        drills = len(missing_drills(source.storage, session.storage, guest))
+        session.screen.json(
+            {"dry_run": True, "missing": [name_body(name) for name in left], "drills": drills})
         return EXIT_OK
     session.kept = "What was copied is whole; the snapshot that was under way is not listed."
     copied, failed = _copied(session, source, left)
-    if not left:
+    drills = _copied_drills(session, source, guest, failed)
+    if drills:
+        session.screen.result(f"{drills} drill{'s' * (drills != 1)} copied")
+    if not left and not drills:
         session.screen.say("nothing to copy")
-    session.screen.json({"dry_run": False, "copied": copied, "failed": failed})
+    session.screen.json({"dry_run": False, "copied": copied, "failed": failed, "drills": drills})
     return EXIT_PARTIAL if failed else EXIT_OK
 
 
@@ -93,6 +99,9 @@ def _copied(
                     name, stop=session.stop,
                     report=lambda target, progress, name=name: session.screen.bar(  # type: ignore[misc]
                         f"{short_id(name.sid)} {target}: copy", progress.done_bytes, progress.size_bytes))
+            except SnapshotUnknown:
+                session.screen.say(f"{name_words(name)}: forgotten meanwhile")
+                continue
             except RepositoryDamaged as error:
                 session.screen.error(error, name_words(name))
                 failed.append({**name_body(name), "error": error.message})
@@ -101,8 +110,24 @@ def _copied(
     return copied, failed
 
 
+def _copied_drills(
+    session: Session, source: Session, guest: str | None, failed: list[dict[str, object]],
+) -> int:
+    """Copy the drills of what is copied by now; return how many. Damaged ones are added to *failed*."""
+    count = 0
+    for name, sid in missing_drills(source.storage, session.storage, guest):
+        try:
+            copy_drill(source.repository, session.repository, name, sid)
+            count += 1
+        except RepositoryDamaged as error:
+            session.screen.error(error, f"a drill of {name.guest}")
+            failed.append({"drill": name.key, "error": error.message})
+    return count
+
+
 def _shown(session: Session, original: SnapshotName, done: Copied) -> dict[str, object]:
-    session.screen.result(f"{name_words(original)}: copied as {short_id(done.name.sid)}; "
-                          f"{size_text(done.read_bytes)} read, {size_text(done.stored_bytes)} stored")
+    how = f"{size_text(done.stored_bytes)} moved as stored" if done.moved else (
+        f"{size_text(done.read_bytes)} read, {size_text(done.stored_bytes)} stored")
+    session.screen.result(f"{name_words(original)}: copied as {short_id(done.name.sid)}; {how}")
     return {**name_body(done.name), "origin": original.sid, "read_bytes": done.read_bytes,
-            "stored_bytes": done.stored_bytes}
+            "stored_bytes": done.stored_bytes, "moved": done.moved}

@@ -12,26 +12,40 @@ from stillframe.clock import utc_text
 from stillframe.config import RepositorySettings, storage_of
 from stillframe.errors import EXIT_OK, RepositoryExists, RepositoryRefused
 from stillframe.repository.keyslots import KeySlot, SlotKind, new_recovery_key, recovery_secret, wrap
-from stillframe.repository.opened import Secret, init_repository, key_slots, read_parameters
+from stillframe.repository.opened import (
+    Repository,
+    Secret,
+    init_repository,
+    init_with_keys_of,
+    key_slots,
+    read_parameters,
+)
 from stillframe.storage.address import folder_of
 from stillframe.storage.local import UNFINISHED
+from stillframe.storage.model import Storage
+from stillframe.storage.own import create_own
 
 _MAY_BE_THERE = (UNFINISHED, "lost+found")
 
 
 def init(session: Session, new_key_file: Path | None, label: str) -> int:
     """Make a repository that one secret opens; return the exit code."""
-    address = session.address
-    _refuse_full(folder_of(address))
+    _refuse_full(folder_of(session.address))
     secret = _new_secret(session, new_key_file)
-    storage = storage_of(session.repository_settings, address, session.access, session.clock, make=True)
-    made = init_repository(storage, secret, label, session.clock)
-    slots = [_slot_body(slot) for slot in key_slots(storage)]
-    session.screen.result(f"made the repository {made.address} ({made.parameters.id[:12]})")
-    session.screen.result(
-        f"{_WAYS[secret.kind]} opens it. Without it nothing in there can ever be read again.")
+    made = init_repository(_new_storage(session), secret, label, session.clock)
+    _tell_made(session, made, f"{_WAYS[secret.kind]} opens it. Without it nothing in there can ever be read "
+                              f"again.")
     session.screen.say(f"make a recovery key, for paper: stillframe key export --repo {made.address}")
-    session.screen.json({"repository": made.address, "id": made.parameters.id, "key_slots": slots})
+    return EXIT_OK
+
+
+def init_like(session: Session, first: Session) -> int:
+    """Make a repository that all opens that opens *first*'s; return the exit code."""
+    _refuse_full(folder_of(session.address))
+    other = first.repository
+    made = init_with_keys_of(other, _new_storage(session), session.clock)
+    _tell_made(session, made, f"Whatever opens {other.address} now opens it. Copies between the two move as "
+                              f"they are stored.")
     return EXIT_OK
 
 
@@ -46,7 +60,7 @@ def add(session: Session, label: str, passphrase_file: Path | None, new_key_file
     else:
         secret = read_secret(RepositorySettings(), session.screen, new=True)
     slot = wrap(repository.key, secret.value, secret.kind, label, utc_text(session.clock.now()))
-    repository.storage.create(slot.key, slot.encode())
+    create_own(repository.storage, slot.key, slot.encode())
     session.screen.result(f"added the key slot {slot.id} ({slot.kind.value})")
     if new_key_file is not None:
         session.screen.result(f"{new_key_file} opens {repository.address} now; keep a copy of it elsewhere")
@@ -92,7 +106,7 @@ def export(session: Session, label: str) -> int:
     key = new_recovery_key()
     slot = wrap(
         repository.key, recovery_secret(key), SlotKind.RECOVERY, label, utc_text(session.clock.now()))
-    repository.storage.create(slot.key, slot.encode())
+    create_own(repository.storage, slot.key, slot.encode())
     say = session.screen.result
     say(f"recovery key of {repository.address} (slot {slot.id}), shown this once and stored nowhere:")
     say("")
@@ -109,6 +123,18 @@ _WAYS = {
     SlotKind.PASSPHRASE: "The passphrase", SlotKind.KEY_FILE: "The key file",
     SlotKind.RECOVERY: "The recovery key",
 }
+
+
+def _new_storage(session: Session) -> Storage:
+    return storage_of(
+        session.repository_settings, session.address, session.access, session.clock, make=True)
+
+
+def _tell_made(session: Session, made: Repository, what_opens_it: str) -> None:
+    slots = [_slot_body(slot) for slot in key_slots(made.storage)]
+    session.screen.result(f"made the repository {made.address} ({made.parameters.id[:12]})")
+    session.screen.result(what_opens_it)
+    session.screen.json({"repository": made.address, "id": made.parameters.id, "key_slots": slots})
 
 
 def _new_secret(session: Session, new_key_file: Path | None) -> Secret:

@@ -52,6 +52,9 @@ def init(
     ] = None,
     new_key_file: NewKeyFile = None,
     label: Label = "first",
+    same_keys_as: Annotated[
+        str | None, typer.Option(help="let all that opens this repository open it: copies move as stored"),
+    ] = None,
 ) -> None:
     """Make a repository. What opens it is asked for, or named by an option."""
     from stillframe.cli import keys as keys_command
@@ -60,8 +63,14 @@ def init(
         raise typer.BadParameter("name the repository once: as REPO or with --repo")
     if new_key_file is not None and repository.secrets:
         raise typer.BadParameter("choose one: --new-key-file, or a secret that is there already")
+    if new_key_file is not None and same_keys_as is not None:
+        raise typer.BadParameter("choose one: --new-key-file, or the keys of another repository")
     chosen = RepositorySettings(address).over(repository)
-    run_command(common, lambda session: keys_command.init(session, new_key_file, label), chosen)
+    if same_keys_as is None:
+        run_command(common, lambda session: keys_command.init(session, new_key_file, label), chosen)
+        return
+    first = RepositorySettings(same_keys_as).over(chosen)
+    run_command(common, lambda session: keys_command.init_like(session, session.beside(first)), chosen)
 
 
 @taking(plain_options, repository_options)

@@ -31,7 +31,7 @@ from stillframe.repository.collection import (
     Looked,
     PackFate,
 )
-from stillframe.repository.compact import Compactor, Copies
+from stillframe.repository.compact import Copies, SlotCopier
 from stillframe.repository.decide import (
     Decision,
     decide,
@@ -45,7 +45,7 @@ from stillframe.repository.generation import (
     latest_generation,
     latest_number,
 )
-from stillframe.repository.heal import clear_bad, read_bad
+from stillframe.repository.heal import clear_bad, read_bad, record_bad
 from stillframe.repository.layout import (
     HEALED,
     PackKind,
@@ -69,7 +69,8 @@ from stillframe.repository.session import (
 from stillframe.repository.snapshots import newest_of_each
 from stillframe.storage.model import Storage
 
-_BATCH = 100
+#: Deleted with one request, by servers that can.
+_BATCH = 1000
 _ROUNDS = 3
 
 #: Shown the plan; returns whether to carry it out.
@@ -223,10 +224,11 @@ class _Collector:
 
     def _copies(self, looked: Looked, plan: CollectionPlan, session: Session) -> Copies | None:
         """Return what was copied; None if a pack is gone, which only a later generation can have done."""
-        compactor = Compactor(self._repository, self._clock, session.sid)
+        copier = SlotCopier(self._storage, self._storage, session.sid, self._repository.parameters.pack_bytes,
+                            self._record_bad)
         sources = [(each.pack, each.size_bytes) for each in plan.compacted]
         try:
-            copies = compactor.copy(sources, looked.needed, looked.generation)
+            copies = copier.copy(sources, looked.needed, looked.generation)
         except ObjectMissing:
             return None
         for birth, targets in copies.moved.items():
@@ -234,6 +236,9 @@ class _Collector:
         self.done = replace(self.done, copied_bytes=self.done.copied_bytes + copies.copied_bytes,
                             damaged=(*self.done.damaged, *copies.damaged))
         return copies
+
+    def _record_bad(self, pack: PackName, slots: int | None, why: str) -> None:
+        record_bad(self._storage, pack, slots, why, self._clock.now())
 
     def _delete_packs(self, decision: Decision, looked: Looked) -> None:
         for begin in range(0, len(decision.deletable), _BATCH):

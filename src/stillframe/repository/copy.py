@@ -1,9 +1,13 @@
 """Copying snapshots into another repository: a second site, another key, another kind of storage.
 
-A copy is a snapshot like any other there: opened with the one key, sealed with the other. Of a guest's first
-all is read; of the next ones only what differs from the one before, as the trees of the two say, if the
-target holds a copy of that one; what the target has by its ID moves no byte. A copy keeps host, guest and
-moment, and by them it is known to be there already. So copying goes on where it ended, a snapshot at a time.
+A copy is a snapshot like any other there. With another key, or other sizes, it is opened with the one key and
+sealed with the other: of a guest's first all is read; of the next ones only what differs from the one before,
+as the trees of the two say, if the target holds a copy of that one; what the target has by its ID moves no
+byte. With the same key and sizes its slots move as they are stored (move.py); where that can't be, because
+something is damaged that may be healed, it is opened all the same. A copy keeps host, guest and moment, and
+by them it is known to be there already. So copying goes on where it ended, a snapshot at a time.
+
+Drills come along (`missing_drills`): what booted there has the same bytes here.
 
 The anchor (what a guest's next backup counts from) is not copied: it belongs to backups into the first
 repository.
@@ -19,13 +23,16 @@ import msgspec
 
 from stillframe.block.reader import Connection
 from stillframe.clock import Clock, utc_text
-from stillframe.errors import RepositoryDamaged, StillframeError
+from stillframe.errors import ObjectMissing, RepositoryDamaged, SnapshotUnknown, StillframeError
 from stillframe.extent import Extent
+from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.difference import changed_extents
+from stillframe.repository.drills import DrillName, list_drills, read_drill, record_drill
 from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, DiskEntry, FileEntry, Manifest, Root, encode_manifest
+from stillframe.repository.move import Mover
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView, read_whole
@@ -33,6 +40,7 @@ from stillframe.repository.session import Session, open_session
 from stillframe.repository.snapshots import read_snapshot, snapshots_of
 from stillframe.repository.tree import Tree
 from stillframe.repository.writer import Progress, Since, SnapshotWriter
+from stillframe.storage.model import Storage
 
 #: Told of the disk and of how far it is.
 Report = Callable[[str, Progress], None]
@@ -41,11 +49,15 @@ Stop = Callable[[], StillframeError | None]
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A snapshot that was copied. *read_bytes* of the disks were read, *stored_bytes* stored anew."""
+    """A snapshot that was copied. *read_bytes* of the disks were read, *stored_bytes* stored anew.
+
+    *moved*: as it was stored, and nothing was opened; then what was read is what was stored.
+    """
 
     name: SnapshotName
     read_bytes: int
     stored_bytes: int
+    moved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +92,15 @@ class Copier:
     ) -> Copied:
         """Copy one snapshot that the target has not.
 
-        Raises SlotDamaged where data is lost in the source, StorageError, and what *stop* returns; then
-        nothing new is listed.
+        Raises SlotDamaged where data is lost in the source, SnapshotUnknown if it is forgotten, StorageError,
+        and what *stop* returns; then nothing new is listed.
         """
+        if self._target.stores_like(self._source):
+            with contextlib.suppress(RepositoryDamaged, ObjectMissing):  # opened, it may be healed
+                return self._copy(name, stop, report, moves=True)
+        return self._copy(name, stop, report, moves=False)
+
+    def _copy(self, name: SnapshotName, stop: Stop, report: Report, *, moves: bool) -> Copied:
         with contextlib.ExitStack() as sessions:
             with contextlib.suppress(StillframeError):  # who may only read can't keep a prune waiting
                 sessions.enter_context(open_session(
@@ -92,7 +110,7 @@ class Copier:
                 self._target.storage, self._target.key, self._clock, self._host,
                 lambda sid: SnapshotName(name.host, name.guest, name.utc, sid).key))
             one = _One(self._source, self._target, session, self._clock, stop, report)
-            return one.copy(name, manifest, self._hints)
+            return one.move(name, manifest) if moves else one.seal(name, manifest, self._hints)
 
 
 class _One:
@@ -109,9 +127,21 @@ class _One:
         self._stop = stop
         self._report = report
         self._places = Places(source)
+        self._began_at = utc_text(clock.now())
 
-    def copy(self, name: SnapshotName, manifest: Manifest, hints: ChunkHints) -> Copied:
-        began_at = utc_text(self._clock.now())
+    def move(self, name: SnapshotName, manifest: Manifest) -> Copied:
+        """Copy it as it is stored."""
+        before = self._before(name)
+        mover = Mover(
+            self._places, self._target, self._session, self._clock, self._stop,
+            lambda done, of: self._report("packs", Progress(done, of, read_bytes=done, stored_bytes=done)))
+        moved_bytes = mover.bring(
+            name, manifest, (before.original, before.copy) if before is not None else None)
+        copied = msgspec.structs.replace(manifest, stored_bytes=moved_bytes)
+        return Copied(self._commit(name, copied, before), moved_bytes, moved_bytes, moved=True)
+
+    def seal(self, name: SnapshotName, manifest: Manifest, hints: ChunkHints) -> Copied:
+        """Open it, and seal it anew."""
         before = self._before(name)
         with SnapshotWriter(
             self._target, self._session, Places(self._target, self._session.generation),
@@ -121,14 +151,18 @@ class _One:
             files = tuple(self._file(writer, file) for file in manifest.files)
             stored_bytes = writer.finish(self._stop)
             write_heals(self._target, self._session.sid, writer.healed)
-        copied = msgspec.structs.replace(
-            manifest, sid=self._session.sid, origin=manifest.origin or manifest.sid,
-            parent="" if before is None else before.copy.sid, began_at=began_at,
-            ended_at=utc_text(self._clock.now()), disks=disks, files=files, stored_bytes=stored_bytes,
-            anchor=None, generation=self._session.generation.number)
-        self._session.commit(encode_manifest(copied, self._session.record.manifest_key, self._target.key))
-        return Copied(SnapshotName(name.host, name.guest, name.utc, copied.sid),
-                      sum(disk.read_bytes for disk in disks), stored_bytes)
+        copied = msgspec.structs.replace(manifest, disks=disks, files=files, stored_bytes=stored_bytes)
+        read_bytes = sum(disk.read_bytes for disk in disks)
+        return Copied(self._commit(name, copied, before), read_bytes, stored_bytes, moved=False)
+
+    def _commit(self, name: SnapshotName, copied: Manifest, before: _Before | None) -> SnapshotName:
+        session = self._session
+        made = msgspec.structs.replace(
+            copied, sid=session.sid, origin=copied.origin or copied.sid,
+            parent="" if before is None else before.copy.sid, began_at=self._began_at,
+            ended_at=utc_text(self._clock.now()), anchor=None, generation=session.generation.number)
+        session.commit(encode_manifest(made, session.record.manifest_key, self._target.key))
+        return SnapshotName(name.host, name.guest, name.utc, session.sid)
 
     def _before(self, name: SnapshotName) -> _Before | None:
         """Return the newest copy in the target, no newer than *name*, whose original is still in the source.
@@ -141,7 +175,7 @@ class _One:
             original = originals.get(_moment(each))
             if original is None:
                 continue
-            with contextlib.suppress(RepositoryDamaged):
+            with contextlib.suppress(RepositoryDamaged, SnapshotUnknown):  # damaged, or forgotten just now
                 copy, first = read_snapshot(self._target, each), read_snapshot(self._source, original)
                 if copy.origin == (first.origin or first.sid):
                     return _Before(first, copy)
@@ -166,6 +200,25 @@ class _One:
 
     def _tree(self, content: Content) -> Tree:
         return Tree(self._places, content.size_bytes, content.place)
+
+
+def missing_drills(source: Storage, target: Storage, guest: str | None) -> list[tuple[DrillName, str]]:
+    """Return the drills of snapshots that *target* has copies of and that it lacks, and the SID of each copy.
+
+    No key is needed. Raises StorageError.
+    """
+    originals = {name.sid: _moment(name) for name in list_snapshots(source)}
+    copies = {_moment(name): name.sid for name in list_snapshots(target)}
+    there = {(each.sid, each.utc) for each in list_drills(target)}
+    found = [(each, copies.get(originals.get(each.sid, ("", "", "")), ""))
+             for each in list_drills(source) if guest in (None, each.guest)]
+    return [(each, sid) for each, sid in found if sid and (sid, each.utc) not in there]
+
+
+def copy_drill(source: Repository, target: Repository, name: DrillName, sid: str) -> None:
+    """Let *target* have a drill, as one of the snapshot *sid*. Raises RepositoryDamaged, StorageError."""
+    drill = read_drill(source.storage, name, source.key)
+    record_drill(target, name.utc, msgspec.structs.replace(drill, sid=sid))
 
 
 class _Reader:

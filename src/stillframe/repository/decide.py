@@ -10,12 +10,9 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from stillframe.repository.collection import Compaction, Limits, Looked, Waiting
-from stillframe.repository.generation import Generation
+from stillframe.repository.generation import Copied, Generation
 from stillframe.repository.layout import PackName
 from stillframe.repository.pack import END_BYTES, HEAD_BYTES
-
-#: Where each slot was copied to: by birth, the new packs with a bitset of its slots in each.
-Copied = Mapping[PackName, Mapping[PackName, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +36,7 @@ class Decision:
 def decide(looked: Looked, copied: Copied | None = None) -> Decision:
     """Return what the collector that saw *looked* decides, having *copied* slots to packs of its own."""
     latest, number = looked.generation, looked.generation.number + 1
-    moved = {birth: list(homes) for birth, homes in latest.moved.items()}
-    for birth, targets in (copied or {}).items():
-        moved[birth] = [*targets.items(), *moved.get(birth, ())]
+    moved = latest.moved_with(copied or {})
     homes = homes_of(Generation(number, moved=moved), looked.needed)
     there = looked.packs.keys() | {target for targets in (copied or {}).values() for target in targets}
     busy = {bytes.fromhex(session.sid) for session in looked.sessions}

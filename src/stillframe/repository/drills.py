@@ -24,6 +24,7 @@ from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import DRILLS, FORMAT_VERSION, SnapshotName, check_version, safe
 from stillframe.repository.opened import Repository
 from stillframe.storage.model import Storage
+from stillframe.storage.own import create_own
 
 _UTC = "%Y%m%dT%H%M%S.%f"
 _KEY = re.compile(rf"{DRILLS}([^/]+)/([^/]+)/(\d{{8}}T\d{{6}}\.\d{{6}})Z-([0-9a-f]{{32}})-(passed|failed)")
@@ -107,7 +108,7 @@ def record_drill(repository: Repository, moment: datetime, drill: Drill) -> Dril
     """Write a drill down. Raises StorageError."""
     name = DrillName(drill.host, drill.guest, moment, drill.sid, drill.passed)
     content = msgspec.json.encode(drill, order="sorted")
-    repository.storage.create(name.key, repository.key.seal_object(name.key, content))
+    create_own(repository.storage, name.key, repository.key.seal_object(name.key, content))
     return name
 
 

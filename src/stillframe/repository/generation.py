@@ -1,8 +1,9 @@
 """Generations: what the collectors agreed on. A sealed object, created once at each number.
 
 A generation says which packs are *condemned* (nothing referred to them; since which generation), and
-where slots were *moved* by compactions. A session names the generation that it read: it refers to
-nothing condemned in it, so a pack condemned in g can go once no session is older than g.
+where slots were *moved* by compactions, or by copies out of another repository. A session names the
+generation that it read: it refers to nothing condemned in it, so a pack condemned in g can go once no session
+is older than g.
 
     moved   {"p/<sid>/<n>": [["p/<sid>/<n>" of the pack they are in now, hex bitset of slots], ...]}
     marked  [sid of a snapshot, ...]
@@ -24,7 +25,13 @@ from functools import cached_property
 
 import msgspec
 
-from stillframe.errors import ObjectExists, ObjectMissing, ObjectTruncated, RepositoryDamaged
+from stillframe.errors import (
+    ObjectExists,
+    ObjectMissing,
+    ObjectTruncated,
+    RepositoryDamaged,
+    StorageLost,
+)
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import (
     FORMAT_VERSION,
@@ -36,8 +43,12 @@ from stillframe.repository.layout import (
     pack_name,
 )
 from stillframe.storage.model import Storage
+from stillframe.storage.own import create_own
 
 _TRIES = 8
+_ADOPT_TRIES = 100
+#: Where each slot was copied to: by birth, the new packs with a bitset of its slots in each.
+Copied = Mapping[PackName, Mapping[PackName, int]]
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +100,13 @@ class Generation:
         needed, or the snapshot's own session asked the same of this generation.
         """
         return not self.condemned or sid in self.marked or generation == self.number
+
+    def moved_with(self, copied: Copied) -> dict[PackName, list[tuple[PackName, int]]]:
+        """Return `moved` with what was *copied* since."""
+        moved = {birth: list(homes) for birth, homes in self.moved.items()}
+        for birth, targets in copied.items():
+            moved[birth] = [*targets.items(), *moved.get(birth, ())]
+        return moved
 
     @cached_property
     def targets(self) -> frozenset[PackName]:
@@ -148,10 +166,29 @@ def create_generation(storage: Storage, generation: Generation, domain_key: Doma
     """Create the generation; return False if another collector was first with its number."""
     key = generation_key(generation.number)
     try:
-        storage.create(key, _encode(generation, key, domain_key))
+        create_own(storage, key, _encode(generation, key, domain_key))
     except ObjectExists:
         return False
     return True
+
+
+def adopt(storage: Storage, domain_key: DomainKey, copied: Copied, by: str, at: str) -> None:
+    """Make the latest generation say where slots are that were copied into new packs, and nothing else new.
+
+    What was copied may be referred to once this returns. Whoever decided by an older generation loses the
+    next number to this one, and decides again. *by* is the session of those packs. Raises StorageError.
+    """
+    packs = {pack for targets in copied.values() for pack in targets}
+    for _ in range(_ADOPT_TRIES):
+        latest = latest_generation(storage, domain_key)
+        # Looked at after creating, too: a number that was taken, superseded and removed can be created again.
+        if packs <= latest.targets:
+            return
+        create_generation(
+            storage, Generation(latest.number + 1, latest.condemned, latest.moved_with(copied), by, at,
+                                latest.marked), domain_key)
+    raise StorageLost(f"The storage {storage.address} is changed by prunes faster than this run can follow.",
+                      "run the same command again when they are done")
 
 
 def _encode(generation: Generation, key: str, domain_key: DomainKey) -> bytes:

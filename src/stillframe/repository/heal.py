@@ -36,6 +36,7 @@ from stillframe.repository.nodes import ChunkRef
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRef
 from stillframe.storage.model import Storage
+from stillframe.storage.own import create_own
 
 #: No pack has as many slots; it bounds the bitsets that a damaged or forged object can ask for.
 SLOTS_LIMIT = 1 << 22
@@ -167,7 +168,8 @@ def write_heals(repository: Repository, sid: str, heals: Mapping[bytes, ChunkRef
         for chunk_id, ref in list(heals.items())[:HEALS_LIMIT]
     ]
     key = f"{HEALED}{sid}"
-    repository.storage.create(key, repository.key.seal_object(key, msgspec.json.encode(_Heals(heals=kept))))
+    content = repository.key.seal_object(key, msgspec.json.encode(_Heals(heals=kept)))
+    create_own(repository.storage, key, content)
 
 
 def _read_slots(storage: Storage, key: str) -> int | None:

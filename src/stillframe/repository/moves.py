@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer
-from stillframe.repository.decide import Copied, with_known_homes
-from stillframe.repository.generation import Generation, decode_generation, generation_numbers
+from stillframe.repository.decide import with_known_homes
+from stillframe.repository.generation import Copied, Generation, decode_generation, generation_numbers
 from stillframe.repository.layout import PackName, generation_key
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRow, footer_of, read_footer

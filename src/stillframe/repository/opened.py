@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import (
     KeyNeeded,
@@ -34,11 +36,13 @@ from stillframe.repository.layout import (
     pack_name,
     packs_prefix,
 )
+from stillframe.repository.manifest import is_tombstone
 from stillframe.repository.pack import footer_of, stored_digest
 from stillframe.repository.slots import SlotCodec
 from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.cache import Cached
-from stillframe.storage.model import Storage
+from stillframe.storage.model import Content, Storage
+from stillframe.storage.own import create_own
 from stillframe.storage.probe import probe_create_if_absent
 from stillframe.storage.wrappers import Retried
 
@@ -72,14 +76,24 @@ class Repository:
         """Where it is, for people."""
         return self.storage.address
 
+    def stores_like(self, other: Repository) -> bool:
+        """Return whether what is stored in *other* could be stored here as it is: same key, same sizes."""
+        mine, theirs = (msgspec.structs.replace(each.parameters, id="", created_at="", digest="")
+                        for each in (self, other))
+        return self.key.secret == other.key.secret and mine == theirs
+
 
 def retried(storage: Storage, clock: Clock, **options: Any) -> Retried:
     """Return *storage* with what failed tried again, but for a commit: that is sent once.
 
-    The commit's outcome is settled by `Session.commit`, which a second request would spoil. *options*
-    are those of Retried.
+    The commit's outcome is settled by `Session.commit`, which a second request would spoil. A tombstone is no
+    commit: it refers to nothing, so one that takes effect late does no harm. *options* are those of Retried.
     """
-    return Retried(storage, clock, sent_once=lambda key: key.startswith(MANIFESTS), **options)
+    return Retried(storage, clock, sent_once=_is_commit, **options)
+
+
+def _is_commit(key: str, content: Content) -> bool:
+    return key.startswith(MANIFESTS) and not is_tombstone(memoryview(content).nbytes)
 
 
 #: Created once and never changed, and needed again by the next backup of this host.
@@ -120,20 +134,39 @@ def init_repository(
     *parameters* sets other sizes than the usual ones. Raises RepositoryExists, RepositoryUnsafe,
     StorageError.
     """
+    key = DomainKey.new()
+    now = utc_text(clock.now())
+    slot = wrap(key, secret.value, secret.kind, label, now, costs)
+    made = Parameters(id=_new_id(), created_at=now) if parameters is None else parameters
+    return _made(storage, key, [slot], made)
+
+
+def init_with_keys_of(first: Repository, storage: Storage, clock: Clock) -> Repository:
+    """Make a repository with key, key slots and sizes of *first*: what is stored there has the same bytes.
+
+    So copies between the two need not be opened and sealed anew. Session IDs are random, so nothing is sealed
+    twice with one key and nonce. Raises RepositoryExists, RepositoryUnsafe, RepositoryDamaged, StorageError.
+    """
+    parameters = msgspec.structs.replace(first.parameters, id=_new_id(), created_at=utc_text(clock.now()))
+    return _made(storage, first.key, list(key_slots(first.storage)), parameters)
+
+
+def _new_id() -> str:
+    return secrets.token_hex(SID_BYTES)
+
+
+def _made(storage: Storage, key: DomainKey, slots: list[KeySlot], made: Parameters) -> Repository:
     for listed in storage.list(""):
         raise RepositoryExists(
             f"{storage.address} is not empty: it has {listed.key}.",
             f"choose an empty place, or: stillframe list --repo {storage.address}",
         )
     probe_create_if_absent(storage)
-    key = DomainKey.new()
-    now = utc_text(clock.now())
-    slot = wrap(key, secret.value, secret.kind, label, now, costs)
-    # The key comes first: a repository that is there can always be opened.
-    storage.create(slot.key, slot.encode())
-    made = Parameters(id=secrets.token_hex(SID_BYTES), created_at=now) if parameters is None else parameters
+    # The keys come first: a repository that is there can always be opened.
+    for slot in slots:
+        create_own(storage, slot.key, slot.encode())
     try:
-        storage.create(REPOSITORY_KEY, made.encode())
+        create_own(storage, REPOSITORY_KEY, made.encode())
     except ObjectExists as error:
         raise RepositoryExists(f"Somebody else made a repository at {storage.address} just now.",
                                f"stillframe list --repo {storage.address}") from error

@@ -27,6 +27,7 @@ from stillframe.repository.pack import (
     head_of_pack,
     stored_digest,
 )
+from stillframe.storage.own import create_own
 
 #: Packs on their way to the storage, besides the one that grows: memory for three in all.
 UPLOADS = 2
@@ -131,7 +132,7 @@ class Uploads:
 
     def _upload(self, pack: GrowingPack) -> None:
         with memoryview(pack.buffer) as whole, whole[: pack.size_bytes] as content:
-            self._storage.create(pack.name.key, content)
+            create_own(self._storage, pack.name.key, content)
 
 
 class PackSeries:

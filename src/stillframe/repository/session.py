@@ -26,13 +26,21 @@ from datetime import timedelta
 import msgspec
 
 from stillframe.clock import Clock, utc_text
-from stillframe.errors import ObjectExists, ObjectMissing, RepositoryDamaged, SessionFenced, StorageError
+from stillframe.errors import (
+    ObjectExists,
+    ObjectMissing,
+    RepositoryDamaged,
+    SessionFenced,
+    StorageError,
+    StorageLost,
+)
 from stillframe.process import is_alive, process_space, start_mark
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.generation import Generation, latest_generation, latest_number
 from stillframe.repository.layout import FORMAT_VERSION, SESSIONS, check_version, new_sid, session_key
 from stillframe.repository.manifest import tombstone
 from stillframe.storage.model import Storage
+from stillframe.storage.own import create_own, holds
 
 _BEAT_S = 60.0
 
@@ -79,7 +87,7 @@ class Session:
         self.in_doubt = True
         try:
             # Sent once (see opened.retried): a first request could take effect long after a second one.
-            self.storage.create(self.record.manifest_key, manifest)
+            create_own(self.storage, self.record.manifest_key, manifest)
         except ObjectExists as error:
             self.in_doubt = False
             raise _fenced() from error
@@ -94,17 +102,27 @@ class Session:
         deleted. So the place is taken by a tombstone, unless the manifest was faster. If not even that can
         be done, the session stays, and whoever takes it for dead closes the place.
         """
+        try:
+            is_there = self._takes_its_place(manifest)
+        except SessionFenced:
+            self.in_doubt = False
+            raise
+        except StorageError as unsettled:
+            raise _in_doubt(unsettled) from error
+        self.in_doubt = False
+        if not is_there:
+            raise error
+
+    def _takes_its_place(self, manifest: bytes) -> bool:
+        """Close the place of the manifest; return whether the manifest is there. Raises SessionFenced."""
         key = self.record.manifest_key
         try:
             self.storage.create(key, tombstone(self.sid))
-        except ObjectExists:
-            ours = self.storage.get(key) == manifest
-            self.in_doubt = False
-            if not ours:
+        except ObjectExists as error:
+            if not holds(self.storage, key, manifest):
                 raise _fenced() from error
-            return
-        self.in_doubt = False
-        raise error
+            return True
+        return False
 
 
 @contextlib.contextmanager
@@ -147,7 +165,7 @@ def _register(
         record = SessionRecord(
             sid=sid, generation=generation.number, host=host, manifest_key=manifest_key(sid), pid=os.getpid(),
             mark=start_mark(os.getpid()), space=process_space(), began_at=utc_text(clock.now()))
-        storage.create(session_key(sid), record.encode(domain_key))
+        create_own(storage, session_key(sid), record.encode(domain_key))
         if latest_number(storage) == generation.number:
             return record, generation
         _end(storage, sid)
@@ -215,6 +233,13 @@ def _fenced() -> SessionFenced:
         "no snapshot was made.",
         "run the same command again; prune with a longer --fence-after",
     )
+
+
+def _in_doubt(error: StorageError) -> StorageLost:
+    return StorageLost(
+        f"Whether the snapshot was made is not known: the storage failed in the commit, and when it was "
+        f"asked what came of it. {error.message}",
+        "stillframe list --repo REPO   # if it is listed it is whole; if not, run again")
 
 
 class _Version(msgspec.Struct):

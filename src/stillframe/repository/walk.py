@@ -19,7 +19,8 @@ from stillframe.repository.places import Places
 from stillframe.units import KIB, MIB
 
 _WAITING_MOST = 1 << 18
-_GAP_BYTES = 32 * KIB
+#: Nodes of one level lie this far apart in a pack; reading what is between costs less than a request.
+_GAP_BYTES = 256 * KIB
 _READ_BYTES = 4 * MIB
 _OFFSET_BITS = 32
 
@@ -40,10 +41,19 @@ OnDamage = Callable[[SlotDamaged, At], None]
 OnNode = Callable[[SlotRef, At], None]
 
 
-class TreeWalk:
-    """Visits nodes of trees; a slot is visited once in the life of the walk, damaged ones aside."""
+#: Asked of each node that was not seen yet.
+Skip = Callable[[SlotRef, At], bool]
 
-    def __init__(self, on_leaf: OnLeaf, on_damage: OnDamage, on_node: OnNode) -> None:
+
+class TreeWalk:
+    """Visits nodes of trees; a slot is visited once in the life of the walk, damaged ones aside.
+
+    Nodes for which *skip* says so are left out, with all below them.
+    """
+
+    def __init__(self, on_leaf: OnLeaf, on_damage: OnDamage, on_node: OnNode,
+                 skip: Skip = lambda _place, _at: False) -> None:
+        self._skip = skip
         self._on_leaf = on_leaf
         self._on_damage = on_damage
         self._on_node = on_node
@@ -55,7 +65,7 @@ class TreeWalk:
         """Let `run` visit a node, and all below it."""
         known = self.seen.get(place.pack, 0)
         bit = 1 << place.slot
-        if not known & bit:
+        if not known & bit and not self._skip(place, At(level, index)):
             self.seen[place.pack] = known | bit
             self._on_node(place, At(level, index))
             self._waiting.setdefault(level, _Waiting()).add(place, index)

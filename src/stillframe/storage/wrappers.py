@@ -14,8 +14,9 @@ from datetime import datetime
 from typing import TypeVar
 
 from stillframe.clock import Clock
-from stillframe.errors import ObjectExists, ObjectMissing, ObjectTruncated, StorageLost
+from stillframe.errors import ObjectExists, StorageLost
 from stillframe.storage.model import Capabilities, Content, Listed, Stat, Storage
+from stillframe.storage.own import holds
 
 T = TypeVar("T")
 #: Told of each failure that is tried again: verb, key, what failed, the pause in seconds that follows.
@@ -74,13 +75,13 @@ class Retried(Wrapper):
     exactly the same bytes, it has succeeded. So where creating a key is a vote (manifest,
     tombstone, generation), the content of two writers must differ.
 
-    A create of a key for which *sent_once* says so is not tried again: a first request whose reply was
-    lost could else take effect long after the second one, when the object was deleted again.
+    A create for which *sent_once* says so, given key and content, is not tried again: a first request whose
+    reply was lost could else take effect long after the second one, when the object was deleted again.
     """
 
     def __init__(self, inner: Storage, clock: Clock, *, attempts: int = 6, first_pause_s: float = 0.5,
                  longest_pause_s: float = 30.0, on_retry: OnRetry | None = None,
-                 sent_once: Callable[[str], bool] = lambda _key: False) -> None:
+                 sent_once: Callable[[str, Content], bool] = lambda _key, _content: False) -> None:
         super().__init__(inner)
         self._clock = clock
         self._attempts = attempts
@@ -95,7 +96,7 @@ class Retried(Wrapper):
 
     def create(self, key: str, content: Content) -> None:
         """See Storage."""
-        if self._sent_once(key):
+        if self._sent_once(key, content):
             self._inner.create(key, content)
             return
         tried_before = False
@@ -106,7 +107,7 @@ class Retried(Wrapper):
             try:
                 self._inner.create(key, content)
             except ObjectExists:
-                if not (may_be_ours and self._holds(key, content)):
+                if not (may_be_ours and holds(self._inner, key, content)):
                     raise
 
         self._try("create", key, once)
@@ -149,13 +150,6 @@ class Retried(Wrapper):
         if self._on_retry is not None:
             self._on_retry(verb, key, error, pause_s)
         self._clock.pause(pause_s)
-
-    def _holds(self, key: str, content: Content) -> bool:
-        """Return whether the object has this content. One that is gone again is not taken for ours."""
-        try:
-            return self._inner.get(key) == content
-        except (ObjectMissing, ObjectTruncated):
-            return False
 
     def _list(self, prefix: str, listing: Iterator[Listed]) -> Iterator[Listed]:
         last = ""
