@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import libvirt
 import pytest
 
 from lab.booted import BootedGuest
@@ -18,10 +19,16 @@ from tests.fault.harness import Run
 from tests.integration.booting import Booting, end_servers
 
 _NAME = "b1"
+_VICTIMS = ("tool", "servers", "qemu", "libvirtd", "all")
 _BOOT = (BootState.PLANNED, BootState.MAKING, BootState.SERVING, BootState.DEFINING, BootState.STARTING,
          BootState.BOOTED)
 _BOOT_CELLS = [(state, phase) for state in _BOOT for phase in ("intent", "done")
                if (state, phase) not in ((BootState.PLANNED, "done"), (BootState.BOOTED, "done"))]
+#: The steps of a landing of two disks in another folder, for the first one: the copy is made, the guest is
+#: about to be stopped, QEMU was switched over, the guest went on; both disks have landed.
+_COPY_CELLS = [
+    (BootState.LANDING, "done", 4), (BootState.SWITCHING, "intent", 1), (BootState.SWITCHING, "done", 1),
+    (BootState.LANDING, "intent", 2), (BootState.LANDED, "intent", 1)]
 #: The steps of a landing with two disks: begun; a disk is pulled, and then seen to have landed; all have.
 _LAND_CELLS = [(BootState.LANDING, "intent", 1), (BootState.LANDING, "intent", 2),
                (BootState.LANDING, "done", 2), (BootState.LANDED, "intent", 1)]
@@ -134,17 +141,82 @@ def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
     booting.assert_landed(guest)
 
 
-@pytest.mark.parametrize("victim", ["tool", "servers", "qemu", "libvirtd", "all"])
+@pytest.mark.parametrize("victim", _VICTIMS)
 @pytest.mark.parametrize(("state", "phase", "number"), _LAND_CELLS)
 def test_something_is_killed_in_a_landing(
     booting: Booting, state: BootState, phase: str, number: int, victim: str,
 ) -> None:
     guest = booting.boot(_NAME)
-    for target in guest.targets():
-        guest.write(target, 6 * MIB + 512, 100 * 1024, 0x55)
-    guest.flush()
+    write_a_little(guest)
     run = BootRun(booting, state, phase, number, "land", _NAME)
     assert run.wait_reached(), run.output
+    kill(booting, run, victim)
+    assert_whole(booting, guest)
+    if booting.record(_NAME) is not None:
+        booting.repo.json("land", _NAME)
+    booting.assert_landed(guest)
+
+
+@pytest.mark.slow  # a quarter of a minute each; the next test has the cells that matter most
+@pytest.mark.parametrize("victim", _VICTIMS)
+@pytest.mark.parametrize(("state", "phase", "number"), _COPY_CELLS)
+def test_something_is_killed_in_a_landing_elsewhere(
+    booting: Booting, state: BootState, phase: str, number: int, victim: str,
+) -> None:
+    other = booting.pool / "other"
+    other.mkdir()
+    guest = booting.boot(_NAME)
+    write_a_little(guest)
+    run = BootRun(booting, state, phase, number, "land", _NAME, "--pool", str(other), "--format", "raw")
+    assert run.wait_reached(), run.output
+    kill(booting, run, victim)
+    assert_whole(booting, guest)
+    assert not is_stopped(guest)
+    write_a_little(guest, 0x66)
+    if booting.record(_NAME) is not None:
+        booting.repo.json("land", _NAME)
+    booting.assert_landed(guest, other, "raw")
+
+
+@pytest.mark.parametrize("victim", ["tool", "qemu", "libvirtd"])
+def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Booting, victim: str) -> None:
+    """QEMU is on the copy, nothing of that is written down, and the definition names the overlay."""
+    other = booting.pool / "other"
+    other.mkdir()
+    guest = booting.boot(_NAME)
+    write_a_little(guest)
+    run = BootRun(
+        booting, BootState.SWITCHING, "intent", 1, "land", _NAME, "--pool", str(other), "--format", "qcow2")
+    assert run.wait_reached(), run.output
+    run.kill()
+    guest.domain().suspend()
+    guest.domain().blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    assert guest.image("vda").parent == booting.pool
+    if victim == "qemu":
+        booting.daemons.kill_qemu(_NAME)
+        assert guest.image("vda").parent == booting.pool
+    if victim == "libvirtd":
+        booting.daemons.kill_libvirtd()
+        booting.daemons.start()
+    assert_whole(booting, guest)
+    assert not is_stopped(guest)
+    assert guest.image("vda").parent == (booting.pool if victim == "qemu" else other)
+    write_a_little(guest, 0x66)
+    booting.repo.json("land", _NAME)
+    booting.assert_landed(guest, other)
+
+
+def write_a_little(guest: BootedGuest, pattern: int = 0x55) -> None:
+    for target in guest.targets():
+        guest.write(target, 6 * MIB + 512, 100 * 1024, pattern)
+    guest.flush()
+
+
+def is_stopped(guest: BootedGuest) -> bool:
+    return bool(guest.domain().state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+
+
+def kill(booting: Booting, run: BootRun, victim: str) -> None:
     if victim in ("tool", "all"):
         run.kill()
     if victim in ("servers", "all"):
@@ -156,7 +228,3 @@ def test_something_is_killed_in_a_landing(
         booting.daemons.start()
     if victim not in ("tool", "all"):
         run.go_on()
-    assert_whole(booting, guest)
-    if booting.record(_NAME) is not None:
-        booting.repo.json("land", _NAME)
-    booting.assert_landed(guest)

@@ -26,7 +26,7 @@ from stillframe.cli.options import (
     taking,
 )
 from stillframe.cli.repository_app import DryRun, Snapshot
-from stillframe.cli.restore_app import check_name
+from stillframe.cli.restore_app import Format, check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.errors import EXIT_OK, EXIT_USAGE
@@ -183,11 +183,25 @@ def boot(
 
 @app.command()
 @taking(host_options, repository_options)
-def land(common: Common, repository: RepositorySettings, *, name: BootedName) -> None:
+def land(
+    common: Common, repository: RepositorySettings, *,
+    name: BootedName,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="folder, or libvirt's pool, that its images are to be in; "
+                                                "else they stay where boot put them")] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="--pool: what its images are to be (default qcow2)")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Bring a booted guest home while it runs: from then on it needs neither snapshot nor repository."""
     from stillframe.cli import boot as boot_command
+    from stillframe.restore.land_plan import LandWish
 
-    run_command(common, lambda session: boot_command.land(session, name), repository)
+    if format_ is not None and pool is None:
+        raise typer.BadParameter("--format goes with --pool")
+    wish = LandWish(pool or "", format_.value if format_ else "")
+    run_command(common, lambda session: boot_command.land(session, name, wish, dry_run=dry_run), repository)
 
 
 @app.command()
