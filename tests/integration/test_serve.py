@@ -444,3 +444,29 @@ def test_tls_by_a_shared_key(stock: Stock, tmp_path: Path) -> None:
         run("nbdinfo", f"{uri}?tls-psk-file={other}", code=1)
         run("nbdinfo", uri.replace("nbds:", "nbd:"), code=1)
     assert (tmp_path / "copied").read_bytes() == stock.disks["vda"]
+
+
+_WATCHED = """
+import os
+from stillframe.restore.export_plugin import *
+from stillframe.restore import export_plugin
+
+def get_ready():
+    getattr(export_plugin, "get_ready", lambda: None)()
+    with __builtins__.open(os.environ["WATCHED"], "w") as file:
+        file.write(str(len(os.listdir("/proc/self/task"))))
+"""
+
+
+def test_a_server_has_no_threads_while_nbdkit_opens_its_standard_files_anew(
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file that a thread opened meanwhile would take the place of 0 or 1, and nbdkit would not start."""
+    trace, plugin, seen = (tmp_path / name for name in ("trace", "plugin.py", "seen"))
+    trace.write_text("".join(f"{number}\n" for number in range(SIZE // MIB)))
+    plugin.write_text(_WATCHED)
+    monkeypatch.setenv("WATCHED", str(seen))
+    monkeypatch.setattr("stillframe.restore.export.PLUGIN", plugin)
+    with exported(stock.order(trace=str(trace)), CLOCK) as export:
+        same(export.uri, stock.image(tmp_path))
+    assert seen.read_text() == "1"
