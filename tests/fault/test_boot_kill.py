@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import libvirt
 import pytest
@@ -12,10 +13,11 @@ import pytest
 from lab.booted import BootedGuest
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
+from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
-from stillframe.errors import Interrupted
+from stillframe.errors import Interrupted, LandFailed
 from stillframe.restore.boot_record import BootState
-from tests.fault.harness import Run
+from tests.fault.harness import Run, small_file_system
 from tests.integration.booting import Booting, end_servers
 
 _NAME = "b1"
@@ -204,6 +206,31 @@ def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Boo
     write_a_little(guest, 0x66)
     booting.repo.json("land", _NAME)
     booting.assert_landed(guest, other)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_file_system_is_full_in_mid_landing(booting: Booting, *, elsewhere: bool) -> None:
+    with small_file_system(booting.pool / "small", 200 * MIB) as small:
+        if not elsewhere:
+            booting = replace(booting, pool=small)
+        guest = booting.boot(_NAME)
+        write_a_little(guest)
+        words = ["land", _NAME, *(["--pool", str(small)] if elsewhere else [])]
+        run = BootRun(booting, BootState.LANDING, "done", 4 if elsewhere else 1, *words)
+        assert run.wait_reached(), run.output
+        filler = small / "filler"
+        with filler.open("wb") as file:
+            file.write(bytes(free_bytes(str(small)) - MIB))
+        assert run.go_on() == LandFailed.exit_code, run.output
+        assert guest.running()
+        assert not is_stopped(guest)
+        filler.unlink()
+        assert [path.name for path in small.iterdir() if elsewhere] == []
+        assert_whole(booting, guest)
+        write_a_little(guest, 0x66)
+        booting.repo.json("land", _NAME)
+        booting.assert_landed(guest, small)
+        guest.domain().undefine()
 
 
 def write_a_little(guest: BootedGuest, pattern: int = 0x55) -> None:

@@ -248,6 +248,26 @@ def test_a_client_that_reads_meanwhile_only_waits(stock: Stock, copy: Path, tmp_
     assert (tmp_path / "copied").read_bytes() == stock.disks["vda"]
 
 
+def test_a_repository_that_hangs_without_an_error_is_one_until_it_is_back(
+    stock: Stock, copy: Path, tmp_path: Path,
+) -> None:
+    """As on a dead NFS server: whoever opens a pack waits, here for somebody who writes into a pipe."""
+    packs = [path for path in copy.glob("*/p/**/*") if path.is_file()]
+    with exported(stock.order(path=copy, patience_s=0.0), CLOCK) as export:
+        handle = connected(export.uri)
+        for path in packs:
+            path.rename(path.with_suffix(".kept"))
+            os.mkfifo(path)
+        with pytest.raises(nbd.Error):
+            handle.pread(CHUNK, 0)
+        assert "gave no answer within" in export.said()
+        for path in packs:
+            waker = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+            path.with_suffix(".kept").rename(path)
+            os.close(waker)  # whoever still waits finds an end, and nothing before it
+        assert handle.pread(CHUNK, 0) == stock.disks["vda"][:CHUNK]
+
+
 def test_a_repository_that_is_not_there_is_said(stock: Stock, tmp_path: Path) -> None:
     with pytest.raises(ExportFailed, match="nothing in"), exported(stock.order(path=tmp_path / "no"), CLOCK):
         pass
