@@ -238,6 +238,7 @@ def drill(
         bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
     screenshot: Annotated[
         Path | None, typer.Option("--screenshot", help="write the screen there, as PNG")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Boot a snapshot, apart from everything, and see that it works. What was found is written down."""
     from stillframe.cli import drill as drill_command
@@ -252,7 +253,7 @@ def drill(
         drill_check=tuple(check) if check else None, drill_expect=expect, drill_timeout=timeout)
     order = drill_command.Order(
         snapshot, options, str(script.absolute()) if script else "", check_timeout, network or "", nearest,
-        screenshot)
+        screenshot, dry_run)
     run_command(common, lambda session: drill_command.drill(session, order), repository)
 
 
