@@ -38,7 +38,7 @@ class BootState(enum.Enum):
     BOOTED = "booted"  # the guest is there, and reads from the snapshot what it did not write itself
     LANDING = "landing"  # what is in the snapshot only is being pulled into the overlays, or disks are copied
     SWITCHING = "switching"  # the guest stands still while a disk is switched over to its copy
-    LANDED = "landed"  # the overlays hold everything, durably: servers and record are of no use any more
+    LANDED = "landed"  # its images hold everything, durably: servers and record are of no use any more
     UNDOING = "undoing"  # what was made for a guest that never ran is being removed
     DISCARDING = "discarding"  # the guest is being thrown away, as asked
 
@@ -75,7 +75,7 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BootDisk(msgspec.Struct, frozen=True, kw_only=True):
-    """One disk: its overlay, which stays as the guest's image, and what is served below it.
+    """One disk: its overlay, which is the guest's image from then on, and what is served below it.
 
     *overlay_identity* is that of the empty overlay, known before the file gets its name. *copy* is where the
     disk lands, if not in its overlay. *policies* are the original's error policies, which the landed

@@ -51,11 +51,18 @@ def _look_at(store: BootStore, record: BootRecord, disk: BootDisk, view: DomainV
     defined = None if view.inactive is None else view.inactive.disks.get(disk.target)
     image, off = _image(disk), view.power is Power.OFF
     return DiskSight(
-        disk.target, image, _running(disk, view), stand_of(defined, disk), disk.target in jobs,
+        disk.target, image, _running(disk, view), stand_of(defined, disk),
+        disk.target in jobs or _is_copied(disk.target, view),
         find_server(store, record, disk) is not None,
         names=not (off and image is Image.WRITTEN and not disk.is_left_behind)
         or bool(image_info(overlay_of(disk)).backing),
         left=disk.is_left_behind and disk.overlay_is_ours())
+
+
+def _is_copied(target: str, view: DomainView) -> bool:
+    """Return whether QEMU has a job that copies the disk, be it one that a restarted libvirt does not know."""
+    jobs = () if view.qemu is None else view.qemu.jobs
+    return any(job.name.startswith(f"copy-{target}-") for job in jobs)
 
 
 def _running(disk: BootDisk, view: DomainView) -> Stand:

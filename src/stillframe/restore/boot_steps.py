@@ -183,6 +183,7 @@ class BootWay:
         with contextlib.suppress(HypervisorError):  # it may be over, or about to end
             domain.abort_block_job(target)
         deadline = Deadline(self.tools.clock, _JOB_END_S)
+        self.tools.clock.pause(_PAUSE_S)  # QEMU may know of one that libvirt does not, until that is over
         while domain.pull_of(target) is not None:
             if deadline.passed():
                 raise NeedsAttention(
