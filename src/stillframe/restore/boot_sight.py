@@ -60,7 +60,7 @@ def _look_at(store: BootStore, record: BootRecord, disk: BootDisk, view: DomainV
 
 
 def _is_copied(target: str, view: DomainView) -> bool:
-    """Return whether QEMU has a job that copies the disk, be it one that a restarted libvirt does not know."""
+    """Return whether QEMU has a job that copies the disk, be it one that libvirt has forgotten."""
     jobs = () if view.qemu is None else view.qemu.jobs
     return any(job.name.startswith(f"copy-{target}-") for job in jobs)
 
