@@ -14,13 +14,10 @@ from stillframe.repository.opened import Repository, read_parameters
 from stillframe.repository.slots import SlotCodec
 from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.address import open_storage
-from stillframe.storage.wrappers import TimeLimited
 from stillframe.units import MIB
 
 CACHE_BYTES = 256 * MIB
 PATIENCE_S = 15.0
-#: A storage that gives no answer at all for so long, or for the patience if that is longer, counts as lost.
-_SHORTEST_ANSWER_S = 5.0
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,8 +47,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Open the repository. Raises RepositoryUnknown, RepositoryNewer, StorageError."""
         storage = open_storage(self.address, self.access)
         parameters, key = read_parameters(storage), DomainKey(self.key)
-        limited = TimeLimited(storage, max(self.patience_s, _SHORTEST_ANSWER_S))
-        return Repository(limited, parameters, key, SlotCodec(key, parameters))
+        return Repository(storage, parameters, key, SlotCodec(key, parameters))
 
 
 def decode_order(told: bytes) -> Order:
