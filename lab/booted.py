@@ -80,4 +80,6 @@ class BootedGuest(WrittenDisks):
     def read_disk(self, target: str, to: Path | None = None) -> Path:
         """See WrittenDisks. What is below the image is found by the image's own header."""
         raw = to or self.folder / f"{self.name}-{target}.read.raw"
-        return to_raw(self.image(target), "qcow2", raw, shared=self.running())
+        driver = self.disk_xml(target, inactive=True).find("driver")
+        assert driver is not None
+        return to_raw(self.image(target), driver.get("type", ""), raw, shared=self.running())

@@ -25,6 +25,7 @@ class Kind(enum.Enum):
     RAW = "raw file"
     QCOW2 = "qcow2 file"
     BLOCK = "loop block device holding raw data"
+    QCOW2_BLOCK = "loop block device holding a qcow2 image"
     NBD = "raw file behind an NBD server on a unix socket"
     NBD_TCP = "raw file behind an NBD server on 127.0.0.1"
     CHAIN = "base, mid and top qcow2"
@@ -35,6 +36,8 @@ class Kind(enum.Enum):
 
 #: Those that need the lab's Ceph (lab/ceph.py).
 ON_RBD = (Kind.RBD, Kind.RBD_QCOW2)
+_ON_DEVICE = (Kind.BLOCK, Kind.QCOW2_BLOCK, Kind.LVM)
+_QCOW2 = (Kind.QCOW2, Kind.QCOW2_BLOCK, Kind.CHAIN, Kind.RBD_QCOW2)
 _ON_NETWORK = (Kind.NBD, Kind.NBD_TCP, *ON_RBD)
 
 
@@ -79,13 +82,14 @@ class Disk:
             self.model.path.touch()
             self.model.resize(spec.size_bytes)
         {Kind.RAW: self._make_raw, Kind.QCOW2: self._make_qcow2, Kind.CHAIN: self._make_chain,
-         Kind.BLOCK: self._make_block, Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd,
+         Kind.BLOCK: self._make_block, Kind.QCOW2_BLOCK: self._make_block,
+         Kind.NBD: self._make_nbd, Kind.NBD_TCP: self._make_nbd,
          Kind.LVM: self._make_volume, Kind.RBD: self._make_rbd, Kind.RBD_QCOW2: self._make_rbd}[spec.kind]()
 
     @property
     def image_format(self) -> str:
         """Return the format name as QEMU knows it."""
-        return "qcow2" if self.spec.kind in (Kind.QCOW2, Kind.CHAIN, Kind.RBD_QCOW2) else "raw"
+        return "qcow2" if self.spec.kind in _QCOW2 else "raw"
 
     @property
     def path(self) -> Path:
@@ -129,7 +133,7 @@ class Disk:
 
     def xml(self) -> str:
         """Return the libvirt element."""
-        kinds = {Kind.BLOCK: "block", Kind.LVM: "block", **dict.fromkeys(_ON_NETWORK, "network")}
+        kinds = {**dict.fromkeys(_ON_DEVICE, "block"), **dict.fromkeys(_ON_NETWORK, "network")}
         kind = kinds.get(self.spec.kind, "file")
         cache = "none" if kind != "network" and _direct_works(self.folder) else "writeback"
         return (f"<disk type='{kind}' device='disk'>"
@@ -174,7 +178,7 @@ class Disk:
 
     def _source_xml(self) -> str:
         match self.spec.kind:
-            case Kind.BLOCK | Kind.LVM:
+            case Kind.BLOCK | Kind.QCOW2_BLOCK | Kind.LVM:
                 return f"<source dev='{self.path}'/>"
             case Kind.NBD:
                 host = f"<host transport='unix' socket='{self.socket_path}'/>"
@@ -215,7 +219,11 @@ class Disk:
             self.model.write(pattern * KIB, bytes([pattern]) * (128 * KIB))
 
     def _make_block(self) -> None:
-        self._make_raw()
+        if self.spec.kind is Kind.QCOW2_BLOCK:
+            self._make_qcow2()
+            os.truncate(self.files[0], 2 * self.spec.size_bytes)  # a device does not grow
+        else:
+            self._make_raw()
         self._device = Path(run("losetup", "--find", "--show", self.files[0]).strip())
         self._loop_hold = os.open(self._device, os.O_RDONLY)
         # Detaching a device in use marks it to go with its last user: nothing is left if the lab dies.

@@ -112,6 +112,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End *process*, as `stop` does, and all that it has started, but for what left its process group."""
+    # Every program here is started with a session, and so a group, of its own.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    stop(process)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def is_alive(pid: int, started: str) -> bool:
     """Return whether process *pid* is the one that began at *started* (see start_mark)."""
     return bool(started) and start_mark(pid) == started

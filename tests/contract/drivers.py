@@ -20,7 +20,7 @@ from stillframe.storage.publish import rename_without_replacing
 from stillframe.storage.s3 import S3Storage
 from stillframe.storage.sftp import SftpServer
 from stillframe.storage.smb import SmbServer
-from stillframe.storage.wrappers import Counted, RateLimited, Retried
+from stillframe.storage.wrappers import Counted, RateLimited, Retried, TimeLimited
 
 
 class Servers:
@@ -85,6 +85,11 @@ def _limited(folder: Path, servers: Servers) -> Connect:
     return lambda: RateLimited(connect(), SystemClock(), write_bytes_per_s=1e12, read_bytes_per_s=1e12)
 
 
+def _timed(folder: Path, servers: Servers) -> Connect:
+    connect = _local(folder, servers)
+    return lambda: TimeLimited(connect(), 60.0)
+
+
 def _s3(_folder: Path, servers: Servers) -> Connect:
     access, prefix = servers.s3.access, servers.unused
     return lambda: S3Storage(BUCKET, prefix, access)
@@ -108,6 +113,7 @@ DRIVERS: dict[str, Make] = {
     "memory": _memory,
     "retried": _retried,
     "counted": _counted,
+    "timed": _timed,
     "limited": _limited,
     "s3": _s3,
     "sftp": _sftp,

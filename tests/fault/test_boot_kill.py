@@ -5,23 +5,32 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
+import libvirt
 import pytest
 
 from lab.booted import BootedGuest
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
+from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
-from stillframe.errors import Interrupted
+from stillframe.errors import Interrupted, LandFailed
 from stillframe.restore.boot_record import BootState
-from tests.fault.harness import Run
+from tests.fault.harness import Run, small_file_system
 from tests.integration.booting import Booting, end_servers
 
 _NAME = "b1"
+_VICTIMS = ("tool", "servers", "qemu", "libvirtd", "all")
 _BOOT = (BootState.PLANNED, BootState.MAKING, BootState.SERVING, BootState.DEFINING, BootState.STARTING,
          BootState.BOOTED)
 _BOOT_CELLS = [(state, phase) for state in _BOOT for phase in ("intent", "done")
                if (state, phase) not in ((BootState.PLANNED, "done"), (BootState.BOOTED, "done"))]
+#: The steps of a landing of two disks in another folder, for the first one: the copy is made, the guest is
+#: about to be stopped, QEMU was switched over, the guest went on; both disks have landed.
+_COPY_CELLS = [
+    (BootState.LANDING, "done", 4), (BootState.SWITCHING, "intent", 1), (BootState.SWITCHING, "done", 1),
+    (BootState.LANDING, "intent", 2), (BootState.LANDED, "intent", 1)]
 #: The steps of a landing with two disks: begun; a disk is pulled, and then seen to have landed; all have.
 _LAND_CELLS = [(BootState.LANDING, "intent", 1), (BootState.LANDING, "intent", 2),
                (BootState.LANDING, "done", 2), (BootState.LANDED, "intent", 1)]
@@ -139,11 +148,101 @@ def test_something_is_killed_in_a_landing(
     booting: Booting, state: BootState, phase: str, number: int, victim: str,
 ) -> None:
     guest = booting.boot(_NAME)
-    for target in guest.targets():
-        guest.write(target, 6 * MIB + 512, 100 * 1024, 0x55)
-    guest.flush()
+    write_a_little(guest)
     run = BootRun(booting, state, phase, number, "land", _NAME)
     assert run.wait_reached(), run.output
+    kill(booting, run, victim)
+    assert_whole(booting, guest)
+    if booting.record(_NAME) is not None:
+        booting.repo.json("land", _NAME)
+    booting.assert_landed(guest)
+
+
+@pytest.mark.slow  # a quarter of a minute each; the next test has the cells that matter most
+@pytest.mark.parametrize("victim", _VICTIMS)
+@pytest.mark.parametrize(("state", "phase", "number"), _COPY_CELLS)
+def test_something_is_killed_in_a_landing_elsewhere(
+    booting: Booting, state: BootState, phase: str, number: int, victim: str,
+) -> None:
+    other = booting.pool / "other"
+    other.mkdir()
+    guest = booting.boot(_NAME)
+    write_a_little(guest)
+    run = BootRun(booting, state, phase, number, "land", _NAME, "--pool", str(other), "--format", "raw")
+    assert run.wait_reached(), run.output
+    kill(booting, run, victim)
+    assert_whole(booting, guest)
+    assert not is_stopped(guest)
+    write_a_little(guest, 0x66)
+    if booting.record(_NAME) is not None:
+        booting.repo.json("land", _NAME)
+    booting.assert_landed(guest, other, "raw")
+
+
+@pytest.mark.parametrize("victim", ["tool", "qemu", "libvirtd"])
+def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Booting, victim: str) -> None:
+    """QEMU is on the copy, nothing of that is written down, and the definition names the overlay."""
+    other = booting.pool / "other"
+    other.mkdir()
+    guest = booting.boot(_NAME)
+    write_a_little(guest)
+    run = BootRun(
+        booting, BootState.SWITCHING, "intent", 1, "land", _NAME, "--pool", str(other), "--format", "qcow2")
+    assert run.wait_reached(), run.output
+    run.kill()
+    guest.domain().suspend()
+    guest.domain().blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    assert guest.image("vda").parent == booting.pool
+    if victim == "qemu":
+        booting.daemons.kill_qemu(_NAME)
+        assert guest.image("vda").parent == booting.pool
+    if victim == "libvirtd":
+        booting.daemons.kill_libvirtd()
+        booting.daemons.start()
+    assert_whole(booting, guest)
+    assert not is_stopped(guest)
+    assert guest.image("vda").parent == (booting.pool if victim == "qemu" else other)
+    write_a_little(guest, 0x66)
+    booting.repo.json("land", _NAME)
+    booting.assert_landed(guest, other)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_file_system_is_full_in_mid_landing(booting: Booting, *, elsewhere: bool) -> None:
+    with small_file_system(booting.pool / "small", 200 * MIB) as small:
+        if not elsewhere:
+            booting = replace(booting, pool=small)
+        guest = booting.boot(_NAME)
+        write_a_little(guest)
+        words = ["land", _NAME, *(["--pool", str(small)] if elsewhere else [])]
+        run = BootRun(booting, BootState.LANDING, "done", 4 if elsewhere else 1, *words)
+        assert run.wait_reached(), run.output
+        filler = small / "filler"
+        with filler.open("wb") as file:
+            file.write(bytes(free_bytes(str(small)) - MIB))
+        assert run.go_on() == LandFailed.exit_code, run.output
+        assert guest.running()
+        assert not is_stopped(guest)
+        filler.unlink()
+        assert [path.name for path in small.iterdir() if elsewhere] == []
+        assert_whole(booting, guest)
+        write_a_little(guest, 0x66)
+        booting.repo.json("land", _NAME)
+        booting.assert_landed(guest, small)
+        guest.domain().undefine()
+
+
+def write_a_little(guest: BootedGuest, pattern: int = 0x55) -> None:
+    for target in guest.targets():
+        guest.write(target, 6 * MIB + 512, 100 * 1024, pattern)
+    guest.flush()
+
+
+def is_stopped(guest: BootedGuest) -> bool:
+    return bool(guest.domain().state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+
+
+def kill(booting: Booting, run: BootRun, victim: str) -> None:
     if victim in ("tool", "all"):
         run.kill()
     if victim in ("servers", "all"):
@@ -155,7 +254,3 @@ def test_something_is_killed_in_a_landing(
         booting.daemons.start()
     if victim not in ("tool", "all"):
         run.go_on()
-    assert_whole(booting, guest)
-    if booting.record(_NAME) is not None:
-        booting.repo.json("land", _NAME)
-    booting.assert_landed(guest)

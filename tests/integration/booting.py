@@ -73,8 +73,13 @@ class Booting:
         assert not list(BOOT_SOCKETS.glob("*"))
         assert not servers()
 
-    def assert_landed(self, guest: BootedGuest) -> None:
-        """Check that a guest stands on its own image alone, in XML and header, and holds what it must."""
+    def assert_landed(
+        self, guest: BootedGuest, pool: Path | None = None, image_format: str = "qcow2",
+    ) -> None:
+        """Check that a guest stands on its own image alone, in XML and header, and holds what it must.
+
+        Its images are in *pool*, if not where they were, and nothing of it is left elsewhere.
+        """
         self.assert_no_servers()
         for target in guest.targets():
             for inactive in (False, True):
@@ -85,10 +90,18 @@ class Booting:
             guest.domain().destroy()
         for target in guest.targets():
             image = guest.image(target)
-            assert image == self.pool / f"{guest.name}-{target}.qcow2"
-            assert "backing-filename" not in json.loads(run("qemu-img", "info", "--output=json", image))
-            run("qemu-img", "check", image)
-            guest.model(target).assert_equal(to_raw(image, "qcow2", self.folder / f"{target}.raw"))
+            suffix = "qcow2" if image_format == "qcow2" else "img"
+            assert image == (pool or self.pool) / f"{guest.name}-{target}.{suffix}"
+            info = json.loads(run("qemu-img", "info", "--output=json", image))
+            assert "backing-filename" not in info
+            assert info["format"] == image_format
+            if image_format == "qcow2":
+                run("qemu-img", "check", image)
+            guest.model(target).assert_equal(to_raw(image, image_format, self.folder / f"{target}.raw"))
+        for folder in {self.pool, pool or self.pool}:
+            made = {path.name for path in folder.iterdir() if guest.name in path.name}
+            assert made == {guest.image(target).name for target in guest.targets()
+                            if guest.image(target).parent == folder}
 
 
 def start_uefi_guest(daemons: LibvirtDaemons, images_dir: Path) -> tuple[DiskGuest, Path]:

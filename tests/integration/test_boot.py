@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +64,9 @@ def test_a_booted_guest_reads_the_snapshot_and_keeps_what_it_writes(booting: Boo
     assert all(path.exists() for path in origin.values())
 
 
-def test_a_guest_lands_while_it_writes(booting: Booting) -> None:
-    guest = booting.boot("b1")
-    write_here_and_there(guest, 0x31)
+@contextlib.contextmanager
+def writing(guest: BootedGuest) -> Iterator[None]:
+    """Have the guest write all the while."""
     over = threading.Event()
 
     def write() -> None:
@@ -77,14 +79,41 @@ def test_a_guest_lands_while_it_writes(booting: Booting) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        said = booting.repo.json("land", "b1")
+        yield
     finally:
         over.set()
         writer.join()
+
+
+def test_a_guest_lands_while_it_writes(booting: Booting) -> None:
+    guest = booting.boot("b1")
+    write_here_and_there(guest, 0x31)
+    with writing(guest):
+        said = booting.repo.json("land", "b1")
     assert [disk["target"] for disk in said["disks"]] == ["vda", "vdb"]
     # It is a guest like any other now.
     booting.repo.json("backup", "b1", "--quiesce", "none", "--min-free", "32M", "--method", "overlay")
     booting.assert_landed(guest)
+    guest.domain().create()
+    guest.assert_disk_equals_model("vda")
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_a_guest_lands_in_another_folder_while_it_writes(booting: Booting, image_format: str) -> None:
+    other = booting.pool / "other"
+    other.mkdir()
+    guest = booting.boot("b1")
+    write_here_and_there(guest, 0x31)
+    words = ("land", "b1", "--pool", other, "--format", image_format)
+    planned = booting.repo.json(*words, "--dry-run")["disks"]
+    assert [(each["target"], each["copied"]) for each in planned] == [("vda", True), ("vdb", True)]
+    assert not list(other.iterdir())
+    with writing(guest):
+        said = booting.repo.json(*words)
+    assert [disk["image"] for disk in said["disks"]] == [each["image"] for each in planned]
+    # It is a guest like any other now.
+    booting.repo.json("backup", "b1", "--quiesce", "none", "--min-free", "32M", "--method", "overlay")
+    booting.assert_landed(guest, other, image_format)
     guest.domain().create()
     guest.assert_disk_equals_model("vda")
 

@@ -22,6 +22,7 @@ from lab.disks import DiskSpec
 from lab.enter import IMAGES_DIR
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
+from stillframe import process
 from stillframe.errors import ConnectionLost, DrillExposed, DrillFailed, Interrupted
 from stillframe.repository.layout import PackKind, packs_prefix
 from stillframe.repository.manifest import TPM_FOLDER
@@ -194,6 +195,15 @@ def test_a_bad_chunk_where_it_boots_fails_and_is_named(original: Drilled, tmp_pa
     assert "vda" in drill["reason"]
 
 
+def test_a_dry_run_boots_nothing(original: Drilled) -> None:
+    before = original.guest.daemons.connect().listAllDomains()
+    would, = original.repo.json("drill", original.whole, "--expect", GREETING, "--dry-run")["drills"]
+    assert would["waits_for"] == ["console"]
+    assert GREETING not in would["definition"]
+    assert len(original.guest.daemons.connect().listAllDomains()) == len(before)
+    assert not list(original.repo.place.state_dir.glob("drills/*"))
+
+
 def test_a_script_decides(original: Drilled, tmp_path: Path) -> None:
     script = tmp_path / "prove"
     script.write_text("#!/bin/sh\necho looked at $STILLFRAME_DRILL_DOMAIN of $STILLFRAME_DRILL_GUEST\n"
@@ -202,6 +212,13 @@ def test_a_script_decides(original: Drilled, tmp_path: Path) -> None:
     drill, = original.repo.json("drill", original.whole, "--script", script)["drills"]
     assert drill["waited_for"] == ["script"]
     assert f"of {original.guest.name}\nrunning" in drill["checks"][0]["output"]
+    child = tmp_path / "child"
+    script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {child}\nwait\n")
+    late, = original.repo.json("drill", original.whole, "--script", script, *_SHORT,
+                               code=DrillFailed.exit_code)["drills"]
+    assert "did not end within" in late["checks"][0]["output"]
+    wait_for("what it started has ended, too",
+             lambda: not process.start_mark(int(child.read_text())), PATIENCE_S)
     script.write_text("#!/bin/sh\necho no good\nexit 7\n")
     drill, = original.repo.json(
         "drill", original.whole, "--script", script, code=DrillFailed.exit_code)["drills"]

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,8 @@ from stillframe.errors import (
 )
 from stillframe.repository.keyslots import SlotKind
 from stillframe.repository.opened import Repository, Secret, open_repository
+from stillframe.repository.places import Places
+from stillframe.repository.reader import DiskView
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.appliance import Appliance, Person, started
 from stillframe.restore.appliance_wire import Begun, Entry, Found, Listed, Task
@@ -349,6 +351,32 @@ def _of_nobody(stock: Stock) -> tuple[Path, Path]:
         os.chown(path, _NOBODY, _NOBODY)
     key.chmod(0o600)
     return out, key
+
+
+@pytest.mark.slow  # an appliance of its own, for a repository that is hurt
+def test_a_file_in_a_bad_chunk_is_no_file(stock: Stock, tmp_path: Path) -> None:
+    hurt = replace(stock.repo, path=tmp_path / "repository")
+    shutil.copytree(stock.repo.path, hurt.path)
+    shutil.copy(stock.repo.path.with_suffix(".pass"), hurt.path.with_suffix(".pass"))
+    content = FILES["/srv/big.bin"].content
+    order = stock.orders["vdb"]
+    with DiskView(Places(stock.repository), order.content) as view:
+        at = guest_images()["vdb"].read_bytes().find(content[:4096])
+        chunk = at // stock.repository.parameters.chunk_bytes + 4
+        entry, = view._entries(range(chunk, chunk + 1))
+    assert entry is not None
+    pack = hurt.path / entry.place.pack.key
+    packed = bytearray(pack.read_bytes())
+    packed[entry.place.offset_bytes + entry.place.stored_bytes // 2] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(packed)
+    done = replace(stock, repo=hurt).call(
+        "get", "web:vdb", "/big.bin", "--to", tmp_path / "out", "--filesystem", "/dev/sda",
+        "--timeout", "10m")
+    said = done.stderr.decode()
+    assert done.returncode != 0, said
+    assert "data is lost" in said
+    assert not (tmp_path / "out" / "big.bin").exists()
 
 
 # --- when the appliance can't be had ------------------------------------------------------------------

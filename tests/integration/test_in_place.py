@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from stillframe import errors
 from stillframe.capture.journal import Journal
 from stillframe.capture.restoring import MARK
 from stillframe.clock import SystemClock
+from stillframe.repository.manifest import TPM_FOLDER
 from tests.fault.harness import Place, small_file_system
 from tests.integration.repositories import Repo, make_repo
 from tests.integration.test_offline import shut_down
@@ -89,7 +91,8 @@ def change(guest: DiskGuest, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kinds", each([
-    (Kind.RAW, Kind.QCOW2), (Kind.BLOCK,), (Kind.CHAIN,), (Kind.NBD,), (Kind.LVM,), (Kind.RBD,)]))
+    (Kind.RAW, Kind.QCOW2), (Kind.BLOCK,), (Kind.QCOW2_BLOCK,), (Kind.CHAIN,), (Kind.NBD,), (Kind.LVM,),
+    (Kind.RBD,)]))
 def test_only_what_differs_is_written(
     disk_guest: MakeGuest, repo: Repo, kinds: tuple[Kind, ...]
 ) -> None:
@@ -429,3 +432,26 @@ def test_the_machines_files_go_back_with_its_disks(
     in_place(repo, snapshot, "--no-backup-first", "--with-definition")
     assert guest.domain().maxMemory() == 32768
     assert guest.disk_source("vda")[0] == str(guest.disks["vda"].path)
+
+
+def test_the_state_of_a_tpm_goes_back(disk_guest: MakeGuest, repo: Repo) -> None:
+    guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES),
+                       devices="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
+    state = TPM_FOLDER / guest.domain().UUIDString() / "tpm2/tpm2-00.permall"
+    snapshot = repo.backup(guest)["snapshot"]
+    expected = state.read_bytes()
+    owners = [(each.st_uid, each.st_gid, each.st_mode)
+              for each in map(Path.stat, (state, *state.parents[:2]))]
+    guest.destroy()
+    state.write_bytes(b"another TPM")
+    assert in_place(repo, snapshot, "--no-backup-first")["files"] == [str(state)]
+    assert state.read_bytes() == expected
+    # The TPM was taken away meanwhile, with its folder.
+    shutil.rmtree(state.parents[1])
+    in_place(repo, snapshot, "--no-backup-first")
+    assert state.read_bytes() == expected
+    assert owners == [
+        (each.st_uid, each.st_gid, each.st_mode) for each in map(Path.stat, (state, *state.parents[:2]))]
+    guest.start()
+    guest.destroy()
+    assert state.read_bytes()[:512] == expected[:512]

@@ -248,6 +248,26 @@ def test_a_client_that_reads_meanwhile_only_waits(stock: Stock, copy: Path, tmp_
     assert (tmp_path / "copied").read_bytes() == stock.disks["vda"]
 
 
+def test_a_repository_that_hangs_without_an_error_is_one_until_it_is_back(
+    stock: Stock, copy: Path, tmp_path: Path,
+) -> None:
+    """As on a dead NFS server: whoever opens a pack waits, here for somebody who writes into a pipe."""
+    packs = [path for path in copy.glob("*/p/**/*") if path.is_file()]
+    with exported(stock.order(path=copy, patience_s=0.0), CLOCK) as export:
+        handle = connected(export.uri)
+        for path in packs:
+            path.rename(path.with_suffix(".kept"))
+            os.mkfifo(path)
+        with pytest.raises(nbd.Error):
+            handle.pread(CHUNK, 0)
+        assert "gave no answer within" in export.said()
+        for path in packs:
+            waker = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+            path.with_suffix(".kept").rename(path)
+            os.close(waker)  # whoever still waits finds an end, and nothing before it
+        assert handle.pread(CHUNK, 0) == stock.disks["vda"][:CHUNK]
+
+
 def test_a_repository_that_is_not_there_is_said(stock: Stock, tmp_path: Path) -> None:
     with pytest.raises(ExportFailed, match="nothing in"), exported(stock.order(path=tmp_path / "no"), CLOCK):
         pass
@@ -444,3 +464,29 @@ def test_tls_by_a_shared_key(stock: Stock, tmp_path: Path) -> None:
         run("nbdinfo", f"{uri}?tls-psk-file={other}", code=1)
         run("nbdinfo", uri.replace("nbds:", "nbd:"), code=1)
     assert (tmp_path / "copied").read_bytes() == stock.disks["vda"]
+
+
+_WATCHED = """
+import os
+from stillframe.restore.export_plugin import *
+from stillframe.restore import export_plugin
+
+def get_ready():
+    getattr(export_plugin, "get_ready", lambda: None)()
+    with __builtins__.open(os.environ["WATCHED"], "w") as file:
+        file.write(str(len(os.listdir("/proc/self/task"))))
+"""
+
+
+def test_a_server_has_no_threads_while_nbdkit_opens_its_standard_files_anew(
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file that a thread opened meanwhile would take the place of 0 or 1, and nbdkit would not start."""
+    trace, plugin, seen = (tmp_path / name for name in ("trace", "plugin.py", "seen"))
+    trace.write_text("".join(f"{number}\n" for number in range(SIZE // MIB)))
+    plugin.write_text(_WATCHED)
+    monkeypatch.setenv("WATCHED", str(seen))
+    monkeypatch.setattr("stillframe.restore.export.PLUGIN", plugin)
+    with exported(stock.order(trace=str(trace)), CLOCK) as export:
+        same(export.uri, stock.image(tmp_path))
+    assert seen.read_text() == "1"

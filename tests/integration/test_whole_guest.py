@@ -372,6 +372,11 @@ def test_a_killed_restore_defines_nothing_and_goes_on(
         assert "back" not in names(daemons)
         assert {path.name for path in pool.glob("*") if not path.name.startswith(".")} <= {
             "back-vda.qcow2", "back-vdb.img"}
+    [seen] = repo.json("status")["restores"]
+    assert (seen["guest"], seen["snapshot"], seen["holder"]) == ("back", snapshot, "")
+    assert seen["next_command"].startswith(f"stillframe restore {snapshot[:12]} --as back --pool {pool} ")
+    [told] = repo.json("recover")["restores"]
+    assert seen["next_command"] in told
     done = repo.json("restore", snapshot, "--as", "back", "--pool", pool)
     finished = {"vda": ("vda", "in vdb", "vdb", "files"), "vdb": ("vdb", "files")}
     assert {disk["target"]: disk["kept"] for disk in done["disks"]} == {
@@ -392,6 +397,8 @@ def test_killed_once_it_is_defined(
     killed(repo, snapshot, pool, "defined")
     back = Restored(daemons, "back")
     back.assert_holds(expected, tmp_path)
+    [told] = repo.json("recover")["restores"]
+    assert "back is defined" in told
     repo.json("restore", snapshot, "--as", "back", "--pool", pool, code=errors.GuestExists.exit_code)
     assert list((repo.place.state_dir / "restores").iterdir()) == []
     back.assert_holds(expected, tmp_path)

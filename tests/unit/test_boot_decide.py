@@ -14,42 +14,49 @@ from stillframe.hypervisor.model import Power
 from stillframe.repository.manifest import Content
 from stillframe.restore import boot_decide, boot_record
 from stillframe.restore.boot_decide import BootSight, BootStep, DiskSight, Image, Stand, decide_boot
-from stillframe.restore.boot_record import BEFORE_BOOT, TRANSITIONS, BootDisk, BootRecord, BootState
+from stillframe.restore.boot_record import BEFORE_BOOT, TRANSITIONS, BootDisk, BootRecord, BootState, Copy
 
 _PAGE = Path(__file__).parents[2] / "docs" / "BOOT.md"
 _REMOVING = (BootStep.DESTROY, BootStep.UNDEFINE, BootStep.REMOVE)
 
 
-def disk(target: str = "vda", *, landed: bool = False) -> BootDisk:
+def disk(target: str = "vda", *, landed: bool = False, copied: bool = False) -> BootDisk:
+    copy = Copy(path=f"/other/b1-{target}.img", format="raw") if copied else None
     return BootDisk(target=target, overlay_path=f"/pool/b1-{target}.qcow2", socket=f"/run/x/u/{target}",
-                    content=Content(size_bytes=1024, root=None), data_bytes=0, landed=landed)
+                    content=Content(size_bytes=1024, root=None), data_bytes=0, copy=copy, landed=landed)
 
 
-def record(state: BootState, *, landed: bool = False) -> BootRecord:
+def record(state: BootState, *, landed: bool = False, copied: bool = False) -> BootRecord:
     return BootRecord(
         uuid="u", name="b1", uri="qemu:///system", address="/repo", snapshot="web@now", sid="s", origin="o",
-        state=state, began_at="2026-01-01T00:00:00Z", pauses=True, disks=(disk(landed=landed),))
+        state=state, began_at="2026-01-01T00:00:00Z", pauses=True,
+        disks=(disk(landed=landed, copied=copied),))
 
 
 def sight(
     power: Power = Power.RUNNING, image: Image = Image.WRITTEN, running: Stand = Stand.SNAPSHOT,
-    defined: Stand = Stand.SNAPSHOT, *, pulled: bool = False, served: bool = True, names: bool = True,
-    left: bool = True,
+    defined: Stand = Stand.SNAPSHOT, *, busy: bool = False, served: bool = True, names: bool = True,
+    left: bool = True, behind: bool = False,
 ) -> BootSight:
-    return BootSight(power, (DiskSight("vda", image, running, defined, pulled, served, names),), left)
+    return BootSight(power, (DiskSight("vda", image, running, defined, busy, served, names, behind),), left)
 
 
 def everything() -> Iterator[tuple[BootRecord, BootSight, DiskSight]]:
     """Yield all records with all that can be seen of one disk."""
     flags = (False, True)
-    records = [record(state, landed=landed) for state in BootState for landed in flags]
+    records = [record(state, landed=landed, copied=copied)
+               for state in BootState for landed in flags for copied in flags]
     for power, image, defined in itertools.product(Power, Image, Stand):
         for running in Stand if power.has_qemu else (Stand.NONE,):
-            for pulled, served, names, left in itertools.product(flags, repeat=4):
-                seen = sight(
-                    power, image, running, defined, pulled=pulled, served=served, names=names, left=left)
+            for busy, served, names, left, behind in itertools.product(flags, repeat=5):
+                seen = sight(power, image, running, defined, busy=busy, served=served, names=names,
+                             left=left, behind=behind)
                 for each in records:
-                    yield each, seen, seen.disks[0]
+                    # What can't be seen: a copy where none is wanted, an overlay left behind without one.
+                    only = each.disks[0]
+                    if (only.copy or Stand.COPY not in (running, defined)) and (
+                            only.is_left_behind or not behind):
+                        yield each, seen, seen.disks[0]
 
 
 def test_no_combination_leads_to_a_step_that_loses_something() -> None:
@@ -74,7 +81,7 @@ def test_no_combination_leads_to_a_step_that_loses_something() -> None:
             assert state is BootState.LANDED or not seen.power.has_qemu, where
         if step is BootStep.FLUSH:
             assert one.running is Stand.WHOLE, where
-            assert not one.pulled, where
+            assert not one.busy, where
         if step is BootStep.REDEFINE:
             assert known.disks[0].landed, where
         if step is BootStep.FORGET:
@@ -85,6 +92,24 @@ def test_no_combination_leads_to_a_step_that_loses_something() -> None:
         if seen.power is Power.HIDDEN:
             assert step is BootStep.ASK, where
     assert count > 50_000
+
+
+def test_no_combination_takes_an_older_image_for_the_newer_one() -> None:
+    old = Stand.SNAPSHOT, Stand.WHOLE
+    for known, seen, one in everything():
+        step, state = decide_boot(known, seen).step, known.state
+        where = f"{state} {seen} -> {step}"
+        if step is BootStep.MOVE:
+            # The definition alone is believed only while there is no QEMU that could say otherwise.
+            assert Stand.COPY is (one.running if seen.power.has_qemu else one.defined), where
+        if step is BootStep.RELEASE:
+            assert state is BootState.SWITCHING, where
+            assert not (seen.power.has_qemu and one.busy), where
+            assert one.running is not Stand.COPY or known.disks[0].landed, where
+        if step is BootStep.CLEAR:
+            assert state is BootState.LANDED, where
+            assert one.running not in old, where
+            assert one.defined not in old, where
 
 
 @pytest.mark.parametrize(("state", "seen", "step"), [
@@ -106,7 +131,7 @@ def test_no_combination_leads_to_a_step_that_loses_something() -> None:
     (BootState.BOOTED, sight(Power.OFF, Image.OTHER, Stand.NONE), BootStep.ASK),
     (BootState.BOOTED, sight(Power.GONE, Image.WRITTEN, Stand.NONE, Stand.NONE), BootStep.ASK),
     (BootState.BOOTED, sight(running=Stand.OTHER), BootStep.ASK),
-    (BootState.LANDING, sight(pulled=True), BootStep.NOTHING),
+    (BootState.LANDING, sight(busy=True), BootStep.NOTHING),
     (BootState.LANDING, sight(running=Stand.WHOLE), BootStep.FLUSH),
     (BootState.LANDING, sight(Power.OFF, Image.WRITTEN, Stand.NONE, names=False), BootStep.STAND),
     (BootState.LANDING, sight(Power.OFF, Image.WRITTEN, Stand.NONE, Stand.WHOLE), BootStep.KEEP),
@@ -115,6 +140,31 @@ def test_no_combination_leads_to_a_step_that_loses_something() -> None:
 ])
 def test_the_step_for_what_is_seen(state: BootState, seen: BootSight, step: BootStep) -> None:
     assert decide_boot(record(state), seen).step is step
+
+
+@pytest.mark.parametrize(("state", "landed", "seen", "step"), [
+    (BootState.LANDING, False, sight(busy=True), BootStep.NOTHING),
+    (BootState.SWITCHING, False, sight(Power.PAUSED, busy=True), BootStep.END_COPY),
+    (BootState.SWITCHING, False, sight(Power.PAUSED), BootStep.RELEASE),
+    (BootState.SWITCHING, False, sight(Power.PAUSED, running=Stand.COPY), BootStep.MOVE),
+    (BootState.SWITCHING, False, sight(Power.PAUSED, running=Stand.COPY, busy=True), BootStep.MOVE),
+    (BootState.SWITCHING, True, sight(Power.PAUSED, running=Stand.COPY, defined=Stand.COPY),
+     BootStep.RELEASE),
+    (BootState.SWITCHING, False, sight(Power.OFF, running=Stand.NONE), BootStep.RELEASE),
+    (BootState.SWITCHING, False, sight(Power.OFF, running=Stand.NONE, defined=Stand.COPY), BootStep.MOVE),
+    (BootState.LANDING, False, sight(running=Stand.COPY), BootStep.MOVE),
+    (BootState.LANDING, True, sight(running=Stand.COPY, defined=Stand.COPY), BootStep.CLOSE),
+    (BootState.LANDING, True, sight(Power.OFF, running=Stand.NONE, defined=Stand.COPY), BootStep.CLOSE),
+    (BootState.LANDING, True, sight(running=Stand.COPY, defined=Stand.SNAPSHOT), BootStep.ASK),
+    (BootState.LANDED, True, sight(running=Stand.COPY, defined=Stand.COPY, served=False, behind=True),
+     BootStep.CLEAR),
+    (BootState.LANDED, True, sight(running=Stand.COPY, defined=Stand.COPY, served=False), BootStep.FORGET),
+    (BootState.LANDED, True, sight(running=Stand.WHOLE, served=False, behind=True), BootStep.ASK),
+])
+def test_the_step_for_a_disk_that_is_copied(
+    state: BootState, landed: bool, seen: BootSight, step: BootStep,
+) -> None:
+    assert decide_boot(record(state, landed=landed, copied=True), seen).step is step
 
 
 def test_a_disk_that_landed_is_defined_so_before_anything_else_can_stop_it() -> None:

@@ -12,7 +12,7 @@ from stillframe.restore.boot_record import BootDisk
 from stillframe.restore.boot_server import socket_of
 from stillframe.restore.boot_xml import (
     kept_on_snapshot,
-    on_overlay_alone,
+    on_image_alone,
     policies_of,
     stand_of,
     with_policies,
@@ -69,7 +69,7 @@ def test_a_kept_definition_names_the_overlay_by_another_text_than_the_running_gu
 
 def test_a_landed_guest_has_its_own_policies_and_nothing_below() -> None:
     for text in (booted(), kept_on_snapshot(booted(), [_DISK], {"vda": _DISK.overlay_path})):
-        landed = on_overlay_alone(text, [_DISK])
+        landed = on_image_alone(text, [_DISK])
         assert stand(landed) is Stand.WHOLE
         assert driver(landed)["error_policy"] == "enospace"
         assert "rerror_policy" not in driver(landed)

@@ -63,6 +63,10 @@ GUEST = """\
       <source mode='bind' path='/var/lib/libvirt/qemu/channel/target/domain-7-shop/org.qemu.guest_agent.0'/>
       <target type='virtio' name='org.qemu.guest_agent.0' state='connected'/>
     </channel>
+    <channel type='unix'>
+      <source mode='bind' path='/srv/shop/control.sock'/>
+      <target type='virtio' name='com.example.control'/>
+    </channel>
     <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
     <graphics type='vnc' port='5907' autoport='no' websocket='5700'><listen type='address' address='127.0.0.1'/></graphics>
     <disk type='file' device='floppy'><target dev='fda'/></disk>
@@ -94,6 +98,15 @@ def test_a_copy_is_another_guest() -> None:
     assert all(mac.startswith("52:54:00:") for mac in identity.macs)
     assert root.findtext("genid") == ""
     assert root.get("id") is None
+
+
+def test_a_socket_that_was_named_stays_the_originals() -> None:
+    def sockets(root: ET.Element) -> list[str | None]:
+        return [source.get("path") for source in root.iterfind("devices/channel/source")]
+
+    assert sockets(made()) == []
+    original = made(name="shop", identity=same_identity(GUEST), is_original=True)
+    assert sockets(original) == ["/srv/shop/control.sock"]  # the agent's is by the number of that run
 
 
 def test_the_original_keeps_what_tells_it_from_others() -> None:

@@ -274,9 +274,9 @@ def test_the_json_of_a_backup_has_the_fields_that_are_shown() -> None:
     ("verify", {
         "level", "sound", "complete", "snapshots", "packs", "checked_packs", "checked_slots", "checked_bytes",
         "findings", "hurt", "healed", "unreadable"}),
-    ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests", "drills"}),
+    ("doctor", {"host", "guests"}), ("recover", {"dry_run", "guests", "drills", "restores"}),
     ("status", {
-        "open_runs", "guests_on_overlays", "standing", "restoring", "mirrors", "snapshots",
+        "open_runs", "guests_on_overlays", "standing", "restoring", "restores", "mirrors", "snapshots",
         "libvirt_error", "repository_error"}),
 ])
 def test_the_other_examples_are_json(command: str, keys: set[str]) -> None:

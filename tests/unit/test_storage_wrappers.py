@@ -19,7 +19,7 @@ from stillframe.errors import (
 from stillframe.storage.memory import MemoryStorage
 from stillframe.storage.model import Listed, Storage
 from stillframe.storage.probe import probe_create_if_absent
-from stillframe.storage.wrappers import Counted, RateLimited, Retried, VerbCount
+from stillframe.storage.wrappers import Counted, RateLimited, Retried, TimeLimited, VerbCount
 from tests.storage_faults import (
     BitFlip,
     CheckThenPut,
@@ -248,6 +248,48 @@ def test_without_a_rate_nothing_waits(memory: MemoryStorage, clock: TestClock) -
 def test_a_rate_of_nothing_is_a_mistake(memory: MemoryStorage, clock: TestClock, rate: int) -> None:
     with pytest.raises(ValueError, match="not a rate"):
         RateLimited(memory, clock, write_bytes_per_s=rate)
+
+
+# A storage that hangs
+
+
+class Hanging(MemoryStorage):
+    """Reads hang until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+        self.called = threading.Semaphore(0)
+
+    def get(self, key: str, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
+        self.called.release()
+        self.goes_on.wait()
+        return super().get(key, offset_bytes, length_bytes)
+
+
+def test_a_storage_that_hangs_is_lost_until_it_answers() -> None:
+    hanging = Hanging()
+    limited = TimeLimited(hanging, 0.05)
+    limited.create("a", b"x")
+    for _ in range(40):  # more than there are threads
+        with pytest.raises(StorageLost, match="no answer"):
+            limited.get("a")
+    hanging.goes_on.set()
+    waits = 0
+    while hanging.called.acquire(blocking=False):
+        waits += 1
+    assert waits < 40, "what was given up before it began is never asked"
+    assert limited.get("a") == b"x"
+
+
+def test_what_a_storage_says_in_time_comes_through(memory: MemoryStorage) -> None:
+    limited = TimeLimited(memory, 60.0)
+    limited.create("a/b", b"x")
+    with pytest.raises(ObjectExists):
+        limited.create("a/b", b"y")
+    with pytest.raises(ObjectMissing):
+        limited.get("c")
+    assert [each.key for each in limited.list("a/")] == ["a/b"]
 
 
 # The probe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,17 @@ def create_overlay(
 
     Raises OverlayTaken if *path* exists; what is there is never changed. Raises ProgramFailed, OSError.
     """
+    _create(path, ["-u", "-f", "qcow2", "-b", base.backing_text(), "-F", base.driver], virtual_size_bytes,
+            timeout_s)
+
+
+def create_image(path: str, image_format: str, size_bytes: int, *, timeout_s: float = _CREATE_TIMEOUT_S
+                 ) -> None:
+    """Make an image of zeroes at *path*, as create_overlay does."""
+    _create(path, ["-f", image_format], size_bytes, timeout_s)
+
+
+def _create(path: str, options: Sequence[str], virtual_size_bytes: int, timeout_s: float) -> None:
     try:
         # Taking the name first makes a race with another program end in an error, not in a loss.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -78,11 +90,8 @@ def create_overlay(
             f"look at it (qemu-img info -U {path}), move it away if it is not needed, run again",
         ) from error
     try:
-        process.run(
-            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", base.backing_text(), "-F",
-             base.driver, path, str(virtual_size_bytes)],
-            timeout_s=timeout_s,
-        )
+        process.run(["qemu-img", "create", "-q", *options, path, str(virtual_size_bytes)],
+                    timeout_s=timeout_s)
         _fsync(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):  # qemu-img removes what it could not finish

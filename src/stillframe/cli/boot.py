@@ -17,6 +17,8 @@ from stillframe.restore.boot_record import BootRecord, BootState
 from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_steps import BootTools, BootWay
 from stillframe.restore.land import discard_guest, land_guest
+from stillframe.restore.land_plan import LandWish, plan_landing
+from stillframe.units import size_text
 
 #: Of a server's log, in `status`.
 _SHOWN_LINES = 3
@@ -36,7 +38,12 @@ def boot(session: Session, snapshot: str, wish: BootWish, patience: str, *, dry_
         session.screen.warn(warning)
     if dry_run:
         session.screen.result(plan.definition)
-        session.screen.json({"dry_run": True, **record_body(plan.record), "definition": plan.definition})
+        for disk in plan.record.disks:
+            session.screen.result(
+                f"{disk.target}: what it writes would go to {disk.overlay_path}; once landed it takes "
+                f"{size_text(disk.data_bytes)} or more, {size_text(plan.free_bytes)} are free")
+        session.screen.json({"dry_run": True, **record_body(plan.record), "definition": plan.definition,
+                             "free_bytes": plan.free_bytes})
         return EXIT_OK
     with session.signals_as_stop("what was made is being removed"):
         record = boot_guest(plan, tools, session.stop)
@@ -49,19 +56,33 @@ def boot(session: Session, snapshot: str, wish: BootWish, patience: str, *, dry_
     return EXIT_OK
 
 
-def land(session: Session, name: str) -> int:
+def land(session: Session, name: str, wish: LandWish, *, dry_run: bool) -> int:
     """Bring a booted guest home while it runs; return the exit code."""
     session.kept = "The guest runs on from its snapshot; what was pulled stays."
     record = session.boot_store.get(name)
+    if dry_run:
+        return _show_landing(session, record, wish)
 
     def report(target: str, done_bytes: int, total_bytes: int) -> None:
         session.screen.bar(f"{record.name} {target}: land", done_bytes, total_bytes)
 
     with session.signals_as_stop("the guest runs on from its snapshot"):
-        did = land_guest(record, tools_of(session), session.stop, report)
+        landed = land_guest(record, wish, tools_of(session), session.stop, report)
     session.screen.result(f"{record.name} has landed: it needs neither the snapshot nor a server any more")
-    session.screen.json({"guest": record.name, "did": did, "disks": [
-        {"target": disk.target, "image": disk.overlay_path} for disk in record.disks]})
+    session.screen.json({"dry_run": False, "guest": record.name, "did": landed.did, "disks": [
+        {"target": disk.target, "image": disk.image_path, "format": disk.image_format}
+        for disk in landed.disks]})
+    return EXIT_OK
+
+
+def _show_landing(session: Session, record: BootRecord, wish: LandWish) -> int:
+    tools = tools_of(session)
+    landings = plan_landing(record, BootWay(record, tools).look(), wish, tools)
+    for landing in landings:
+        session.screen.result(f"{record.name} {landing.words()}")
+    session.screen.json({"dry_run": True, "guest": record.name, "disks": [
+        {"target": each.target, "image": each.path, "copied": each.copy is not None,
+         "missing_bytes": each.missing_bytes} for each in landings]})
     return EXIT_OK
 
 
@@ -88,7 +109,8 @@ def record_body(record: BootRecord) -> dict[str, object]:
         "guest": record.name, "uuid": record.uuid, "state": record.state.value, "snapshot": record.snapshot,
         "snapshot_id": record.sid, "repository": record.address, "booted_at": record.began_at,
         "on_error": "pause" if record.pauses else "report",
-        "disks": [{"target": disk.target, "overlay": disk.overlay_path, "landed": disk.landed}
+        "disks": [{"target": disk.target, "overlay": disk.overlay_path, "image": disk.image_path,
+                   "landed": disk.landed}
                   for disk in record.disks],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stillframe.capture.growth import free_bytes
 from stillframe.cli.drilled import check_lines, drill_body, drill_words, save_picture
 from stillframe.cli.options import seconds_of
 from stillframe.cli.screen import error_body
@@ -22,9 +23,10 @@ from stillframe.repository.catalog import display_name, list_snapshots
 from stillframe.repository.drills import Drill, record_drill
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.snapshots import read_snapshot
-from stillframe.restore.drill import DrillTools, DrillWish, plan_drill, run_drill
+from stillframe.restore.drill import WRITTEN_FOLDER, DrillPlan, DrillTools, DrillWish, plan_drill, run_drill
 from stillframe.restore.drill_place import clear_left_drills
 from stillframe.restore.drill_watch import Proof
+from stillframe.units import duration_text, size_text
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Order:
     network: str
     nearest: bool
     screenshot: Path | None
+    dry_run: bool = False
 
 
 def drill(session: Session, order: Order) -> int:
@@ -46,6 +49,9 @@ def drill(session: Session, order: Order) -> int:
     seconds_of("check_timeout", order.check_timeout)
     names = _latest(session) if order.snapshot is None else [find(session, order.snapshot)]
     session.ask_for_secret()
+    if order.dry_run:
+        session.screen.json({"dry_run": True, "drills": [_would(session, name, order) for name in names]})
+        return EXIT_OK
     for words in clear_left_drills(session.state_folder, session.connection):
         session.screen.warn(words)
     bodies: list[dict[str, object]] = []
@@ -68,7 +74,7 @@ def drill(session: Session, order: Order) -> int:
             bodies.append({"snapshot": name_body(name), "error": None, **drill_body(found)})
             if order.screenshot is not None:
                 save_picture(session, found, order.screenshot)
-    session.screen.json({"drills": bodies})
+    session.screen.json({"dry_run": False, "drills": bodies})
     if failed:
         return DrillFailed.exit_code
     return (errors[0].exit_code if len(errors) == len(names) else EXIT_PARTIAL) if errors else EXIT_OK
@@ -76,21 +82,41 @@ def drill(session: Session, order: Order) -> int:
 
 def _one(session: Session, name: SnapshotName, order: Order) -> Drill:
     """Drill one snapshot and write down what was found."""
-    repository = session.repository
-    manifest = read_snapshot(repository, name)
+    plan, wish, tools = _planned(session, name, order)
+    moment = session.clock.now()
+    found = run_drill(plan, wish, tools)
+    record_drill(session.repository, moment, found)
+    return found
+
+
+def _planned(session: Session, name: SnapshotName, order: Order) -> tuple[DrillPlan, DrillWish, DrillTools]:
+    manifest = read_snapshot(session.repository, name)
     chosen = drill_settings(session.settings, name.guest, order.options)
     proof = Proof(chosen.expect, order.script, chosen.checks, chosen.timeout_s,
                   seconds_of("check_timeout", order.check_timeout))
     wish = DrillWish(proof, order.network, order.nearest)
-    tools = DrillTools(repository, session.connection, session.state_folder, session.clock, session.host,
-                       session.stop, session.screen.say)
+    tools = DrillTools(session.repository, session.connection, session.state_folder, session.clock,
+                       session.host, session.stop, session.screen.say)
     plan = plan_drill(name, manifest, wish, tools)
     for warning in plan.warnings:
         session.screen.warn(f"{name.guest}: {warning}")
-    moment = session.clock.now()
-    found = run_drill(plan, wish, tools)
-    record_drill(repository, moment, found)
-    return found
+    return plan, wish, tools
+
+
+def _would(session: Session, name: SnapshotName, order: Order) -> dict[str, object]:
+    """Say what would be drilled and how, and return it for JSON; raises what would stop it."""
+    plan, wish, _ = _planned(session, name, order)
+    proof = wish.proof
+    free = free_bytes(WRITTEN_FOLDER)
+    session.screen.result(
+        f"{display_name(name)}: {plan.made.name} would be booted, and is up by "
+        f"{' and '.join(proof.waits_for)} within {duration_text(proof.boot_s)}; what it writes goes to "
+        f"{WRITTEN_FOLDER}, {size_text(free)} are free")
+    for check in proof.checks:
+        session.screen.result(f"  would check {check}")
+    return {"snapshot": name_body(name), "guest": plan.made.name, "waits_for": list(proof.waits_for),
+            "checks": list(proof.checks), "boot_s": proof.boot_s, "warnings": list(plan.warnings),
+            "definition": plan.definition, "written_to": WRITTEN_FOLDER, "free_bytes": free}
 
 
 def _latest(session: Session) -> list[SnapshotName]:

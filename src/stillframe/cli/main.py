@@ -30,7 +30,7 @@ from stillframe.cli.options import (
     taking,
 )
 from stillframe.cli.repository_app import DryRun, Snapshot
-from stillframe.cli.restore_app import check_name
+from stillframe.cli.restore_app import Format, check_name
 from stillframe.cli.session import Common
 from stillframe.config import GuestSettings, RepositorySettings
 from stillframe.config.settings import is_tag
@@ -197,11 +197,25 @@ def boot(
 
 @app.command()
 @taking(host_options, repository_options)
-def land(common: Common, repository: RepositorySettings, *, name: BootedName) -> None:
+def land(
+    common: Common, repository: RepositorySettings, *,
+    name: BootedName,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="folder, or libvirt's pool, that its images are to be in; "
+                                                "else they stay where boot put them")] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="--pool: what its images are to be (default qcow2)")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Bring a booted guest home while it runs: from then on it needs neither snapshot nor repository."""
     from stillframe.cli import boot as boot_command
+    from stillframe.restore.land_plan import LandWish
 
-    run_command(common, lambda session: boot_command.land(session, name), repository)
+    if format_ is not None and pool is None:
+        raise typer.BadParameter("--format goes with --pool")
+    wish = LandWish(pool or "", format_.value if format_ else "")
+    run_command(common, lambda session: boot_command.land(session, name, wish, dry_run=dry_run), repository)
 
 
 @app.command()
@@ -238,6 +252,7 @@ def drill(
         bool, typer.Option("--nearest", help="take what the host has instead of what it lacks")] = False,
     screenshot: Annotated[
         Path | None, typer.Option("--screenshot", help="write the screen there, as PNG")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Boot a snapshot, apart from everything, and see that it works. What was found is written down."""
     from stillframe.cli import drill as drill_command
@@ -252,7 +267,7 @@ def drill(
         drill_check=tuple(check) if check else None, drill_expect=expect, drill_timeout=timeout)
     order = drill_command.Order(
         snapshot, options, str(script.absolute()) if script else "", check_timeout, network or "", nearest,
-        screenshot)
+        screenshot, dry_run)
     run_command(common, lambda session: drill_command.drill(session, order), repository)
 
 

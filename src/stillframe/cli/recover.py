@@ -20,8 +20,10 @@ from stillframe.errors import EXIT_OK, EXIT_PARTIAL, GuestState, GuestUnknown, N
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.guest import Guest
 from stillframe.mirror.recover import recover_folder
+from stillframe.restore.claim import Claims
 from stillframe.restore.drill_place import clear_left_drills, left_drills
 from stillframe.restore.in_place import finish_untorn
+from stillframe.restore.whole_guest import forget_defined
 
 #: Longer than the guard holds a domain whose run was killed in the pivot.
 _LOCK_S = 10.0
@@ -61,11 +63,13 @@ def recover(session: Session, names: Sequence[str], *, dry_run: bool, repair_sta
         for outcome, _domain, folders in outcomes if not dry_run else ():
             _mirrors(session, outcome, folders)
     drills = [] if names else _drills(session, dry_run=dry_run)
+    restores = [] if names else _restores(session, dry_run=dry_run)
     told = [*(outcome for outcome, _, _ in outcomes), *(outcome for outcome, _ in booted)]
-    if not told and not drills:
+    if not told and not drills and not restores:
         session.screen.result("nothing was left by any run")
     session.screen.json({
-        "dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in told], "drills": drills})
+        "dry_run": dry_run, "guests": [outcome_body(outcome) for outcome in told], "drills": drills,
+        "restores": restores})
     return exit_code(told)
 
 
@@ -79,6 +83,22 @@ def _drills(session: Session, *, dry_run: bool) -> list[str]:
     for words in did:
         session.screen.result(words)
     return did
+
+
+def _restores(session: Session, *, dry_run: bool) -> list[str]:
+    """Return in words what restores to new guests were broken off. Those that were over are forgotten."""
+    claims = Claims(session.state_folder, session.clock)
+    found = []
+    for claim in claims.all():
+        if claims.holder(claim.name):
+            continue
+        if not dry_run and forget_defined(claims, claim, session.connection) is None:
+            found.append(f"{claim.words()}, but for saying so: {claim.name} is defined")
+        else:
+            found.append(f"{claim.words()}; to go on: {claim.again()}")
+    for words in found:
+        session.screen.result(words)
+    return found
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

@@ -24,6 +24,7 @@ from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
 from stillframe.repository.snapshots import newest_of_each
+from stillframe.restore.claim import Claims
 from stillframe.storage.model import Storage
 
 _STORAGE_TIMEOUT_S = 15.0
@@ -46,11 +47,12 @@ def status(session: Session) -> int:
             session.screen.warn(f"which guests stand on overlays is not known: {error.message}")
     standing = _standing(session)
     restoring = _restoring(session)
+    restores = _restores(session)
     mirrors = _mirrors(session)
     booted = _booted(session)
     snapshots, repository_error = _snapshots(session)
     session.screen.json({"open_runs": runs, "guests_on_overlays": overlaid, "standing": standing,
-                         "restoring": restoring, "mirrors": mirrors,
+                         "restoring": restoring, "restores": restores, "mirrors": mirrors,
                          "booted": [each.body() for each in booted],
                          "snapshots": [name_body(name) for name in snapshots],
                          "libvirt_error": unreachable, "repository_error": repository_error})
@@ -63,12 +65,14 @@ def status(session: Session) -> int:
     for each in restoring:
         state = each["holder"] or f"it can't be started: {each['next_command']}"
         session.screen.result(f"{each['words']}; {state}")
+    for each in restores:
+        session.screen.result(f"{each['words']}; {each['holder'] or each['next_command']}")
     for guest in booted:
         for line in guest.words():
             session.screen.result(line)
     for name in snapshots:
         session.screen.result(f"last snapshot of {name.guest}: {name_words(name)}")
-    if not (runs or overlaid or standing or restoring or booted or mirrors or snapshots):
+    if not (runs or overlaid or standing or restoring or restores or booted or mirrors or snapshots):
         session.screen.result("no run yet: stillframe mirror GUEST DEST, or stillframe backup GUEST")
     left = [run for run in runs if not run["running"]]
     unknown = [each for each in overlaid if each["run"] == ""]
@@ -111,6 +115,13 @@ def _restoring(session: Session) -> list[dict[str, str]]:
          "next_command": attention(each).next_command}
         for each in RestoringStore(folder).all()
     ]
+
+
+def _restores(session: Session) -> list[dict[str, str]]:
+    """Return the restores to new guests that are under way or were broken off. No guest depends on them."""
+    claims = Claims(session.state_folder, session.clock)
+    return [{"guest": each.name, "snapshot": each.sid, "words": each.words(),
+             "holder": claims.holder(each.name), "next_command": each.again()} for each in claims.all()]
 
 
 def _snapshots(session: Session) -> tuple[list[SnapshotName], str]:

@@ -27,8 +27,8 @@ from stillframe.hypervisor.backup_xml import (
     tells_backup,
 )
 from stillframe.hypervisor.connection import Connection
-from stillframe.hypervisor.domain_xml import read_domain_xml, snapshot_xml
-from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Ending, Power, PullJob
+from stillframe.hypervisor.domain_xml import copy_xml, read_domain_xml, snapshot_xml
+from stillframe.hypervisor.model import BlockJob, DomainView, DomainXml, Ending, Mirror, Power, PullJob
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ _SNAPSHOT_FLAGS = (
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
 _COMMIT_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+#: That the job ends with the guest's QEMU is what libvirt wants to hear for a guest that is defined.
+_COPY_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
 _UNDEFINE_FLAGS = (
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
     | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
@@ -177,11 +179,11 @@ class Domain:
         self._act(lambda domain: domain.blockCommit(target, base, top, 0, 0))
 
     def pivot(self, target: str) -> None:
-        """End the commit of *target* by making the base its image again."""
+        """End the commit or the copy of *target* by making the base, or the copy, its image."""
         self._act(lambda domain: domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT))
 
     def abort_block_job(self, target: str) -> None:
-        """End the commit of *target*; the guest stays on its overlay, and nothing is lost."""
+        """End the block job on *target*; the guest stays on its overlay, and nothing is lost."""
         self._act(lambda domain: domain.blockJobAbort(target, 0))
 
     def pull_of(self, target: str) -> BlockJob | None:
@@ -191,6 +193,19 @@ class Domain:
     def start_pull(self, target: str) -> None:
         """Start pulling all that is below the image of *target* into it."""
         self._act(lambda domain: domain.blockPull(target, 0, 0))
+
+    def start_copy(self, target: str, path: str, image_format: str) -> None:
+        """Start copying all of disk *target* into the image that is at *path*, and keep the two the same."""
+        text = copy_xml(path, image_format)
+        self._act(lambda domain: domain.blockCopy(target, text, {}, _COPY_FLAGS))
+
+    def mirror_of(self, target: str) -> Mirror | None:
+        """Return what disk *target* is mirrored to by a block job, None if no such job runs."""
+        def read(domain: libvirt.virDomain) -> Mirror | None:
+            disk = read_domain_xml(domain.XMLDesc(0)).disks.get(target)
+            return None if disk is None else disk.mirror
+
+        return self._look(read)
 
     def suspend(self) -> None:
         """Stop the guest's CPUs."""

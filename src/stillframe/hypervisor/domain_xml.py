@@ -74,6 +74,14 @@ def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
+def copy_xml(path: str, image_format: str) -> str:
+    """Return what a block copy is told of the file that it writes to."""
+    disk = ET.Element("disk", type="file")
+    ET.SubElement(disk, "driver", type=image_format)
+    ET.SubElement(disk, "source", file=path)
+    return ET.tostring(disk, encoding="unicode")
+
+
 def with_source(domain_text: str, target: str, top: Source, below: Source | None = None) -> str:
     """Return *domain_text* (inactive XML) with disk *target* reading from *top*, which stands on *below*.
 
@@ -158,13 +166,14 @@ def _why_excluded(element: ET.Element) -> str:
 
 def _read_disk(element: ET.Element) -> Disk:
     alias = element.find("alias")
-    mirror = element.find("mirror")
+    mirror, written = element.find("mirror"), element.find("mirror/source")
     return Disk(
         target=_target(element),
         alias="" if alias is None else alias.get("name", ""),
         chain=tuple(_chain(element)),
         mirror=None if mirror is None else Mirror(
-            mirror.get("job", ""), mirror.get("ready", "") == "yes"
+            mirror.get("job", ""), mirror.get("ready", "") == "yes",
+            "" if written is None else written.get("file", "")
         ),
         ends=_ends(element),
     )

@@ -83,10 +83,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """The <mirror> element of a disk: a block job that libvirt knows of."""
+    """The <mirror> element of a disk: a block job that libvirt knows of. *place*: the file it writes to."""
 
     job: str
     ready: bool
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
@@ -14,7 +13,6 @@ from stillframe.block.image import file_identity
 from stillframe.block.tools import create_overlay
 from stillframe.capture.let_go_on import fsync_definition
 from stillframe.capture.lock import domain_lock
-from stillframe.durable import fsync
 from stillframe.errors import (
     BootFailed,
     ConnectionLost,
@@ -25,7 +23,7 @@ from stillframe.errors import (
     TargetExists,
 )
 from stillframe.repository.opened import Repository
-from stillframe.restore.boot_record import BootDisk, BootRecord, BootState
+from stillframe.restore.boot_record import BootDisk, BootRecord, BootState, give_name
 from stillframe.restore.boot_server import serve, served_place
 from stillframe.restore.boot_steps import BootTools, BootWay
 
@@ -34,12 +32,14 @@ from stillframe.restore.boot_steps import BootTools, BootWay
 class BootPlan:
     """A boot that may begin: the record as it is to be, and the new guest's definition.
 
-    *write_machine* makes the files and folders that the record names (NVRAM, TPM), and that of the overlays.
+    *free_bytes* are left where the overlays go. *write_machine* makes the files and folders that the record
+    names (NVRAM, TPM), and that of the overlays.
     """
 
     record: BootRecord
     definition: str
     repository: Repository
+    free_bytes: int = 0
     warnings: tuple[str, ...] = ()
     write_machine: Callable[[], None] = lambda: None
 
@@ -95,12 +95,11 @@ class _Boot:
     def _make(self, record: BootRecord, disk: BootDisk) -> BootRecord:
         """Make a disk's overlay. It is known by its identity before it gets its name."""
         try:
-            create_overlay(disk.making_path, served_place(disk), disk.content.size_bytes)
-            changed = msgspec.structs.replace(disk, overlay_identity=file_identity(disk.making_path))
+            making = disk.making_path(disk.overlay_path)
+            create_overlay(making, served_place(disk), disk.content.size_bytes)
+            changed = msgspec.structs.replace(disk, overlay_identity=file_identity(making))
             record = self._tools.store.note(record, disks=record.with_disk(changed))
-            os.link(disk.making_path, disk.overlay_path)
-            os.unlink(disk.making_path)
-            fsync(Path(disk.overlay_path).parent)
+            give_name(making, disk.overlay_path)
         except FileExistsError as error:
             raise TargetExists(
                 f"{disk.overlay_path} exists.", "choose another name with --as, or --pool") from error

@@ -29,6 +29,7 @@ class Stand(enum.Enum):
     NONE = "none"  # there is no such view (not running, not defined), or no such disk in it
     SNAPSHOT = "snapshot"  # the overlay, with the snapshot below it
     WHOLE = "whole"  # the overlay alone
+    COPY = "copy"  # the disk's copy alone
     OTHER = "other"  # another image
 
 
@@ -36,17 +37,19 @@ class Stand(enum.Enum):
 class DiskSight:
     """One disk, as it was seen. *running* is QEMU's own word, *defined* the inactive XML's.
 
-    *pulled*: a job is at work on it. *served*: its server is there. *names*: the overlay's header names
-    what is below it; looked at only while the guest is off.
+    *image* is the overlay, or the copy that the disk has landed in. *busy*: a job is at work on it. *served*:
+    its server is there. *names*: the overlay's header names what is below it; looked at only while the
+    guest is off. *left*: it has landed in its copy, and the overlay is there.
     """
 
     target: str
     image: Image
     running: Stand
     defined: Stand
-    pulled: bool
+    busy: bool
     served: bool
     names: bool = True
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +78,16 @@ class BootStep(enum.Enum):
     RESUME = "resume"  # let the guest go on
     FLUSH = "flush"  # have QEMU write down what was pulled, and write down that a disk has landed
     REDEFINE = "redefine"  # make the definition name the overlay alone
+    MOVE = "move"  # have QEMU write down a disk's copy, define the guest on it, note that the disk has landed
+    END_COPY = "end-copy"  # end the job that copies
+    RELEASE = "release"  # let the guest go on, if it was stopped for the switch
     CLOSE = "close"  # write down that the guest has landed
+    CLEAR = "clear"  # remove the overlays of disks that have landed in their copies
     ASK = "ask"  # only a person can decide
 
 
-_WHOLE = "its overlays hold everything themselves"
+_WHOLE = "its images hold everything themselves"
+_ASTRAY = "a disk has landed in its copy, but the overlay is in use again, which is older"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +107,12 @@ def decide_boot(record: BootRecord, sight: BootSight) -> BootDecision:
     if state is BootState.DISCARDING:
         return _remove(sight, "it is being thrown away")
     if state is BootState.LANDED:
-        return _close(sight)
+        return _close(record, sight)
     if state in BEFORE_BOOT:
         return _half_made(record, sight)
-    return _off(record, sight) if not sight.power.has_qemu else _running(record, sight)
+    if not sight.power.has_qemu:
+        return _off(record, sight)
+    return _copied(record, sight) or _running(record, sight)
 
 
 def _half_made(record: BootRecord, sight: BootSight) -> BootDecision:
@@ -128,9 +138,13 @@ def _remove(sight: BootSight, why: str) -> BootDecision:
     return BootDecision(BootStep.FORGET, "nothing is left of it")
 
 
-def _close(sight: BootSight) -> BootDecision:
+def _close(record: BootRecord, sight: BootSight) -> BootDecision:
     if any(disk.served for disk in sight.disks):
         return BootDecision(BootStep.END_SERVERS, "the guest has landed, nothing is read from them any more")
+    if targets := _astray(record, sight):
+        return BootDecision(BootStep.ASK, _ASTRAY, targets)
+    if targets := tuple(disk.target for disk in sight.disks if disk.left):
+        return BootDecision(BootStep.CLEAR, "the guest has landed in the copies", targets)
     return BootDecision(BootStep.FORGET, "the guest has landed, it is an ordinary one now")
 
 
@@ -143,7 +157,24 @@ def _off(record: BootRecord, sight: BootSight) -> BootDecision:
             BootStep.ASK, "its definition was removed by somebody else, and overlays are left", lost)
     if lost:
         return BootDecision(BootStep.ASK, "an overlay is missing, or another file has its name", lost)
-    return _startable(record, sight)
+    return _copied(record, sight) or _startable(record, sight)
+
+
+def _copied(record: BootRecord, sight: BootSight) -> BootDecision | None:
+    """Return what a disk that is copied elsewhere needs, None if nothing is to be done for any."""
+    runs = sight.power.has_qemu
+    if targets := _astray(record, sight):
+        return BootDecision(BootStep.ASK, _ASTRAY, targets)
+    # Nobody but MOVE makes the definition name a copy, and not before all of it is written down.
+    if targets := _those(sight, _waiting(record, sight),
+                         lambda disk: (disk.running if runs else disk.defined) is Stand.COPY):
+        return BootDecision(BootStep.MOVE, "its copy is what is used", targets[:1])
+    if record.state is not BootState.SWITCHING:
+        return None
+    # A switch that was asked for may still come; so the guest goes on only when none can.
+    if targets := tuple(disk.target for disk in sight.disks if runs and disk.busy):
+        return BootDecision(BootStep.END_COPY, "whether the disk was switched over is not certain", targets)
+    return BootDecision(BootStep.RELEASE, "nothing is being switched any more")
 
 
 def _startable(record: BootRecord, sight: BootSight) -> BootDecision:
@@ -168,7 +199,7 @@ def _startable(record: BootRecord, sight: BootSight) -> BootDecision:
 
 def _running(record: BootRecord, sight: BootSight) -> BootDecision:
     waiting = _waiting(record, sight)
-    if targets := _those(sight, waiting, lambda disk: disk.running is Stand.WHOLE and not disk.pulled):
+    if targets := _those(sight, waiting, lambda disk: disk.running is Stand.WHOLE and not disk.busy):
         return BootDecision(BootStep.FLUSH, "QEMU reads nothing from the snapshot any more", targets[:1])
     if targets := _to_redefine(record, sight):
         return BootDecision(BootStep.REDEFINE, _WHOLE, targets)
@@ -191,6 +222,13 @@ def _waiting(record: BootRecord, sight: BootSight) -> frozenset[str]:
     """Return the disks that need what is below their overlays, or are in a QEMU that has it open."""
     opened = {disk.target for disk in sight.disks if disk.running is Stand.SNAPSHOT}
     return frozenset(disk.target for disk in record.disks if not disk.landed or disk.target in opened)
+
+
+def _astray(record: BootRecord, sight: BootSight) -> tuple[str, ...]:
+    """Return the disks that landed in their copies, and which somebody has put back on the overlays."""
+    old = (Stand.SNAPSHOT, Stand.WHOLE)
+    return tuple(disk.target for disk in sight.disks if record.disk(disk.target).is_left_behind
+                 and (disk.running in old or disk.defined in old))
 
 
 def _to_redefine(record: BootRecord, sight: BootSight) -> tuple[str, ...]:

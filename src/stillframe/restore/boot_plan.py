@@ -57,7 +57,7 @@ def plan_boot(
     plan.check(room=False)
     uuid = plan.claim.uuid
     disks = tuple(_disk(disk, uuid, plan.original) for disk in plan.disks)
-    _check_room(disks)
+    free = _check_room(disks)
     own = tuple(folder for folder in plan.claim.folders if uuid in Path(folder).parts)
     record = BootRecord(
         uuid=uuid, name=name, uri=tools.connection.uri, address=repository.address,
@@ -66,7 +66,7 @@ def plan_boot(
         files=tuple(target.path for target in plan.files), folders=own)
     definition = with_policies(with_snapshot(plan.definition, disks), disks, pauses=wish.pauses)
     warnings = (*plan.warnings, *(each.text for each in plan.findings))
-    return BootPlan(record, definition, repository, warnings, partial(_write, plan, Places(repository)))
+    return BootPlan(record, definition, repository, free, warnings, partial(_write, plan, Places(repository)))
 
 
 def _disk(disk: PlannedDisk, uuid: str, original: str) -> BootDisk:
@@ -84,7 +84,9 @@ def _write(plan: GuestPlan, places: Places) -> None:
         write_machine_file(target, read_whole(places, target.entry))
 
 
-def _check_room(disks: tuple[BootDisk, ...]) -> None:
+def _check_room(disks: tuple[BootDisk, ...]) -> int:
+    """Return what is free where the overlays go. Raises TargetSmall."""
+    least = 0
     for folder in {os.path.dirname(disk.overlay_path) for disk in disks}:
         there = folder if os.path.isdir(folder) else os.path.dirname(folder)
         free = free_bytes(there)
@@ -92,3 +94,5 @@ def _check_room(disks: tuple[BootDisk, ...]) -> None:
             raise TargetSmall(
                 f"{folder} has {size_text(free)} free; what the guest writes goes there, and it needs at "
                 f"least {size_text(_LEAST_FREE_BYTES)}.", "choose another folder: --pool DIR")
+        least = min(least, free) if least else free
+    return least

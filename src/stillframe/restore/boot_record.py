@@ -36,8 +36,9 @@ class BootState(enum.Enum):
     DEFINING = "defining"  # the guest is being defined in libvirt
     STARTING = "starting"  # the guest is being started
     BOOTED = "booted"  # the guest is there, and reads from the snapshot what it did not write itself
-    LANDING = "landing"  # what is in the snapshot only is being pulled into the overlays
-    LANDED = "landed"  # the overlays hold everything, durably: servers and record are of no use any more
+    LANDING = "landing"  # what is in the snapshot only is being pulled into the overlays, or disks are copied
+    SWITCHING = "switching"  # the guest stands still while a disk is switched over to its copy
+    LANDED = "landed"  # its images hold everything, durably: servers and record are of no use any more
     UNDOING = "undoing"  # what was made for a guest that never ran is being removed
     DISCARDING = "discarding"  # the guest is being thrown away, as asked
 
@@ -51,7 +52,8 @@ TRANSITIONS: dict[BootState, frozenset[BootState]] = {
     _S.DEFINING: frozenset({_S.STARTING, _S.BOOTED, _S.UNDOING}),
     _S.STARTING: frozenset({_S.BOOTED, _S.UNDOING}),
     _S.BOOTED: frozenset({_S.LANDING, _S.LANDED, _S.DISCARDING}),
-    _S.LANDING: frozenset({_S.LANDING, _S.LANDED, _S.DISCARDING}),
+    _S.LANDING: frozenset({_S.LANDING, _S.SWITCHING, _S.LANDED, _S.DISCARDING}),
+    _S.SWITCHING: frozenset({_S.LANDING, _S.DISCARDING}),
     _S.LANDED: frozenset(),
     _S.UNDOING: frozenset({_S.BOOTED}),
     _S.DISCARDING: frozenset(),
@@ -60,12 +62,25 @@ TRANSITIONS: dict[BootState, frozenset[BootState]] = {
 BEFORE_BOOT = frozenset({_S.PLANNED, _S.MAKING, _S.SERVING, _S.DEFINING, _S.STARTING, _S.UNDOING})
 
 
-class BootDisk(msgspec.Struct, frozen=True, kw_only=True):
-    """One disk: its overlay, which stays as the guest's image, and what is served below it.
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """Another image that a disk is to end in. *identity* is known before the file gets its name."""
 
-    *overlay_identity* is that of the empty overlay, known before the file gets its name. *policies* are the
-    original's error policies, which the landed guest gets back. *landed*: QEMU was seen to use
-    the overlay alone, and to have written all of it down.
+    path: str
+    format: str
+    identity: FileIdentity | None = None
+
+    def is_ours(self) -> bool:
+        """Return whether the file that was made is there, whatever was written to it since."""
+        return _is_same(self.path, self.identity)
+
+
+class BootDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """One disk: its overlay, which is the guest's image from then on, and what is served below it.
+
+    *overlay_identity* is that of the empty overlay, known before the file gets its name. *copy* is where the
+    disk lands, if not in its overlay. *policies* are the original's error policies, which the landed
+    guest gets back. *landed*: QEMU was seen to use nothing but the copy, or else the overlay, and to
+    have written all of it down.
     """
 
     target: str
@@ -75,20 +90,46 @@ class BootDisk(msgspec.Struct, frozen=True, kw_only=True):
     data_bytes: int
     policies: dict[str, str] = {}
     overlay_identity: FileIdentity | None = None
+    copy: Copy | None = None
     landed: bool = False
 
     @property
-    def making_path(self) -> str:
-        """What the overlay is called while it is made: nobody else makes a file of this name."""
-        folder, name = os.path.split(self.overlay_path)
+    def image_path(self) -> str:
+        """Where the disk is, or will be, once it has landed."""
+        return self.overlay_path if self.copy is None else self.copy.path
+
+    @property
+    def image_format(self) -> str:
+        """The format of that image."""
+        return "qcow2" if self.copy is None else self.copy.format
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether the overlay is of no use any more: the disk is in its copy."""
+        return self.landed and self.copy is not None
+
+    def making_path(self, path: str) -> str:
+        """Return what an image is called while it is made: nobody else makes a file of this name."""
+        folder, name = os.path.split(path)
         uuid = os.path.basename(os.path.dirname(self.socket))
         return os.path.join(folder, f".{name}.{uuid}")
 
-    def overlay_is_ours(self, path: str) -> bool:
-        """Return whether *path* is the overlay that was made, whatever was written to it since."""
-        with contextlib.suppress(OSError):
-            return self.overlay_identity is not None and file_identity(path).same_file(self.overlay_identity)
-        return False
+    def overlay_is_ours(self) -> bool:
+        """Return whether the overlay that was made is there, whatever was written to it since."""
+        return _is_same(self.overlay_path, self.overlay_identity)
+
+
+def give_name(making_path: str, path: str) -> None:
+    """Give an image, whose identity is written down by now, its name. Raises OSError, FileExistsError."""
+    os.link(making_path, path)
+    os.unlink(making_path)
+    fsync(Path(path).parent)
+
+
+def _is_same(path: str, identity: FileIdentity | None) -> bool:
+    with contextlib.suppress(OSError):
+        return identity is not None and file_identity(path).same_file(identity)
+    return False
 
 
 class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +138,8 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
     *snapshot* is for people, *sid* names it; *origin* is the UUID of the guest that it is of. *pauses*: the
     guest is paused where the repository can't be read for *patience_s*; else it gets I/O errors. *files*
     are the machine's files (NVRAM) that were made, *folders* such folders (a TPM's state).
-    *define_begun*: what libvirt has of that UUID may be this guest.
+    *define_begun*: what libvirt has of that UUID may be this guest. *held*: it was stopped for the switch
+    that is under way, and goes on after it.
     """
 
     uuid: str
@@ -115,6 +157,7 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     define_begun: bool = False
+    held: bool = False
     detail: str = ""
     version: int = _VERSION
 

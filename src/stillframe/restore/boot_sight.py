@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from stillframe.block.image import ImagePlace, file_identity, file_place
 from stillframe.block.tools import image_info
@@ -25,8 +24,15 @@ def look_at_boot(store: BootStore, record: BootRecord, domain: Domain) -> BootSi
 
 def left_of(record: BootRecord) -> list[str]:
     """Return the files and folders that were made for the guest and are there."""
-    ours = [disk.overlay_path for disk in record.disks if disk.overlay_is_ours(disk.overlay_path)]
-    others = [*(disk.making_path for disk in record.disks), *record.files, *record.folders]
+    ours, others = [], [*record.files, *record.folders]
+    for disk in record.disks:
+        others.append(disk.making_path(disk.overlay_path))
+        if disk.overlay_is_ours():
+            ours.append(disk.overlay_path)
+        if disk.copy is not None:
+            others.append(disk.making_path(disk.copy.path))
+            if disk.copy.is_ours():
+                ours.append(disk.copy.path)
     return [*ours, *(path for path in others if os.path.lexists(path))]
 
 
@@ -45,9 +51,18 @@ def _look_at(store: BootStore, record: BootRecord, disk: BootDisk, view: DomainV
     defined = None if view.inactive is None else view.inactive.disks.get(disk.target)
     image, off = _image(disk), view.power is Power.OFF
     return DiskSight(
-        disk.target, image, _running(disk, view), stand_of(defined, disk), disk.target in jobs,
+        disk.target, image, _running(disk, view), stand_of(defined, disk),
+        disk.target in jobs or _is_copied(disk.target, view),
         find_server(store, record, disk) is not None,
-        names=not (off and image is Image.WRITTEN) or bool(image_info(overlay_of(disk)).backing))
+        names=not (off and image is Image.WRITTEN and not disk.is_left_behind)
+        or bool(image_info(overlay_of(disk)).backing),
+        left=disk.is_left_behind and disk.overlay_is_ours())
+
+
+def _is_copied(target: str, view: DomainView) -> bool:
+    """Return whether QEMU has a job that copies the disk, be it one that libvirt has forgotten."""
+    jobs = () if view.qemu is None else view.qemu.jobs
+    return any(job.name.startswith(f"copy-{target}-") for job in jobs)
 
 
 def _running(disk: BootDisk, view: DomainView) -> Stand:
@@ -58,6 +73,8 @@ def _running(disk: BootDisk, view: DomainView) -> Stand:
     if seen is None or not seen.files:
         return Stand.NONE
     files = {os.path.normpath(file) for file in seen.files}
+    if disk.copy is not None and files == {disk.copy.path}:
+        return Stand.COPY
     if os.path.normpath(seen.files[0]) != disk.overlay_path:
         return Stand.OTHER
     # While it pulls, a filter of its own lies above the overlay and shows as the same file.
@@ -65,9 +82,11 @@ def _running(disk: BootDisk, view: DomainView) -> Stand:
 
 
 def _image(disk: BootDisk) -> Image:
-    path = Path(disk.overlay_path)
+    path, is_ours = disk.overlay_path, disk.overlay_is_ours()
+    if disk.is_left_behind and disk.copy is not None:
+        path, is_ours = disk.copy.path, disk.copy.is_ours()
     if not os.path.lexists(path):
         return Image.ABSENT
-    if not disk.overlay_is_ours(disk.overlay_path):
+    if not is_ours:
         return Image.OTHER
-    return Image.FRESH if file_identity(disk.overlay_path) == disk.overlay_identity else Image.WRITTEN
+    return Image.FRESH if file_identity(path) == disk.overlay_identity else Image.WRITTEN

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,20 +14,21 @@ import msgspec
 
 from stillframe.block.tools import stand_on
 from stillframe.capture.let_go_on import fsync_definition
+from stillframe.capture.neighbours import other_users
 from stillframe.capture.watched import Watched
 from stillframe.clock import Clock, Deadline
 from stillframe.durable import fsync
-from stillframe.errors import GuestState, NeedsAttention, StillframeError
+from stillframe.errors import GuestState, HypervisorError, ImageShared, NeedsAttention, StillframeError
 from stillframe.hypervisor import monitor
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
 from stillframe.hypervisor.model import Power
 from stillframe.repository.opened import Repository, read_parameters
-from stillframe.restore.boot_decide import BootDecision, BootSight, BootStep, decide_boot
-from stillframe.restore.boot_record import BootRecord, BootState, BootStore
+from stillframe.restore.boot_decide import BootDecision, BootSight, BootStep, Stand, decide_boot
+from stillframe.restore.boot_record import BootDisk, BootRecord, BootState, BootStore
 from stillframe.restore.boot_server import Owner, end_servers, log_of, serve, served_place
 from stillframe.restore.boot_sight import left_of, look_at_boot, running_names
-from stillframe.restore.boot_xml import kept_on_snapshot, on_overlay_alone
+from stillframe.restore.boot_xml import kept_on_snapshot, on_image_alone, stand_of
 from stillframe.storage.address import open_storage
 
 #: More steps than any way has: a guest that changes under our hands must not keep us for ever.
@@ -34,6 +36,7 @@ _MOST_STEPS = 50
 _STORAGE_TIMEOUT_S = 15.0
 _RESUME_TRIES = 5
 _RECONNECTS = 4
+_JOB_END_S = 30.0
 #: A guest that reads again from what failed is paused again within this.
 _RESUMED_S = 2.0
 _PAUSE_S = 0.05
@@ -132,10 +135,26 @@ class BootWay:
         elif step is BootStep.KEEP:
             self.keep(targets)
         elif step is BootStep.REDEFINE:
-            disks = [self.known.disk(target) for target in targets]
-            self._define(lambda text: on_overlay_alone(text, disks))
-        else:
+            self._define_alone(targets)
+        elif not self._take_copied(step, targets):
             self._take_away(step)
+
+    def _take_copied(self, step: BootStep, targets: tuple[str, ...]) -> bool:
+        """Take a step of a disk that is copied elsewhere; return whether it was one."""
+        if step is BootStep.MOVE:
+            self._move(targets[0])
+        elif step is BootStep.END_COPY:
+            for target in targets:
+                self.end_job(target)
+        elif step is BootStep.RELEASE:
+            self._release()
+        elif step is BootStep.CLEAR:
+            overlays = [self.known.disk(target).overlay_path for target in targets]
+            refuse_shared(self._domain, overlays)
+            _remove(overlays)
+        else:
+            return False
+        return True
 
     def _take_away(self, step: BootStep) -> None:
         record, store = self.known, self.tools.store
@@ -146,7 +165,7 @@ class BootWay:
         elif step is BootStep.END_SERVERS:
             end_servers(store, record, self.tools.clock)
         elif step is BootStep.REMOVE:
-            _remove(record)
+            _remove(left_of(record))
         elif step is BootStep.FORGET:
             end_servers(store, record, self.tools.clock)  # what is left of their sockets, too
             store.remove(record)
@@ -157,6 +176,24 @@ class BootWay:
         view = self._domain.view()
         disks = [self.known.disk(target) for target in targets]
         self._define(lambda text: kept_on_snapshot(text, disks, running_names(view)))
+
+    def end_job(self, target: str) -> None:
+        """End the block job on a disk, if there is one; it is over on return, whatever came of it."""
+        domain = self._domain
+        with contextlib.suppress(HypervisorError):  # it may be over, or about to end
+            domain.abort_block_job(target)
+        deadline = Deadline(self.tools.clock, _JOB_END_S)
+        self.tools.clock.pause(_PAUSE_S)  # QEMU may know of one that libvirt does not, until that is over
+        while domain.pull_of(target) is not None:
+            if deadline.passed():
+                raise NeedsAttention(
+                    f"The block job on {target} of {self.known.name} does not end.",
+                    f"virsh blockjob {self.known.name} {target} --info", GuestState.OVERLAID)
+            self.tools.clock.pause(_PAUSE_S)
+
+    def _define_alone(self, targets: tuple[str, ...]) -> None:
+        disks = [self.known.disk(target) for target in targets]
+        self._define(lambda text: on_image_alone(text, disks))
 
     def _define(self, changed: Callable[[str], str]) -> None:
         inactive = self._domain.view().inactive
@@ -187,17 +224,43 @@ class BootWay:
             self.tools.clock.pause(_PAUSE_S)
 
     def _flush(self, target: str) -> None:
-        record = self.known
-        disk = record.disk(target)
+        """See to it that QEMU has written down what it pulled, and note that the disk has landed."""
+        disk = self.known.disk(target)
         qemu = self._domain.view().qemu
         if qemu is None:
             return  # it ended just now: the next look decides
-        record = self.tools.store.enter(record, BootState.LANDING, f"{target} is pulled")
-        node = qemu.disks[target].node
+        self.record = self.tools.store.enter(self.known, BootState.LANDING, f"{target} is pulled")
+        self._write_down(qemu.disks[target].node, disk.overlay_path)
+        if disk.copy is not None:  # somebody pulled what was to be copied
+            drop_copy(disk)
+        self._note(msgspec.structs.replace(disk, copy=None, landed=True))
+
+    def _move(self, target: str) -> None:
+        """Make a disk's copy, which is in use, the one that counts.
+
+        The definition names it only when all of it is written down: until then, a guest that died is
+        started on overlay and snapshot, which hold the same.
+        """
+        disk, view = self.known.disk(target), self._domain.view()
+        if view.qemu is not None:
+            self._write_down(view.qemu.disks[target].node, disk.image_path)
+            self._define_alone((target,))
+        elif view.inactive is None or stand_of(view.inactive.disks.get(target), disk) is not Stand.COPY:
+            return  # it ended just now: the next look decides
+        self._note(msgspec.structs.replace(disk, landed=True))
+
+    def _write_down(self, node: str, path: str) -> None:
         self._domain.qmp(lambda qmp: monitor.flush_node(qmp, node))
-        fsync(Path(disk.overlay_path))
-        self.record = self.tools.store.note(
-            record, disks=record.with_disk(msgspec.structs.replace(disk, landed=True)))
+        fsync(Path(path))
+
+    def _note(self, disk: BootDisk) -> None:
+        self.record = self.tools.store.note(self.known, disks=self.known.with_disk(disk))
+
+    def _release(self) -> None:
+        """Let the guest go on. It is noted afterwards: whoever dies in between only does it again."""
+        if self.known.held and self._domain.power() is Power.PAUSED:
+            self._domain.resume()
+        self.record = self.tools.store.enter(self.known, BootState.LANDING, held=False)
 
     def _resume(self) -> None:
         record, tools = self.known, self.tools
@@ -229,8 +292,22 @@ class BootWay:
             raise
 
 
-def _remove(record: BootRecord) -> None:
-    for path in left_of(record):
+def drop_copy(disk: BootDisk) -> None:
+    """Remove what was copied of a disk, whole or not, and nothing else."""
+    if disk.copy is not None:
+        Path(disk.making_path(disk.copy.path)).unlink(missing_ok=True)
+        if disk.copy.is_ours():
+            Path(disk.copy.path).unlink()
+
+
+def refuse_shared(domain: Domain, paths: Iterable[str]) -> None:
+    """Raise ImageShared if another guest uses one of the images."""
+    for path, user in other_users(domain, set(paths)).items():
+        raise ImageShared(f"{path} is also an image of {user}.", f"virsh domblklist {user}")
+
+
+def _remove(paths: Iterable[str]) -> None:
+    for path in paths:
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -261,5 +338,8 @@ _WORDS = {
     BootStep.RESUME: "resumed it",
     BootStep.FLUSH: "had QEMU write down what was pulled",
     BootStep.REDEFINE: "made its definition name its own images alone",
+    BootStep.MOVE: "made the copy its image",
+    BootStep.END_COPY: "ended the job that copied",
+    BootStep.CLEAR: "removed the overlays that were copied",
     BootStep.CLOSE: "it has landed",
 }

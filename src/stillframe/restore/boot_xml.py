@@ -53,10 +53,11 @@ def kept_on_snapshot(text: str, disks: Iterable[BootDisk], running: Mapping[str,
     return text
 
 
-def on_overlay_alone(text: str, disks: Iterable[BootDisk]) -> str:
-    """Return a definition with each disk on its overlay and nothing below, and its own error policies."""
+def on_image_alone(text: str, disks: Iterable[BootDisk]) -> str:
+    """Return a definition with each disk on its own image and nothing below, and its own error policies."""
     for disk in disks:
-        text = with_source(_without_chain(text, disk.target), disk.target, _file(disk.overlay_path))
+        image = _file(disk.image_path, disk.image_format)
+        text = with_source(_without_chain(text, disk.target), disk.target, image)
         text = _with_policies(text, disk.target, disk.policies)
     return text
 
@@ -65,7 +66,10 @@ def stand_of(disk: Disk | None, known: BootDisk) -> Stand:
     """Return what a disk of an XML stands on."""
     if disk is None:
         return Stand.NONE
-    if os.path.normpath(disk.top.place) != known.overlay_path:
+    place = os.path.normpath(disk.top.place)
+    if known.copy is not None and place == known.copy.path:
+        return Stand.COPY
+    if place != known.overlay_path:
         return Stand.OTHER
     served = any(source.socket == known.socket for source in disk.chain[1:])
     return Stand.SNAPSHOT if served else Stand.WHOLE
@@ -75,8 +79,8 @@ def _on(text: str, disk: BootDisk, path: str) -> str:
     return with_source(_without_chain(text, disk.target), disk.target, _file(path), served_source(disk))
 
 
-def _file(path: str) -> Source:
-    return Source("file", "qcow2", path, xml=f"<source file={quoteattr(path)}/>")
+def _file(path: str, image_format: str = "qcow2") -> Source:
+    return Source("file", image_format, path, xml=f"<source file={quoteattr(path)}/>")
 
 
 def served_source(disk: BootDisk) -> Source:

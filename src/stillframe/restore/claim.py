@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 
 from stillframe.block.image import FileIdentity, file_identity
-from stillframe.capture.lock import domain_lock
+from stillframe.capture.lock import domain_lock, lock_holder
 from stillframe.clock import Clock
 from stillframe.durable import write_record
 from stillframe.errors import StateFolderUnusable
@@ -44,6 +45,21 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         with contextlib.suppress(OSError):
             return path in self.made and file_identity(path) == self.made[path]
         return False
+
+    def again(self) -> str:
+        """Return the command that goes on with it."""
+        words = ["stillframe", "restore", self.sid[:12], "--as", self.name]
+        places = {target: self.places[target] for target in self.formats}
+        for target, path in places.items():
+            if path.startswith("/dev/"):
+                words += ["--disk", f"{target}={path}"]
+        files = [path for path in places.values() if not path.startswith("/dev/")]
+        words += ["--pool", os.path.dirname(files[0])] if files else []
+        return f"{shlex.join(words)} --repo REPO   # and the other options that it had"
+
+    def words(self) -> str:
+        """Return what to say of it."""
+        return f"the restore of {self.name} from {self.sid[:12]} was not finished"
 
     def same_work(self, other: Claim) -> bool:
         """Return whether the *other* restore writes the same to the same places."""
@@ -83,7 +99,7 @@ class Claims:
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[None]:
         """Keep other restores to that name away for the length of the block. Raises RunInProgress."""
-        with domain_lock(self._state_folder, f"restore-{quote(name, safe='')}", name, "restore", self._clock):
+        with domain_lock(self._state_folder, _lock_of(name), name, "restore", self._clock):
             yield
 
     def read(self, name: str) -> Claim | None:
@@ -96,6 +112,15 @@ class Claims:
                 return None
             except msgspec.DecodeError as error:
                 raise OSError(f"it is not valid: {error}") from error
+
+    def all(self) -> list[Claim]:
+        """Return all claims, in order of their guests' names."""
+        found = [self.read(unquote(path.stem)) for path in self._folder.glob("*.json")]
+        return sorted((each for each in found if each is not None), key=lambda each: each.name)
+
+    def holder(self, name: str) -> str:
+        """Return who restores to that name now, "" if nobody does."""
+        return lock_holder(self._state_folder, _lock_of(name))
 
     def write(self, claim: Claim) -> None:
         """Write the claim down."""
@@ -120,3 +145,7 @@ class Claims:
         except OSError as error:
             raise StateFolderUnusable(f"The record of a restore {path} can't be used: {error}.",
                                       f"ls -ld {self._folder}") from error
+
+
+def _lock_of(name: str) -> str:
+    return f"restore-{quote(name, safe='')}"

@@ -24,6 +24,7 @@ _OF_OLD_IMAGE = ("source", "backingStore", "mirror", "auth", "encryption", "alia
 _SHARED_CHARDEVS = ("file", "unix", "tcp", "udp", "dev", "pipe")
 _BOOT_FILES = ("kernel", "initrd", "dtb", "loader")
 _USER_ALIAS = "ua-"
+_RUN_CHANNELS = ("/var/lib/libvirt/qemu/channel/", "/run/libvirt/qemu/channel/")
 _RUN_TAP = "vnet"
 
 
@@ -142,7 +143,9 @@ def _clean(root: ET.Element) -> None:
     for interface in root.iterfind("devices/interface"):
         _clean_interface(interface)
     for channel in root.iterfind("devices/channel[@type='unix']"):
-        _drop(channel, "source")  # libvirt makes the path of the name
+        source = channel.find("source")
+        if source is not None and source.get("path", "").startswith(_RUN_CHANNELS):
+            channel.remove(source)  # libvirt makes the path of the guest's name, or of its number
         for target in channel.findall("target"):
             target.attrib.pop("state", None)
     for device in root.findall("devices/*[@type='pty']"):
@@ -218,6 +221,8 @@ def _part_from_original(root: ET.Element) -> None:
     """Take from the guest what the original has, too, and only one can have."""
     for channel in root.iterfind("devices/channel"):
         _drop(channel, "log")
+        if channel.get("type") == "unix":
+            _drop(channel, "source")  # one socket can't be both guests'
     for device in chardevs(root):
         _drop(device, "log")
         if device.get("type") in _SHARED_CHARDEVS:

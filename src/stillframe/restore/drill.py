@@ -52,6 +52,8 @@ from stillframe.restore.export import Export, Serving, exported
 from stillframe.restore.guest_plan import KEEPS_ARGUMENTS, GuestPlan, GuestWish, plan_guest
 from stillframe.restore.machine_files import make_folder, write_machine_file
 
+#: Where nbdkit keeps what a drilled guest writes, in files without names (unless TMPDIR says otherwise).
+WRITTEN_FOLDER = "/var/tmp"  # noqa: S108 -- nbdkit's choice
 _NAME_PREFIX = "drill-"
 _ID_SHOWN = 8
 _CONSOLE_KEPT = 16 * 1024

@@ -147,7 +147,11 @@ class Watch:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with process.running([script], environment=facts, output=output) as running:
-                code = self._ended(running, deadline)
+                try:
+                    code = self._ended(running, deadline)
+                finally:
+                    if running.returncode is None:
+                        process.stop_group(running)
         finally:
             os.close(output)
         late = "" if code is not None else f"it did not end within {duration_text(deadline.timeout_s)}\n"

@@ -30,6 +30,8 @@ from stillframe.clock import Clock, Deadline
 from stillframe.errors import ExportFailed, ProgramMissing
 from stillframe.restore.export_order import Order
 
+#: What nbdkit loads.
+PLUGIN = Path(__file__).with_name("export_plugin.py")
 _START_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 1.0
 _END_TIMEOUT_S = 5.0
@@ -192,7 +194,7 @@ def _command(folder: Path, serving: Serving) -> list[str]:
     command = ["nbdkit", "--foreground", "--pidfile", str(folder / "pid")]
     command += serving.tcp.options() if serving.tcp else ["--unix", _socket(folder, serving)]
     command += ["--filter=cow"] if serving.writable else ["--readonly"]
-    return [*command, "python", str(Path(__file__).with_name("export_plugin.py"))]
+    return [*command, "python", str(PLUGIN)]
 
 
 def python_environment() -> dict[str, str]:

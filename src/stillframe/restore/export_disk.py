@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from socket import gethostname
 from typing import TypeVar
@@ -14,16 +15,20 @@ from typing import TypeVar
 from stillframe.clock import Clock, Deadline, utc_text
 from stillframe.errors import RepositoryDamaged, StillframeError, StorageError
 from stillframe.extent import Extent
+from stillframe.repository.generation import readable_generation
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
 from stillframe.repository.session import open_session
 from stillframe.restore.export_order import Order
 from stillframe.restore.export_trace import Trace
+from stillframe.storage.wrappers import TimeLimited
 from stillframe.units import GIB, MIB
 
 T = TypeVar("T")
 
 _RETRY_PAUSE_S = 0.25
+#: A storage that gives no answer at all for so long, or for the patience if that is longer, counts as lost.
+_SHORTEST_ANSWER_S = 5.0
 #: How many leaves are kept: of 16 GiB with the usual sizes, some 40 MiB.
 _KEPT_LEAVES = 4096
 _LOG_BYTES = MIB
@@ -70,9 +75,13 @@ class ServedDisk:
         self._order = order
         self._log = log
         self._clock = clock
-        self._repository = order.open()
-        self._view = DiskView(Places(self._repository), order.content, kept_bytes=order.cache_bytes,
-                              kept_leaves=_KEPT_LEAVES)
+        opened = order.open()
+        # Nothing is asked by threads before `start` (export_plugin.py says why): the limit comes afterwards.
+        generation = readable_generation(opened.storage, opened.key)
+        limited = TimeLimited(opened.storage, max(order.patience_s, _SHORTEST_ANSWER_S))
+        self._repository = replace(opened, storage=limited)
+        self._view = DiskView(Places(self._repository, generation), order.content,
+                              kept_bytes=order.cache_bytes, kept_leaves=_KEPT_LEAVES)
         self._session = contextlib.ExitStack()
         self._trace = Trace(order.trace, self._view, order.cache_bytes) if order.trace else None
         self._storage_is_lost = False

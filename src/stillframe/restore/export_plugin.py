@@ -59,19 +59,20 @@ def config_complete() -> None:
         raise
 
 
-def get_ready() -> None:
-    """Begin with what takes threads: nbdkit stays in the foreground, so no fork will lose them."""
-    _Served.disk.start()
-
-
 def after_fork() -> None:
-    """Have only our own log written from here on, which is bounded; see to what our parent's end means."""
+    """Have only our own log written from here on, which is bounded; see to what our parent's end means.
+
+    Threads begin here and not before: nbdkit closes 0 and 1 and opens them anew just before, and ends, with
+    "open: Resource temporarily unavailable" or whatever went wrong last, if a file of a thread has taken
+    their place. Clients are not let in before this returns.
+    """
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, _STDERR)
     os.close(silent)
     # nbdkit asks the kernel for SIGTERM when its parent dies (1.32 always does), and would then wait for its
     # clients to leave.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if _Served.outlives else signal.SIGKILL, 0, 0, 0)
+    _Served.disk.start()
 
 
 def cleanup() -> None:

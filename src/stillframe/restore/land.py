@@ -4,66 +4,83 @@ What is in the snapshot only is pulled by QEMU (`block-stream`) into the overlay
 image. Nothing is switched over, so nothing can be lost: whatever is killed, the overlay holds what the guest
 wrote, and pulling can be begun anew. That a disk has landed is believed only once QEMU has written down
 what it pulled (`kept_on_snapshot` says why).
+
+Where another image is wanted, QEMU copies the disk to it, and the guest is switched over while it stands
+still: it goes on when the copy is written down and the definition names it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from stillframe.capture.growth import allocated_bytes, free_bytes
+import msgspec
+
+from stillframe.block.image import file_identity
+from stillframe.block.tools import create_image
+from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import domain_lock
-from stillframe.capture.neighbours import other_users
 from stillframe.clock import Deadline
 from stillframe.errors import (
-    GuestShutOff,
     GuestState,
     GuestUnfit,
     GuestUnknown,
     HypervisorError,
-    ImageShared,
     LandFailed,
-    TargetSmall,
+    ProgramFailed,
+    TargetExists,
 )
-from stillframe.hypervisor.model import BlockJob
+from stillframe.hypervisor.model import BlockJob, Mirror, Power
 from stillframe.restore.boot import Stop
 from stillframe.restore.boot_decide import Image, Stand
-from stillframe.restore.boot_record import BEFORE_BOOT, BootRecord, BootState
+from stillframe.restore.boot_record import BEFORE_BOOT, BootDisk, BootRecord, BootState, give_name
 from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_sight import left_of
-from stillframe.restore.boot_steps import BootTools, BootWay
-from stillframe.units import MIB, size_text
+from stillframe.restore.boot_steps import BootTools, BootWay, drop_copy, refuse_shared
+from stillframe.restore.land_plan import Landing, LandWish, plan_landing
+from stillframe.units import size_text
 
 _POLL_S = 0.2
+_DRAIN_S = 10.0
+_DRAIN_POLL_S = 0.01
 #: libvirt takes a job out of its list somewhat before QEMU's graph shows the outcome.
 _OUTCOME_S = 10.0
-_RESERVE_BYTES = 64 * MIB
 
 #: Called with a disk's target, what is done and the whole, in bytes.
 Report = Callable[[str, int, int], None]
 
 
-def land_guest(record: BootRecord, tools: BootTools, stop: Stop, report: Report) -> list[str]:
-    """Bring a booted guest home; return what was done in words.
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What was done for a guest, in words, and its disks."""
 
-    Raises LandFailed, GuestShutOff, TargetSmall, and what a signal raises: the guest runs on then, and
+    did: list[str]
+    disks: tuple[BootDisk, ...]
+
+
+def land_guest(record: BootRecord, wish: LandWish, tools: BootTools, stop: Stop, report: Report) -> Landed:
+    """Bring a booted guest home; return what was done.
+
+    Raises LandFailed, what plan_landing does, and what a signal raises: the guest runs on then, and
     it can be done again.
     """
     with domain_lock(tools.store.state_folder, record.uuid, record.name, "land", tools.clock):
         way = BootWay(tools.store.current(record), tools)
         way.settle()
         if way.is_over():
-            return way.did
-        _check(way.known, tools)
+            return Landed(way.did, record.disks)
+        landings = plan_landing(way.known, way.look(), wish, tools)
         way.record = tools.store.enter(way.known, BootState.LANDING)
-        for disk in record.disks:
-            if not way.is_over() and not (way.known.disk(disk.target).landed and
-                                          _stand(way, disk.target) is Stand.WHOLE):
-                _pull(way, disk.target, stop, report)
-                way.settle()
+        for landing in landings:
+            _settle_on(way, landing)
+        disks = way.known.disks
+        for landing in landings:
+            if not way.is_over():
+                (_pull if landing.copy is None else _copy)(way, landing.target, stop, report)
         if not way.is_over():
             raise _failed(way.known, way.decide().reason, tools)
-        return way.did
+        return Landed(way.did, disks)
 
 
 def discard_guest(record: BootRecord, tools: BootTools, *, dry_run: bool) -> list[str]:
@@ -91,23 +108,16 @@ def discard_guest(record: BootRecord, tools: BootTools, *, dry_run: bool) -> lis
         return [f"removed {each}" for each in removed]
 
 
-def _check(record: BootRecord, tools: BootTools) -> None:
-    power = tools.domain(record).power()
-    if not power.has_qemu:
-        raise GuestShutOff(
-            f"{record.name} is {power.value}; a guest lands while it runs.", f"virsh start {record.name}")
-    needed: dict[int, int] = {}
-    for disk in record.disks:
-        if not disk.landed:
-            device = os.stat(disk.overlay_path).st_dev
-            missing = max(0, disk.data_bytes - allocated_bytes(disk.overlay_path))
-            needed[device] = needed.get(device, _RESERVE_BYTES) + missing
-            folder = os.path.dirname(disk.overlay_path)
-            free = free_bytes(folder)
-            if free < needed[device]:
-                raise TargetSmall(
-                    f"{folder} has {size_text(free)} free, and {record.name} needs at least "
-                    f"{size_text(needed[device])} to land there.", f"df {folder}", GuestState.OVERLAID)
+def _settle_on(way: BootWay, landing: Landing) -> None:
+    """Write down where a disk is to land. What was begun for another place is ended and removed."""
+    disk = way.known.disk(landing.target)
+    job, mirror = _job(way, disk.target), way.tools.domain(way.known).mirror_of(disk.target)
+    wanted = "" if landing.copy is None else landing.copy.path
+    if job is not None and wanted != ("" if mirror is None else mirror.place):
+        way.end_job(disk.target)
+    if disk.copy != landing.copy:
+        drop_copy(disk)
+        _note(way, msgspec.structs.replace(disk, copy=landing.copy))
 
 
 def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
@@ -118,19 +128,96 @@ def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
     if _job(way, target) is None:
         domain.start_pull(target)
     while (job := _job(way, target)) is not None:
-        report(target, job.cur, job.end)
-        stopped = stop()
-        if stopped is not None:
-            domain.abort_block_job(target)
-            stopped.guest = GuestState.OVERLAID
-            raise stopped
-        tools.clock.pause(_POLL_S)
+        _wait(way, target, job, stop, report)
     # libvirt may take a job out of its list somewhat before QEMU's graph shows what came of it.
     deadline = Deadline(tools.clock, _OUTCOME_S)
     while _stand(way, target) is Stand.SNAPSHOT:
         if deadline.passed():
             raise _failed(way.known, f"QEMU ended the pull of {target} before its end", tools)
         tools.clock.pause(_POLL_S)
+    way.settle()
+
+
+def _copy(way: BootWay, target: str, stop: Stop, report: Report) -> None:
+    """Have QEMU copy a disk, and switch the guest over to the copy once the two are the same."""
+    tools, domain = way.tools, way.tools.domain(way.known)
+    way.record = tools.store.note(way.known, detail=f"copying {target}")
+    # Kept, libvirt does not make it name the copy at the switch: by then not all may be written down.
+    way.keep((target,))
+    if _job(way, target) is None:
+        path, image_format = _make_copy(way, target)
+        domain.start_copy(target, path, image_format)
+    while not _is_ready(domain.mirror_of(target)):
+        job = _job(way, target)
+        if job is None:
+            failed = _ended(way, target)
+            _drop_unused_copy(way, target)
+            raise failed
+        _wait(way, target, job, stop, report)
+    try:
+        _switch(way, target)
+    finally:
+        way.settle()  # the guest stands still until then
+
+
+def _make_copy(way: BootWay, target: str) -> tuple[str, str]:
+    """Make the empty image that a disk is copied to; return its path and format."""
+    disk = way.known.disk(target)
+    assert disk.copy is not None
+    drop_copy(disk)  # a copy that was given up is of no use for another one
+    copy, making = disk.copy, disk.making_path(disk.copy.path)
+    try:
+        create_image(making, copy.format, way.tools.domain(way.known).capacity_bytes(target))
+        _note(way, msgspec.structs.replace(
+            disk, copy=msgspec.structs.replace(copy, identity=file_identity(making))))
+        give_name(making, copy.path)
+    except FileExistsError as error:
+        raise TargetExists(f"{copy.path} exists.", "choose another folder with --pool",
+                           GuestState.OVERLAID) from error
+    except (OSError, ProgramFailed) as error:
+        raise _failed(way.known, f"{copy.path} can't be made: {error}", way.tools) from error
+    return copy.path, copy.format
+
+
+def _drop_unused_copy(way: BootWay, target: str) -> None:
+    """Give the room of a copy that came to no end back: it might be what was lacking."""
+    if _stand(way, target) is Stand.SNAPSHOT:
+        drop_copy(way.known.disk(target))
+
+
+def _switch(way: BootWay, target: str) -> None:
+    """Switch the guest over to the copy while it stands still: whichever of the two it starts on is right."""
+    tools, domain = way.tools, way.tools.domain(way.known)
+    runs = domain.power() is Power.RUNNING
+    way.record = tools.store.enter(way.known, BootState.SWITCHING, f"{target} is copied", held=runs)
+    if runs:
+        domain.suspend()
+    deadline = Deadline(tools.clock, _DRAIN_S)
+    while True:
+        job = _job(way, target)
+        if job is None:
+            raise _ended(way, target)
+        if _is_ready(domain.mirror_of(target)) and job.cur == job.end:
+            break
+        if deadline.passed():
+            raise _failed(way.known, f"the copy of {target} does not catch up with the guest", tools)
+        tools.clock.pause(_DRAIN_POLL_S)
+    domain.pivot(target)
+
+
+def _is_ready(mirror: Mirror | None) -> bool:
+    return mirror is not None and mirror.ready
+
+
+def _wait(way: BootWay, target: str, job: BlockJob, stop: Stop, report: Report) -> None:
+    """Tell how far the job on a disk is, and wait a little. Ends it, and raises, where that is asked for."""
+    report(target, job.cur, job.end)
+    stopped = stop()
+    if stopped is not None:
+        way.tools.domain(way.known).abort_block_job(target)
+        stopped.guest = GuestState.OVERLAID
+        raise stopped
+    way.tools.clock.pause(_POLL_S)
 
 
 def _job(way: BootWay, target: str) -> BlockJob | None:
@@ -156,6 +243,17 @@ def _failed(record: BootRecord, why: str, tools: BootTools) -> LandFailed:
         f"stillframe recover {record.name}; stillframe land {record.name}   # goes on where it stopped")
 
 
+def _ended(way: BootWay, target: str) -> LandFailed:
+    folder = os.path.dirname(way.known.disk(target).image_path)
+    free = size_text(free_bytes(folder))
+    return _failed(
+        way.known, f"QEMU ended the copy of {target} before its end; {free} are free in {folder}", way.tools)
+
+
+def _note(way: BootWay, disk: BootDisk) -> None:
+    way.record = way.tools.store.note(way.known, disks=way.known.with_disk(disk))
+
+
 def _refuse_foreign(way: BootWay) -> None:
     """Refuse to throw away a guest of which something is not stillframe's own making."""
     record = way.known
@@ -169,7 +267,6 @@ def _refuse_foreign(way: BootWay) -> None:
                 f"{disk.target} of {record.name} does not stand on {disk.overlay_path}, which was made "
                 "for it, but on an image of somebody else.",
                 f"virsh domblklist {record.name}", GuestState.UNTOUCHED)
-    users = other_users(way.tools.domain(record), {disk.overlay_path for disk in record.disks})
-    for path, user in users.items():
-        raise ImageShared(f"{path} is also an image of {user}.", f"virsh domblklist {user}")
+    refuse_shared(way.tools.domain(record), {
+        path for disk in record.disks for path in (disk.overlay_path, disk.image_path)})
 

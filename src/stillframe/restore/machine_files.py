@@ -63,13 +63,13 @@ def tpm_path(entry: FileEntry, old_uuid: str, uuid: str) -> str:
     return str(TPM_FOLDER / uuid / inside)
 
 
-def write_machine_file(target: MachineTarget, content: bytes) -> None:
-    """Write a file that is not there yet, durably, as whom it must belong to.
+def write_machine_file(target: MachineTarget, content: bytes, *, replace: bool = False) -> None:
+    """Write a file, durably and as a whole or not at all, as whom it must belong to.
 
-    NVRAM is labelled by libvirt when the guest starts; the state of a TPM must be its emulator's.
-    Raises TargetExists, DestinationFull, DestinationUnwritable.
+    NVRAM that is *replaced* belongs to whom it did; else libvirt labels it when the guest starts. The state
+    of a TPM must be its emulator's. Raises TargetExists, DestinationFull, DestinationUnwritable.
     """
-    with Naming(target.path, replace=False) as naming, write_errors(target.path, DestinationUnwritable):
+    with Naming(target.path, replace=replace) as naming, write_errors(target.path, DestinationUnwritable):
         fd = os.open(naming.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(content)
@@ -77,6 +77,8 @@ def write_machine_file(target: MachineTarget, content: bytes) -> None:
             os.fchmod(fd, target.entry.mode & 0o777)
             if target.entry.role == TPM:
                 own_for_tpm(target.path, fd)
+            elif replace:
+                os.fchown(fd, target.entry.uid, target.entry.gid)
             os.fsync(fd)
         naming.publish()
 

@@ -6,18 +6,22 @@ with may be in the other. A file takes the old one's place as a whole or not at 
 
 from __future__ import annotations
 
-import os
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
-from stillframe.errors import DestinationUnwritable, SlotDamaged
+from stillframe.errors import SlotDamaged
 from stillframe.hypervisor.domain_xml import nvram_file
 from stillframe.hypervisor.guest import Guest
 from stillframe.repository.manifest import NVRAM, TPM, FileEntry, Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.reader import read_whole
-from stillframe.restore.machine_files import tpm_path
-from stillframe.restore.target import Naming, write_errors
+from stillframe.restore.machine_files import (
+    MachineTarget,
+    make_folder,
+    missing_folders,
+    tpm_path,
+    write_machine_file,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,10 @@ def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad
             # Half of a firmware's variables is worse than the ones that are there.
             lost.append(f"{path} ({damage.why})")
             continue
-        _write(path, content, entry)
+        target = MachineTarget(entry, path)
+        for folder in missing_folders([target]):
+            make_folder(folder)
+        write_machine_file(target, content, replace=True)
         files.append(path)
     return MachineInPlace(tuple(files), tuple(lost), tuple(warnings))
 
@@ -59,16 +66,3 @@ def _path(entry: FileEntry, old_uuid: str, uuid: str, definition: str) -> str:
     if entry.role == TPM and root.find("./devices/tpm/backend[@type='emulator']") is not None:
         return tpm_path(entry, old_uuid, uuid)
     return ""
-
-
-def _write(path: str, content: bytes, entry: FileEntry) -> None:
-    with Naming(path, replace=True) as naming, write_errors(path, DestinationUnwritable):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        fd = os.open(naming.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(fd, entry.mode & 0o777)
-            os.fchown(fd, entry.uid, entry.gid)
-            os.fsync(fd)
-        naming.publish()

@@ -1,4 +1,4 @@
-"""Storages around a storage: one that tries again, one that counts, one that keeps to a rate.
+"""Storages around a storage: one that tries again, one that counts, one that keeps to a rate or a time.
 
 Each keeps all promises of Storage. Put them so: Counted(Retried(RateLimited(driver))); what is
 tried again is then held to the rate too, and what is counted is what the caller waited for.
@@ -9,16 +9,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from stillframe.clock import Clock
 from stillframe.errors import ObjectExists, StorageLost
 from stillframe.storage.model import Capabilities, Content, Listed, Stat, Storage
 from stillframe.storage.own import holds
+from stillframe.units import duration_text
 
 T = TypeVar("T")
+_CALLS_AT_ONCE = 16
+#: How long a call is waited for while another has come to no end.
+_OVERDUE_S = 1.0
 #: Told of each failure that is tried again: verb, key, what failed, the pause in seconds that follows.
 OnRetry = Callable[[str, str, StorageLost, float], None]
 
@@ -295,6 +300,61 @@ class RateLimited(Wrapper):
         """See Storage."""
         self._writing.wait(memoryview(content).nbytes)
         self._inner.replace(key, content)
+
+
+class TimeLimited(Wrapper):
+    """Gives up waiting for a storage that hangs without an error, as a dead NFS server makes it: StorageLost.
+
+    What is given up goes on in a thread of its own until the storage comes back. As long as it does, other
+    calls are waited for only shortly: each would hang, too.
+    """
+
+    def __init__(self, inner: Storage, timeout_s: float) -> None:
+        super().__init__(inner)
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(_CALLS_AT_ONCE, "storage")
+        self._overdue = set[Future[Any]]()
+
+    def get(self, key: str, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
+        """See Storage."""
+        return self._timely(lambda: self._inner.get(key, offset_bytes, length_bytes))
+
+    def create(self, key: str, content: Content) -> None:
+        """See Storage."""
+        self._timely(lambda: self._inner.create(key, content))
+
+    def replace(self, key: str, content: Content) -> None:
+        """See Storage."""
+        self._timely(lambda: self._inner.replace(key, content))
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        """See Storage. It is listed as a whole before the first is given."""
+        return self._timely(lambda: iter([*self._inner.list(prefix)]))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """See Storage."""
+        self._timely(lambda: self._inner.delete(keys))
+
+    def stat(self, key: str) -> Stat:
+        """See Storage."""
+        return self._timely(lambda: self._inner.stat(key))
+
+    def now(self) -> datetime:
+        """See Storage."""
+        return self._timely(self._inner.now)
+
+    def _timely(self, call: Callable[[], T]) -> T:
+        asked = self._threads.submit(call)
+        timeout_s = min(self._timeout_s, _OVERDUE_S) if self._overdue else self._timeout_s
+        wait([asked], timeout_s)
+        if asked.done():
+            return asked.result()
+        if not asked.cancel():
+            self._overdue.add(asked)
+            asked.add_done_callback(self._overdue.discard)
+        raise StorageLost(
+            f"{self.address} gave no answer within {duration_text(timeout_s)}.",
+            f"ls {self.address}   # does it hang, too? see dmesg, and the network")
 
 
 class Turns:
