@@ -33,7 +33,8 @@ NUMBER = "STILLFRAME_LAB_NUMBER"
 # core: every other lab begins with the guests that don't.
 _LONG_FIXTURES = ("db_guest", "disk_guest", "session_daemons"), ("disk_guest", "db_guest", "session_daemons")
 # A lab runs a part of what it collected, so that a percentage would say nothing.
-_PYTEST = (sys.executable, "-m", "pytest", "-p", "lab.share", "-o", "console_output_style=classic")
+_PYTEST = (sys.executable, "-m", "pytest", "-p", "lab.share", "-o", "console_output_style=classic",
+           "--durations=25", "--durations-min=5")
 
 
 def claim(folder: Path, test: str) -> bool:
