@@ -146,7 +146,7 @@ def test_nothing_is_made_at_the_destination_without_libvirt(call: Call, tmp_path
 def test_recover_needs_no_libvirt_where_nothing_was_left(call: Call) -> None:
     done = call("recover", "--json")
     assert done.returncode == 0
-    assert body(done) == {"dry_run": False, "guests": [], "drills": []}
+    assert body(done) == {"dry_run": False, "guests": [], "drills": [], "restores": []}
     assert "nothing was left" in call("recover").stdout
 
 
