@@ -28,7 +28,7 @@ APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-c
 APT_DEV := xfsprogs acl procps e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin \
            openssh-server samba curl ovmf swtpm swtpm-tools systemd
 # What `make bench` compares with, and nothing else needs.
-APT_BENCH := guestfish restic borgbackup virtnbdbackup
+APT_BENCH := guestfish restic borgbackup virtnbdbackup smbclient
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.
 APT_LVM := lvm2
 APT_CEPH := ceph-mon ceph-osd ceph-common qemu-block-extra
@@ -71,6 +71,7 @@ bench: develop apt-bench boot ## measure, side by side with other tools in the s
 	$(LAB) $(RUN) -m bench.incremental $(ARGS)
 	$(LAB) $(RUN) -m bench.restore
 	$(LAB) $(RUN) -m bench.files
+	$(LAB) $(RUN) -m bench.storage
 	$(RUN) -m bench.standing
 	$(LAB) $(RUN) -m bench.prune --folder /var/tmp
 

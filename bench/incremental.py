@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import libvirt
 
+from bench.own import Own
 from bench.peers import timed
 from lab.daemons import URI, LibvirtDaemons
 from lab.diskguest import DiskGuest
@@ -144,40 +144,10 @@ def main() -> int:
 # --- contenders ---
 
 
-class Own:
-    """Stillframe's command, in a repository of its own."""
-
-    def __init__(self, bench: Bench, place: Path) -> None:
-        self._state = ["--state-dir", str(place / "state"), "--config", "/dev/null"]
-        self.place = place
-        secret = place / "secret"
-        secret.touch(0o600)
-        secret.write_text("bench\n")
-        self._repository = ["--repo", str(place / "repository"), "--passphrase-file", str(secret)]
-        self._guest = bench.guest.name
-
-    def call(self, *words: str, repository: bool = True) -> tuple[float, dict[str, Any]]:
-        command = [sys.executable, "-m", "stillframe", *words, *self._state, "--json",
-                   *(self._repository if repository else [])]
-        began = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds = time.monotonic() - began
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return seconds, json.loads(done.stdout)
-
-    def init(self) -> None:
-        self.call("init", str(self.place / "repository"), *self._repository[2:], repository=False)
-
-    def backup(self, method: str) -> tuple[float, dict[str, Any]]:
-        seconds, body = self.call("backup", self._guest, "--quiesce", "none", "--method", method)
-        return seconds, body["guests"][0]
-
-
 def by_method(method: str) -> Callable[[Bench], Found]:
     def run(bench: Bench) -> Found:
         place = bench.fresh(method)
-        own = Own(bench, place)
+        own = Own(bench.guest.name, place)
         own.init()
         full_s, _ = own.backup(method)
         bench.change()
@@ -197,7 +167,7 @@ def by_method(method: str) -> Callable[[Bench], Found]:
 
 def mirror(bench: Bench) -> Found:
     place = bench.fresh("mirror")
-    own = Own(bench, place)
+    own = Own(bench.guest.name, place)
     words = ("mirror", bench.guest.name, str(place), "--quiesce", "none", "--method", "bitmap")
     full_s, _ = own.call(*words, repository=False)
     bench.change()
