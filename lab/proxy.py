@@ -10,16 +10,22 @@ each harm was done.
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import random
+import re
 import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Self
 
 _PATIENCE_S = 30.0
 _BLOCK_BYTES = 64 * 1024
+_CONDITION = re.compile(rb"\r\n(?:if-none-match|authorization):[^\r]*", re.IGNORECASE)
+_DATES = re.compile(rb"(\r\n(?:date|last-modified): )([^\r]*)", re.IGNORECASE)
+_LENGTH = re.compile(rb"(\r\ncontent-length: )\d+", re.IGNORECASE)
 _BUSY_BODY = b"<Error><Code>SlowDown</Code></Error>"
 _BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/xml\r\nConnection: close\r\n"
          b"Content-Length: %d\r\n\r\n%s" % (len(_BUSY_BODY), _BUSY_BODY))
@@ -32,7 +38,8 @@ class Chances:
     *cut_request*: half of it reaches the server. *lost_reply*: it is carried out, and nothing comes back.
     *cut_reply*: half of the reply comes back. *busy*: it is answered with 503 and not sent on. *late*: the
     reply takes a moment. *twice*: a request that reads is sent on twice; *written_twice*: one that writes.
-    What comes back is the second reply.
+    What comes back is the second reply. *short*: the first half of what a GET is answered with is said to be
+    all of it.
     """
 
     cut_request: float = 0.0
@@ -42,6 +49,7 @@ class Chances:
     late: float = 0.0
     twice: float = 0.0
     written_twice: float = 0.0
+    short: float = 0.0
 
     def drawn(self, chance: random.Random) -> str:
         """Return the name of a harm, "" for none."""
@@ -97,11 +105,19 @@ class _Proxy:
 
 
 class HttpProxy(_Proxy):
-    """Knows requests and replies of HTTP. After a reply the client's connection is closed."""
+    """Knows requests and replies of HTTP. After a reply the client's connection is closed.
 
-    def __init__(self, server_port: int, chances: Chances, seed: int = 0) -> None:
+    What *asked* and *answered* return is sent on in place of each request and each reply.
+    """
+
+    def __init__(
+        self, server_port: int, chances: Chances, seed: int = 0, *,
+        asked: Callable[[bytes], bytes] = bytes, answered: Callable[[bytes], bytes] = bytes,
+    ) -> None:
         super().__init__(server_port, seed)
         self.chances = chances
+        self._asked = asked
+        self._answered = answered
 
     @property
     def endpoint(self) -> str:
@@ -127,13 +143,15 @@ class HttpProxy(_Proxy):
             reply = self._reply(request)
         if harm == "late":
             time.sleep(0.05)
+        if harm == "short" and request.startswith(b"GET "):
+            reply = _shortened(reply)
         if harm != "lost_reply":
             client.sendall(reply[: len(reply) // 2] if harm == "cut_reply" else reply)
 
     def _reply(self, request: bytes) -> bytes:
         with self._server() as server:
-            server.sendall(request)
-            return b"".join(iter(lambda: server.recv(_BLOCK_BYTES), b""))
+            server.sendall(self._asked(request))
+            return self._answered(b"".join(iter(lambda: server.recv(_BLOCK_BYTES), b"")))
 
 
 class CuttingProxy(_Proxy):
@@ -166,6 +184,34 @@ class CuttingProxy(_Proxy):
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def unconditional(request: bytes) -> bytes:
+    """Return a request without its condition, as servers take it that do not know If-None-Match.
+
+    It is not signed any more, since the condition was.
+    """
+    return _CONDITION.sub(b"", request)
+
+
+def hours_ahead(hours: float) -> Callable[[bytes], bytes]:
+    """Return what makes a reply one of a server whose clock is so much ahead (or, below 0, behind)."""
+    def moved(found: re.Match[bytes]) -> bytes:
+        at_s = email.utils.parsedate_to_datetime(found[2].decode()).timestamp() + hours * 3600
+        return found[1] + email.utils.formatdate(at_s, usegmt=True).encode()
+
+    def answered(reply: bytes) -> bytes:
+        head, end, content = reply.partition(b"\r\n\r\n")
+        return _DATES.sub(moved, head) + end + content
+
+    return answered
+
+
+def _shortened(reply: bytes) -> bytes:
+    """Return a reply with half of its content, which is said to be all."""
+    head, end, content = reply.partition(b"\r\n\r\n")
+    half = content[:len(content) // 2]
+    return _LENGTH.sub(rb"\g<1>%d" % len(half), head) + end + half
 
 
 def _request(client: socket.socket) -> bytes:

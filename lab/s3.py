@@ -28,15 +28,19 @@ _REGION = "us-east-1"
 class S3Server(Server):
     """Runs within the block, with one bucket.
 
-    *host_policy* is IAM's JSON. With *every_address* other hosts of the lab reach it, too.
+    *host_policy* is IAM's JSON. With *every_address* other hosts of the lab reach it, too. With *anybody*
+    a request that is not signed may do all, too: what a proxy changes has no signature any more.
     """
 
     #: An orderly end takes it 25 s, and nothing of it is kept.
     _END = signal.SIGKILL
 
-    def __init__(self, folder: Path, host_policy: str = "", *, every_address: bool = False) -> None:
+    def __init__(
+        self, folder: Path, host_policy: str = "", *, every_address: bool = False, anybody: bool = False,
+    ) -> None:
         super().__init__(folder)
         self._host_policy = host_policy
+        self._anybody = anybody
         self._bound_to = "0.0.0.0" if every_address else "127.0.0.1"
 
     def __enter__(self) -> Self:
@@ -51,7 +55,8 @@ class S3Server(Server):
         policy = {"name": "host", "content": self._host_policy}
         settings.write_text(json.dumps(
             {"identities": [identity, host], "policies": [policy]} if self._host_policy
-            else {"identities": [identity]}))
+            else {"identities": [identity, {**identity, "name": "anonymous", "credentials": []}]}
+            if self._anybody else {"identities": [identity]}))
         self.port, master, volume, filer, *grpc = free_ports(8)
         command = [
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={data}", "-ip=127.0.0.1",

@@ -14,7 +14,7 @@ from stillframe.errors import StorageLost
 from tests.integration.targets import Target, followed
 
 _PAGE = "TARGET-LOCAL.md"
-_OPTIONS = "--repo /srv/backup/stillframe --key-file /etc/stillframe/key"
+_OPTIONS = "--repo /srv/backup/repository --key-file /etc/stillframe/key"
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.together]
 

@@ -57,9 +57,11 @@ _DELETE_KEYS_MAX = 1000
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _RANGE_CODES = ("InvalidRange",)
 _FULL_CODES = ("QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "EntityTooLarge")
+#: Signatures hold for a quarter of an hour.
+_CLOCK_CODES = ("RequestTimeTooSkewed", "RequestExpired")
 _DENIED_CODES = (
     "AccessDenied", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken", "InvalidAccessKeyId",
-    "InvalidToken", "NoSuchBucket", "PermanentRedirect", "RequestTimeTooSkewed", "SignatureDoesNotMatch")
+    "InvalidToken", "NoSuchBucket", "PermanentRedirect", "SignatureDoesNotMatch", *_CLOCK_CODES)
 
 
 class S3Storage:
@@ -232,9 +234,11 @@ class S3Storage:
             f"curl -sI {self._endpoint}   # then run again")
 
     def _refused(self, key: str, error: Exception) -> StorageRefused:
+        code = _code(error)
         return StorageRefused(
-            f"The storage {self.address} refuses ({_code(error) or _first_line(error)}): {key}.",
-            "check the bucket's name, the credentials and what they may do")
+            f"The storage {self.address} refuses ({code or _first_line(error)}): {key}.",
+            f"timedatectl; curl -sI {self._endpoint} | grep -i ^date   # the two clocks differ: set this host's"
+            if code in _CLOCK_CODES else "check the bucket's name, the credentials and what they may do")
 
 
 def _code(error: Exception) -> str:

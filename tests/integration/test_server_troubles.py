@@ -1,0 +1,138 @@
+"""Servers that lie, fill up, have odd names or another time: what the command makes of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from lab.diskguest import DiskGuest
+from lab.disks import DiskSpec, Kind
+from lab.images import KIB, MIB, run
+from lab.proxy import Chances, HttpProxy, unconditional
+from lab.s3 import S3Server
+from stillframe.errors import RepositoryUnsafe, StorageFull, StorageRefused
+from tests.contract.addresses import ADDRESSES, Address
+from tests.contract.drivers import Servers
+from tests.fault.driver import PASSPHRASE
+from tests.fault.harness import Place
+from tests.integration.repositories import Repo
+
+#: What libvirt takes as a name, and what addresses escape.
+_ODD = "Büro №1 50%41#a"
+_KINDS = ("s3", "sftp", "smb")
+
+pytestmark = pytest.mark.together
+
+
+MakeGuest = Callable[..., DiskGuest]
+_DISK = DiskSpec("vda", Kind.QCOW2, 16 * MIB)
+
+
+def moment_of(guest: DiskGuest, number: int) -> dict[str, Path]:
+    """Write something, and return what the disk holds now."""
+    guest.write("vda", number * MIB, 200 * KIB, number)
+    guest.flush()
+    return {"vda": guest.model("vda").copy_at_moment()}
+
+
+def repo_at(address: Address, place: Place, folder: Path) -> Repo:
+    """Return a repository that is not made yet."""
+    where, settings = address
+    repo = Repo(folder / "repository", place, address=where, settings=settings)
+    passphrase = repo.path.with_suffix(".pass")
+    passphrase.write_bytes(PASSPHRASE)
+    passphrase.chmod(0o600)
+    return repo
+
+
+def made(repo: Repo) -> Repo:
+    done = repo.call("init")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return repo
+
+
+def behind(repo: Repo, server: S3Server, proxy: HttpProxy) -> Repo:
+    """Return *repo* as it is reached through a proxy."""
+    return replace(repo, address=repo.address.replace(str(server.port), str(proxy.port)))
+
+
+def test_a_server_that_overwrites_all_the_same_is_refused(place: Place, tmp_path: Path) -> None:
+    """A real server that never hears of the condition; where it does hear of it, it is taken."""
+    with S3Server(tmp_path / "s3", anybody=True) as server, HttpProxy(
+        server.port, Chances(), asked=unconditional,
+    ) as proxy:
+        keys = {"AWS_ACCESS_KEY_ID": server.access.user, "AWS_SECRET_ACCESS_KEY": server.access.secret}
+        repo = repo_at((server.url("lies"), keys), place, tmp_path)
+        done = behind(repo, server, proxy).call("init")
+        assert done.returncode == RepositoryUnsafe.exit_code, done.stdout + done.stderr
+        assert "accepted a second object" in done.stderr
+        made(repo)
+
+
+@pytest.mark.parametrize("kind", ["sftp", "smb"])
+def test_a_server_that_fills_up_loses_nothing(
+    disk_guest: MakeGuest, servers: Servers, place: Place, tmp_path: Path, kind: str,
+) -> None:
+    """The run ends with a word on room, what was there is there, and with more room the next run goes on."""
+    repo = repo_at(ADDRESSES[kind](servers, tmp_path), place, tmp_path)
+    guest = disk_guest(_DISK)
+    root = servers.sftp.root if kind == "sftp" else servers.smb.share
+    folder = root / repo.address.partition("?")[0].rpartition("/")[2]
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", folder)
+    try:
+        made(repo)
+        first = moment_of(guest, 1)
+        snapshot = repo.backup(guest)["snapshot"]
+        guest.write_bytes("vda", 4 * MIB, os.urandom(8 * MIB))
+        run("mount", "-o", f"remount,size={_used_bytes(folder) + 3 * MIB}", folder)
+        done = repo.call("backup", guest.name, "--quiesce", "none", "--min-free", "32M")
+        assert done.returncode == StorageFull.exit_code, done.stdout + done.stderr
+        assert [each["id"] for each in repo.json("list")["snapshots"]] == [snapshot]
+        repo.assert_restores(snapshot, first, tmp_path)
+        run("mount", "-o", "remount,size=64M", folder)
+        second = moment_of(guest, 2)
+        repo.assert_restores(repo.backup(guest)["snapshot"], second, tmp_path)
+        assert repo.call("prune").returncode == 0
+        assert repo.json("verify", "--level", "full")["findings"] == []
+    finally:
+        run("umount", "--lazy", folder)
+
+
+def _used_bytes(folder: Path) -> int:
+    return int(run("df", "--output=used", "--block-size=1", folder).split()[-1])
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_odd_names(
+    disk_guest: MakeGuest, servers: Servers, place: Place, tmp_path: Path, kind: str,
+) -> None:
+    """The guest's name and the repository's folder have what addresses, shells and servers escape."""
+    guest = disk_guest(_DISK, name=_ODD)
+    where, settings = ADDRESSES[kind](servers, tmp_path)
+    path, question, options = where.partition("?")
+    repo = made(repo_at((f"{path}/{quote(_ODD)}{question}{options}", settings), place, tmp_path))
+    moment = moment_of(guest, 3)
+    snapshot = repo.backup(guest, "--tag", "a")["snapshot"]
+    (listed,) = repo.json("list")["snapshots"]
+    assert (listed["id"], listed["guest"]) == (snapshot, _ODD)
+    repo.assert_restores(_ODD, moment, tmp_path)
+    assert repo.json("verify", "--level", "full")["findings"] == []
+
+
+@pytest.mark.parametrize("off", ["+5h", "-5h"])
+def test_a_host_whose_clock_is_off_is_told(servers: Servers, place: Place, tmp_path: Path, off: str) -> None:
+    """The server doesn't take signatures of another time; the hint is at the clock."""
+    repo = repo_at(ADDRESSES["s3"](servers, tmp_path), place, tmp_path)
+    done = subprocess.run(
+        ["faketime", "-f", off, *repo.command("init")], env=repo.environment(), cwd=repo.root,
+        capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == StorageRefused.exit_code, done.stdout + done.stderr
+    assert "RequestTimeTooSkewed" in done.stderr
+    assert "timedatectl" in done.stderr
