@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
 
-from lab.proxy import Chances, CuttingProxy, HttpProxy
+from lab.proxy import Chances, CuttingProxy, HttpProxy, hours_ahead
 from lab.s3 import BUCKET
 from stillframe.clock import SystemClock
-from stillframe.errors import ObjectExists, ObjectMissing, StorageLost
+from stillframe.errors import ObjectExists, ObjectMissing, StillframeError, StorageLost
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import retried
+from stillframe.repository.session import is_dead, open_session
 from stillframe.storage.files import FileStorage
 from stillframe.storage.model import Storage
 from stillframe.storage.s3 import S3Storage
@@ -118,6 +119,42 @@ def test_backups_on_a_bad_network_restore_every_byte(servers: Servers, seed: int
     with HttpProxy(servers.s3.port, chances, seed) as proxy:
         _back_up_and_restore(servers, proxy)
         assert proxy.met["written_twice"]
+
+
+def test_replies_that_are_short_and_say_so_are_noticed(servers: Servers) -> None:
+    """A cache gives half of what was asked for as all of it. A range is asked for again until it is whole;
+    of a whole object only those who read it know: what they return is right, or there is an error."""
+    prefix = servers.unused
+    direct = S3Storage(BUCKET, prefix, servers.s3.access)
+    repository = small_repository(direct)
+    disk = SourceDisk(noise(200_000))
+    wanted = SnapshotName("host", "guest", datetime(2026, 11, 1, tzinfo=UTC), "")
+    name = make_snapshot(repository, disk, wanted, SystemClock())
+    with HttpProxy(servers.s3.port, Chances(short=0.3), seed=3) as proxy:
+        storage = patient(s3_behind(servers, proxy, prefix))
+        (pack, *_) = direct.list("main/p/")
+        content = direct.get(pack.key)
+        for at in range(20):
+            assert storage.get(pack.key, at, 57) == content[at:at + 57]
+        assert proxy.met["short"] >= 3
+        for _ in range(5):
+            with contextlib.suppress(StillframeError):
+                assert read_snapshot(replace(repository, storage=storage), name) == disk.content
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_server_with_another_time_takes_no_run_for_dead(servers: Servers, hours: int) -> None:
+    """How long a session of another host gave no sign is told by the server's clock alone."""
+    repository = small_repository(S3Storage(BUCKET, servers.unused, servers.s3.access))
+    with HttpProxy(servers.s3.port, Chances(), answered=hours_ahead(hours)) as proxy, open_session(
+        repository.storage, repository.key, SystemClock(), "host", lambda sid: f"main/m/h/g/x-{sid}",
+    ) as session:
+        behind = s3_behind(servers, proxy, repository.storage.address.rpartition("/")[2])
+        off = behind.now() - SystemClock().now()
+        assert abs(off - timedelta(hours=hours)) < timedelta(hours=1)
+        elsewhere = msgspec.structs.replace(session.record, space="another host")
+        assert not is_dead(elsewhere, behind, 3600.0)
+        assert is_dead(elsewhere, behind, -60.0)
 
 
 def _back_up_and_restore(servers: Servers, proxy: HttpProxy) -> None:
