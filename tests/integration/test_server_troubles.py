@@ -29,6 +29,8 @@ _KINDS = ("s3", "sftp", "smb")
 
 pytestmark = pytest.mark.together
 
+pytestmark = pytest.mark.together
+
 
 MakeGuest = Callable[..., DiskGuest]
 _DISK = DiskSpec("vda", Kind.QCOW2, 16 * MIB)

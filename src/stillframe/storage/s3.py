@@ -237,7 +237,7 @@ class S3Storage:
         code = _code(error)
         return StorageRefused(
             f"The storage {self.address} refuses ({code or _first_line(error)}): {key}.",
-            f"timedatectl; curl -sI {self._endpoint} | grep -i ^date   # the two clocks differ: set this host's"
+            f"timedatectl; curl -sI {self._endpoint} | grep -i ^date   # they differ: set this host's clock"
             if code in _CLOCK_CODES else "check the bucket's name, the credentials and what they may do")
 
 

@@ -29,6 +29,7 @@ from smbprotocol.exceptions import (
     SMBAuthenticationError,
     SMBException,
     SMBOSError,
+    SMBResponseException,
 )
 
 from stillframe.clock import Clock, Deadline
@@ -55,9 +56,9 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _UPPER = re.compile(r"[A-Z]")
 _MARKED = re.compile(r"\^([a-z])")
 _DEVICE = re.compile(r"(?:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
-#: STATUS_DISK_FULL and STATUS_QUOTA_EXCEEDED of [MS-ERREF], which have no errno of their own in smbprotocol.
 _IN_USE_STATUS = (0xC0000022, 0xC0000043)  # STATUS_ACCESS_DENIED, STATUS_SHARING_VIOLATION
 _GOING_STATUS = (0xC0000056,)  # STATUS_DELETE_PENDING
+#: STATUS_DISK_FULL and STATUS_QUOTA_EXCEEDED of [MS-ERREF], which have no errno of their own in smbprotocol.
 _FULL_STATUS = (0xC000007F, 0xC0000044)
 
 
@@ -265,18 +266,23 @@ class SmbServer:
             if error.errno == errno.EEXIST:
                 raise FileExistsError(what) from error
             if error.ntstatus in _FULL_STATUS or error.errno in _FULL:
-                raise StorageFull(
-                    f"The storage {self.address} is full: {what}. What was stored before is whole.",
-                    "free some space there, then run again") from error
+                raise self._full(what) from error
             if error.errno in _FORBIDDEN or error.ntstatus in _IN_USE_STATUS[:1]:
                 raise self._refused(what, str(error)) from error
             raise self._lost(what, error) from error
         except FileNotFoundError:
             raise
         except (SMBException, OSError, ValueError) as error:
+            if isinstance(error, SMBResponseException) and error.status in _FULL_STATUS:
+                error.__traceback__ = None  # see _run
+                raise self._full(what) from error  # a write says so; what else does raises an SMBOSError
             # A connection that broke raises whatever comes first; the next call makes another.
             self._drop()
             raise self._lost(what, error) from error
+
+    def _full(self, what: str) -> StorageFull:
+        return StorageFull(f"The storage {self.address} is full: {what}. What was stored before is whole.",
+                           "free some space there, then run again")
 
     def _drop(self) -> None:
         with self._lock:
