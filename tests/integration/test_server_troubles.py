@@ -27,13 +27,10 @@ from tests.integration.repositories import Repo
 _ODD = "Büro №1 50%41#a"
 _KINDS = ("s3", "sftp", "smb")
 
-pytestmark = pytest.mark.together
-
-pytestmark = pytest.mark.together
-
-
 MakeGuest = Callable[..., DiskGuest]
 _DISK = DiskSpec("vda", Kind.QCOW2, 16 * MIB)
+
+pytestmark = pytest.mark.together
 
 
 def moment_of(guest: DiskGuest, number: int) -> dict[str, Path]:
