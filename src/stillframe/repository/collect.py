@@ -36,6 +36,7 @@ from stillframe.repository.decide import (
     Decision,
     decide,
     waiting_for,
+    with_known_homes,
     worth_compacting,
 )
 from stillframe.repository.generation import (
@@ -157,7 +158,7 @@ class _Collector:
             self.done = replace(self.done, lost_race=True)
             return False
         decision = decide(looked, copies.moved)
-        if not decision.changes_nothing or copies.moved or looked.disbelieved:
+        if not decision.changes_nothing or copies.moved or looked.mended:
             generation = Generation(decision.number, decision.condemned, decision.moved, session.sid,
                                     utc_text(self._clock.now()), looked.marked)
             if not create_generation(self._storage, generation, self._repository.key):
@@ -168,7 +169,7 @@ class _Collector:
                 self.done = replace(self.done, lost_race=True)
                 return False
             self._delete_packs(decision, looked)
-        self._delete_generations()
+            self._delete_generations(decision.number)
         heals_went = self._delete_records(looked, decision, copies)
         self.done = replace(
             self.done, waiting=tuple(waiting_for(looked, decision)),
@@ -196,7 +197,8 @@ class _Collector:
         self._marker.mark(names, places)
         marked = newest_of_each(self._marker.marked(names)).values()
         return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.healing,
-                      self._marker.homes, len(names), tuple(name.sid for name in marked), disbelieved)
+                      self._marker.homes, len(names), tuple(name.sid for name in marked), disbelieved,
+                      mended=generation.moved != with_known_homes(latest, packs).moved)
 
     def _planned(self, looked: Looked, *, compacts: bool = True) -> CollectionPlan:
         decision = decide(looked)
@@ -251,10 +253,13 @@ class _Collector:
                 self.done, deleted_packs=self.done.deleted_packs + len(batch),
                 deleted_bytes=self.done.deleted_bytes + sum(looked.packs[pack] for pack in batch))
 
-    def _delete_generations(self) -> None:
-        """Remove those before the last two; an earlier collector may have left some. The latest stays."""
-        numbers = list(generation_numbers(self._storage))
-        old = [generation_key(number) for number in numbers if number < max(numbers) - 1]
+    def _delete_generations(self, own: int) -> None:
+        """Remove those before the last two; an earlier collector may have left some. *own* stays.
+
+        They go only when our own one says what was true of what they say, and later ones, which we have not
+        looked at, are no reason to remove any: the host that wrote them may be a stolen one (moves.py).
+        """
+        old = [generation_key(number) for number in generation_numbers(self._storage) if number < own - 1]
         if old:
             self._storage.delete(old)
 
