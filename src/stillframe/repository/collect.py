@@ -158,6 +158,7 @@ class _Collector:
             self.done = replace(self.done, lost_race=True)
             return False
         decision = decide(looked, copies.moved)
+        latest = looked.generation.number
         if not decision.changes_nothing or copies.moved or looked.mended:
             generation = Generation(decision.number, decision.condemned, decision.moved, session.sid,
                                     utc_text(self._clock.now()), looked.marked)
@@ -168,8 +169,9 @@ class _Collector:
             if latest_number(self._storage) != decision.number:
                 self.done = replace(self.done, lost_race=True)
                 return False
+            latest = decision.number
             self._delete_packs(decision, looked)
-            self._delete_generations(decision.number)
+        self._delete_generations(latest)
         heals_went = self._delete_records(looked, decision, copies)
         self.done = replace(
             self.done, waiting=tuple(waiting_for(looked, decision)),
@@ -253,13 +255,13 @@ class _Collector:
                 self.done, deleted_packs=self.done.deleted_packs + len(batch),
                 deleted_bytes=self.done.deleted_bytes + sum(looked.packs[pack] for pack in batch))
 
-    def _delete_generations(self, own: int) -> None:
-        """Remove those before the last two; an earlier collector may have left some. *own* stays.
+    def _delete_generations(self, latest: int) -> None:
+        """Remove those before the last two; an earlier collector may have left some.
 
-        They go only when our own one says what was true of what they say, and later ones, which we have not
-        looked at, are no reason to remove any: the host that wrote them may be a stolen one (moves.py).
+        *latest* says what was true of what they say: it is ours, or needed no mending. Later ones, which we
+        have not looked at, are no reason to remove any: a stolen host may have written them (moves.py).
         """
-        old = [generation_key(number) for number in generation_numbers(self._storage) if number < own - 1]
+        old = [generation_key(number) for number in generation_numbers(self._storage) if number < latest - 1]
         if old:
             self._storage.delete(old)
 
