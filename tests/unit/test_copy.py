@@ -10,7 +10,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from stillframe.errors import Interrupted, SlotDamaged, StillframeError, StorageLost
+from stillframe.errors import Interrupted, SlotDamaged, StillframeError, StorageLost, StorageRefused
 from stillframe.repository import collect as collect_module
 from stillframe.repository import move
 from stillframe.repository.catalog import forget, list_snapshots, plan_forget
@@ -19,7 +19,7 @@ from stillframe.repository.copy import Copied, Copier, copy_drill, missing, miss
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.drills import Drill, list_drills, read_drill, record_drill
 from stillframe.repository.hints import ChunkHints
-from stillframe.repository.layout import PackName, SnapshotName
+from stillframe.repository.layout import GENERATIONS, PackName, SnapshotName
 from stillframe.repository.opened import Repository, init_with_keys_of
 from stillframe.repository.pack import read_footer
 from stillframe.repository.session import open_session
@@ -27,7 +27,8 @@ from stillframe.repository.slots import SlotCodec
 from stillframe.repository.snapshots import read_snapshot as read_entry
 from stillframe.repository.verify import Level, verify
 from stillframe.storage.memory import MemoryStorage
-from stillframe.storage.model import Storage
+from stillframe.storage.model import Content, Storage
+from stillframe.storage.wrappers import Wrapper
 from tests.model.baton import Crash
 from tests.unit.repository_disks import SMALL, SourceDisk, small_repository
 from tests.unit.repository_snapshots import DAY_S, World, make_snapshot, read_snapshot, rubbish
@@ -327,6 +328,23 @@ def test_other_sizes_are_sealed_anew() -> None:
     target = replace(first, parameters=other, codec=SlotCodec(first.key, other))
     (copied,) = copy_all(world, target)
     assert not copied.moved
+    check(world, target)
+
+
+class NoGenerations(Wrapper):
+    """A storage that lets us add all but generations, as accounts of a host that may only add do."""
+
+    def create(self, key: str, content: Content) -> None:
+        if key.startswith(GENERATIONS):
+            raise StorageRefused("You may not.", "ask the admin")
+        self._inner.create(key, content)
+
+
+def test_who_may_not_write_generations_seals_anew() -> None:
+    world = World()
+    chain(world)
+    target = beside(world, NoGenerations(MemoryStorage()))
+    assert [each.moved for each in copy_all(world, target)] == [False] * 4
     check(world, target)
 
 

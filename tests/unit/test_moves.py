@@ -81,3 +81,55 @@ def test_a_copy_that_takes_the_place_of_a_true_one_is_not_believed() -> None:
     done = world.prune()
     assert set(done.plans[0].disbelieved) == {homes[0][0] for homes in moved.values()}
     world.check()
+
+
+def compacted(world: World) -> Generation:
+    """Make a repository where slots are known by the latest generation alone; return that."""
+    first = world.backup(disk(60, 1))
+    world.backup(changed(world.expected[first], *range(12, 28)))
+    world.forget(first)
+    assert world.prune(max_unused=0.0, compact_below=1.0).copied_bytes > 0
+    return latest_generation(world.repository.storage, world.repository.key)
+
+
+def test_what_is_left_out_again_and_again_is_said_again() -> None:
+    """The forged ones condemn nothing, so that nothing but where the slots are is to be written."""
+    world = World()
+    compacted(world)
+    for _ in range(3):
+        forge(world)
+    for _ in range(3):
+        world.prune()
+        world.check()
+
+
+def test_a_home_that_is_said_to_have_less_keeps_what_it_had() -> None:
+    world = World()
+    latest = compacted(world)
+    forge(world, moved={birth: [(home, 0) for home, _ in homes] for birth, homes in latest.moved.items()},
+          condemned=dict.fromkeys(world.packs(), 1))
+    world.prune()
+    world.check()
+
+
+def test_a_copy_that_is_damaged_in_a_slot_keeps_the_others() -> None:
+    """One of the packs that slots were copied from is there still: it has the slot, and no other."""
+    world = World()
+    latest = compacted(world)
+    storage = world.repository.storage
+    birth, homes = next((birth, homes) for birth, homes in latest.moved.items()
+                        if birth.kind == PackKind.DATA.value)
+    home = homes[0][0]
+    rows = [row for row in read_footer(storage, home, world.packs()[home]) if row.birth == birth]
+    assert len(rows) > 1
+    source = PackBuilder(PackName(birth.kind, os.urandom(16), 0))
+    content = storage.get(home.key)
+    source.add_moved(rows[0], memoryview(content)[rows[0].offset_bytes:][:rows[0].stored_bytes])
+    storage.create(source.name.key, source.finished())
+    forge(world, moved={**latest.moved, birth: [*homes, (source.name, 1 << rows[0].slot)]})
+    world.flip(home.key, rows[0].offset_bytes)
+    shown = plan(world)
+    assert (shown.disbelieved, shown.missing) == ((home,), ())
+    for _ in range(3):
+        world.prune()
+        world.check()

@@ -115,7 +115,7 @@ def server_options(
 
 def repository_options(
     repo: Annotated[
-        str | None, typer.Option("--repo", "-r", help="the repository: a folder, or s3://BUCKET/FOLDER")
+        str | None, typer.Option("--repo", "-r", help="the repository: a folder, or s3://…, sftp://… or smb://…")
     ] = None,
     passphrase_file: Annotated[
         str | None, typer.Option(help="file with the passphrase")

@@ -48,7 +48,7 @@ def init(
     common: Common, repository: RepositorySettings, *,
     address: Annotated[
         str | None,
-        typer.Argument(metavar="[REPO]", help="a folder, or s3://BUCKET/FOLDER; or --repo"),
+        typer.Argument(metavar="[REPO]", help="a folder, or s3://…, sftp://… or smb://…; or --repo"),
     ] = None,
     new_key_file: NewKeyFile = None,
     label: Label = "first",

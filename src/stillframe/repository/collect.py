@@ -36,6 +36,7 @@ from stillframe.repository.decide import (
     Decision,
     decide,
     waiting_for,
+    with_known_homes,
     worth_compacting,
 )
 from stillframe.repository.generation import (
@@ -157,7 +158,8 @@ class _Collector:
             self.done = replace(self.done, lost_race=True)
             return False
         decision = decide(looked, copies.moved)
-        if not decision.changes_nothing or copies.moved or looked.disbelieved:
+        latest = looked.generation.number
+        if not decision.changes_nothing or copies.moved or looked.mended:
             generation = Generation(decision.number, decision.condemned, decision.moved, session.sid,
                                     utc_text(self._clock.now()), looked.marked)
             if not create_generation(self._storage, generation, self._repository.key):
@@ -167,8 +169,9 @@ class _Collector:
             if latest_number(self._storage) != decision.number:
                 self.done = replace(self.done, lost_race=True)
                 return False
+            latest = decision.number
             self._delete_packs(decision, looked)
-        self._delete_generations()
+        self._delete_generations(latest)
         heals_went = self._delete_records(looked, decision, copies)
         self.done = replace(
             self.done, waiting=tuple(waiting_for(looked, decision)),
@@ -196,7 +199,8 @@ class _Collector:
         self._marker.mark(names, places)
         marked = newest_of_each(self._marker.marked(names)).values()
         return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.healing,
-                      self._marker.homes, len(names), tuple(name.sid for name in marked), disbelieved)
+                      self._marker.homes, len(names), tuple(name.sid for name in marked), disbelieved,
+                      mended=generation.moved != with_known_homes(latest, packs).moved)
 
     def _planned(self, looked: Looked, *, compacts: bool = True) -> CollectionPlan:
         decision = decide(looked)
@@ -251,10 +255,13 @@ class _Collector:
                 self.done, deleted_packs=self.done.deleted_packs + len(batch),
                 deleted_bytes=self.done.deleted_bytes + sum(looked.packs[pack] for pack in batch))
 
-    def _delete_generations(self) -> None:
-        """Remove those before the last two; an earlier collector may have left some. The latest stays."""
-        numbers = list(generation_numbers(self._storage))
-        old = [generation_key(number) for number in numbers if number < max(numbers) - 1]
+    def _delete_generations(self, latest: int) -> None:
+        """Remove those before the last two; an earlier collector may have left some.
+
+        *latest* says what was true of what they say: it is ours, or needed no mending. Later ones, which we
+        have not looked at, are no reason to remove any: a stolen host may have written them (moves.py).
+        """
+        old = [generation_key(number) for number in generation_numbers(self._storage) if number < latest - 1]
         if old:
             self._storage.delete(old)
 

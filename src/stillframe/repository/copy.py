@@ -4,8 +4,9 @@ A copy is a snapshot like any other there. With another key, or other sizes, it 
 sealed with the other: of a guest's first all is read; of the next ones only what differs from the one before,
 as the trees of the two say, if the target holds a copy of that one; what the target has by its ID moves no
 byte. With the same key and sizes its slots move as they are stored (move.py); where that can't be, because
-something is damaged that may be healed, it is opened all the same. A copy keeps host, guest and moment, and
-by them it is known to be there already. So copying goes on where it ended, a snapshot at a time.
+something is damaged that may be healed, or generations may not be written, it is opened all the same. A copy
+keeps host, guest and moment, and by them it is known to be there already. So copying goes on where it ended,
+a snapshot at a time.
 
 Drills come along (`missing_drills`): what booted there has the same bytes here.
 
@@ -23,7 +24,13 @@ import msgspec
 
 from stillframe.block.reader import Connection
 from stillframe.clock import Clock, utc_text
-from stillframe.errors import ObjectMissing, RepositoryDamaged, SnapshotUnknown, StillframeError
+from stillframe.errors import (
+    ObjectMissing,
+    RepositoryDamaged,
+    SnapshotUnknown,
+    StillframeError,
+    StorageRefused,
+)
 from stillframe.extent import Extent
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.difference import changed_extents
@@ -86,6 +93,7 @@ class Copier:
         self._hints = hints
         self._clock = clock
         self._host = host
+        self._moves = target.stores_like(source)
 
     def copy(
         self, name: SnapshotName, *, stop: Stop = lambda: None, report: Report = lambda *_: None,
@@ -95,9 +103,12 @@ class Copier:
         Raises SlotDamaged where data is lost in the source, SnapshotUnknown if it is forgotten, StorageError,
         and what *stop* returns; then nothing new is listed.
         """
-        if self._target.stores_like(self._source):
+        if self._moves:
             with contextlib.suppress(RepositoryDamaged, ObjectMissing):  # opened, it may be healed
-                return self._copy(name, stop, report, moves=True)
+                try:
+                    return self._copy(name, stop, report, moves=True)
+                except StorageRefused:
+                    self._moves = False  # an account that may only add snapshots may not write generations
         return self._copy(name, stop, report, moves=False)
 
     def _copy(self, name: SnapshotName, stop: Stop, report: Report, *, moves: bool) -> Copied:

@@ -21,7 +21,7 @@ from stillframe.repository.layout import PackName, generation_key
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRow, footer_of, read_footer
 
-#: So many times the usual size a pack may have: compactions end one when it is full, by a slot more.
+#: So many times the usual size, with a slot more, a pack may have.
 _LARGEST = 2
 
 
@@ -40,19 +40,27 @@ def believed(
     """Return *latest* as a collector may go by it, and the packs that do not have what it says of them.
 
     *packs* are those listed, with their sizes; what is in *own* the collector has copied itself. Homes that
-    are gone are left out. Raises StorageError.
+    are gone are left out. Of a pack that is not as it should be, only those slots are that another has:
+    what nobody else has may be there still. Raises StorageError.
     """
-    moved = {birth: list(homes) for birth, homes in latest.moved.items()}
-    for older in _older(repository, latest.number):
-        for birth, homes in older.moved.items():
-            known = moved.setdefault(birth, [])
-            known += [each for each in homes if each[0] not in {home for home, _ in known}]
-    seen = with_known_homes(Generation(latest.number, latest.condemned, moved, latest.by, latest.at,
-                                       latest.marked), packs)
-    false = {home for home, claims in _claims(seen, packs, own).items()
-             if not _is_true(repository, packs, home, claims)}
-    true = with_known_homes(seen, {pack: size for pack, size in packs.items() if pack not in false})
-    return true, tuple(sorted(false))
+    moved: dict[PackName, dict[PackName, int]] = {}
+    for said in (latest, *_older(repository, latest.number)):
+        for birth, homes in said.moved.items():
+            known = moved.setdefault(birth, {})
+            for home, slots in homes:
+                known[home] = known.get(home, 0) | slots
+    seen = with_known_homes(_saying(latest, moved), packs)
+    false = [(home, birth, slots) for home, claims in _claims(seen, packs, own).items()
+             for birth, slots in _false_slots(repository, packs, home, claims).items()]
+    for home, birth, slots in false:
+        moved[birth][home] &= ~slots
+    return (with_known_homes(_saying(latest, moved), packs), tuple(sorted({home for home, _, _ in false})))
+
+
+def _saying(latest: Generation, moved: Mapping[PackName, Mapping[PackName, int]]) -> Generation:
+    homes = {birth: [(home, slots) for home, slots in known.items() if slots]
+             for birth, known in moved.items()}
+    return Generation(latest.number, latest.condemned, homes, latest.by, latest.at, latest.marked)
 
 
 def _older(repository: Repository, number: int) -> Iterator[Generation]:
@@ -79,28 +87,36 @@ def _claims(
     return found
 
 
-def _is_true(
+def _false_slots(
     repository: Repository, packs: Mapping[PackName, int], home: PackName, claims: Sequence[_Claim],
-) -> bool:
-    """Return whether *home* has, byte for byte, each slot that a source has."""
-    if packs[home] > _LARGEST * repository.parameters.pack_bytes:
-        return False
-    try:
-        content = memoryview(repository.storage.get(home.key))
-        copies = {(row.birth, row.slot): row for row in footer_of(home, content)}
-    except (ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer):
-        return False
+) -> dict[PackName, int]:
+    """Return, by birth, the slots that a source has and that *home* has not, byte for byte."""
+    content, copies = _content(repository, home, packs[home])
     rows: dict[PackName, tuple[SlotRow, ...]] = {}
+    found: dict[PackName, int] = {}
     for claim in claims:
         for source in claim.sources:
             if source not in rows:
                 rows[source] = _rows(repository, source, packs[source])
             for row in rows[source]:
-                if row.birth == claim.birth and claim.slots >> row.slot & 1:
-                    copy = copies.get((row.birth, row.slot))
-                    if copy is None or not row.is_intact(content[copy.offset_bytes:][:copy.stored_bytes]):
-                        return False
-    return True
+                if row.birth != claim.birth or not claim.slots >> row.slot & 1:
+                    continue
+                copy = copies.get((row.birth, row.slot))
+                if copy is None or not row.is_intact(content[copy.offset_bytes:][:copy.stored_bytes]):
+                    found[row.birth] = found.get(row.birth, 0) | 1 << row.slot
+    return found
+
+
+def _content(
+    repository: Repository, home: PackName, size_bytes: int,
+) -> tuple[memoryview, dict[tuple[PackName, int], SlotRow]]:
+    """Return a pack and the rows of its slots; nothing if it is none that could be read."""
+    parameters = repository.parameters
+    if size_bytes <= _LARGEST * (parameters.pack_bytes + parameters.slot_chunks * parameters.chunk_bytes):
+        with contextlib.suppress(ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer):
+            content = memoryview(repository.storage.get(home.key))
+            return content, {(row.birth, row.slot): row for row in footer_of(home, content)}
+    return memoryview(b""), {}
 
 
 def _rows(repository: Repository, source: PackName, size_bytes: int) -> tuple[SlotRow, ...]:
