@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from stillframe.clock import Clock, utc_text
 from stillframe.errors import ObjectMissing
+from stillframe.repository.believe import believed
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.collection import (
     COMPACT_BELOW,
@@ -56,7 +57,6 @@ from stillframe.repository.layout import (
     packs_prefix,
 )
 from stillframe.repository.mark import Marker
-from stillframe.repository.moves import believed
 from stillframe.repository.opened import Repository
 from stillframe.repository.places import Places
 from stillframe.repository.session import (
@@ -259,7 +259,7 @@ class _Collector:
         """Remove those before the last two; an earlier collector may have left some.
 
         *latest* says what was true of what they say: it is ours, or needed no mending. Later ones, which we
-        have not looked at, are no reason to remove any: a stolen host may have written them (moves.py).
+        have not looked at, are no reason to remove any: a stolen host may have written them (believe.py).
         """
         old = [generation_key(number) for number in generation_numbers(self._storage) if number < latest - 1]
         if old:

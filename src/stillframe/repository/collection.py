@@ -135,7 +135,7 @@ class Looked:
     *live* are the slots that snapshots refer to, by birth, *healing* those that heals refer to; *homes* what
     both take in the packs that hold them. *marked* are the SIDs of each guest's newest snapshot, if all that
     it refers to is among *live*. *disbelieved* are packs that lack what the latest generation, or one before
-    it, says (moves.py); *mended*: the next one must say anew where slots are.
+    it, says (believe.py); *mended*: the next one must say anew where slots are.
     """
 
     generation: Generation
