@@ -12,6 +12,8 @@ from stillframe.errors import (
     EXIT_OK,
     EXIT_PARTIAL,
     ConfigInvalid,
+    ObjectExists,
+    ObjectMissing,
     RepositoryDamaged,
     RepositoryRefused,
     SnapshotUnknown,
@@ -119,6 +121,8 @@ def _copied_drills(
         try:
             copy_drill(source.repository, session.repository, name, sid)
             count += 1
+        except (ObjectExists, ObjectMissing):  # another copy was first, or it was dropped meanwhile
+            continue
         except RepositoryDamaged as error:
             session.screen.error(error, f"a drill of {name.guest}")
             failed.append({"drill": name.key, "error": error.message})
