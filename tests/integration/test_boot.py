@@ -183,6 +183,8 @@ def moved(booting: Booting, folder: Path) -> Booting:
 def test_a_guest_is_paused_while_the_repository_is_away(booting: Booting, tmp_path: Path) -> None:
     booting = moved(booting, tmp_path / "copy")
     guest = booting.boot("b1", "--patience", "1s")
+    # Else its first read might wait for the servers that come back, and they would have the sector at hand.
+    wait_for("the firmware has read", lambda: guest.domain().blockStats("vda")[0], PATIENCE_S)
     guest.write("vda", 5 * MIB, 4096, 0x44)
     away = booting.repo.path.rename(tmp_path / "away")
     # Started anew, the servers remember nothing of what was read before.

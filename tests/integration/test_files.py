@@ -279,6 +279,7 @@ def test_a_hostile_or_unknown_disk_is_an_error_alone(guest: Guest, device: str) 
     assert guest.content("/etc/hostname", filesystem="/dev/sda1") == b"web\n"
 
 
+@pytest.mark.slow  # LUKS opened by an emulated appliance
 def test_an_encrypted_disk_and_its_keys(guest: Guest) -> None:
     with pytest.raises(FilesystemLocked, match=_VAULT_DEVICE):
         guest.content("/vault.bin", filesystem="/dev/mapper/stillframe-sda5", keys=("wrong",))

@@ -48,7 +48,7 @@ _RUNS_ON_SERVERS = 3
 Rule = Callable[[pytest.MonkeyPatch], None]
 
 
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("batch", [0, 1, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 3))])
 def test_nothing_is_lost_and_nothing_is_left(batch: int) -> None:
     for seed in range(batch * _RUNS, (batch + 1) * _RUNS):
         Run(seed).go()
