@@ -226,14 +226,12 @@ class _Piecewise:
             return len(found)
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        with self._lock:
-            self._ahead = memoryview(b"")
         self._line.write(self._file, data, offset)
+        self._forget()
 
     def truncate(self, size_bytes: int) -> None:
-        with self._lock:
-            self._ahead = memoryview(b"")
         self._file.truncate(size_bytes)
+        self._forget()
 
     def written_back(self, length: int) -> None:
         with self._lock:
@@ -249,6 +247,11 @@ class _Piecewise:
 
     def close(self) -> None:
         self._file.close()
+
+    def _forget(self) -> None:
+        """Drop what was read ahead: after a change, since what is read during it may be the old."""
+        with self._lock:
+            self._ahead = memoryview(b"")
 
     def _has(self, offset: int, length: int) -> bool:
         at = offset - self._ahead_from
