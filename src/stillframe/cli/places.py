@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from stillframe.cli.session import Session
@@ -24,8 +25,7 @@ def destination_of(session: Session, text: str) -> Destination:
     Raises ConfigInvalid, DestinationUnwritable, RepositoryRefused.
     """
     if scheme_of(text) in FILE_SERVERS:
-        settings = session.repository_settings
-        return FarDestination(text, access_to(settings, text), session.clock, rate_of(settings))
+        return FarDestination(text, partial(place_of, session))
     return LocalDestination(_folder(text))
 
 

@@ -16,6 +16,7 @@ from stillframe.mirror.copy import THREADS
 from stillframe.mirror.far_files import FarFiles
 from stillframe.mirror.files import Files, OsFiles, sync_folder
 from stillframe.mirror.lock import far_lock, folder_lock
+from stillframe.mirror.trouble import destination_errors
 from stillframe.storage.access import Access
 from stillframe.storage.address import below, file_server
 
@@ -144,15 +145,11 @@ class FarPlace:
 
 
 class FarDestination:
-    """See Destination."""
+    """See Destination. *place_at* gives the place of a folder on that server by its address."""
 
-    def __init__(
-        self, address: str, access: Access, clock: Clock, bytes_per_s: float | None = None,
-    ) -> None:
+    def __init__(self, address: str, place_at: Callable[[str], MirrorPlace]) -> None:
         self._address = address
-        self._access = access
-        self._clock = clock
-        self._bytes_per_s = bytes_per_s
+        self._place_at = place_at
 
     def __str__(self) -> str:
         return self._address
@@ -163,11 +160,12 @@ class FarDestination:
 
     def place_for(self, plan: Plan) -> MirrorPlace:
         """See Destination. Raises DestinationUnwritable, RepositoryRefused, StorageError."""
-        try:
-            file_server(self._address, self._access, self._clock).scan("")
-        except FileNotFoundError as error:
-            # As with a share that is not mounted: what is missing may only be elsewhere just now.
-            raise DestinationUnwritable(
-                f"The destination {self._address} is not there.", "make the folder there, then run again",
-            ) from error
-        return FarPlace(self.text_for(plan.domain.name), self._access, self._clock, self._bytes_per_s)
+        with destination_errors(self._address):
+            try:
+                self._place_at(self._address).files.names()
+            except FileNotFoundError as error:
+                # As with a share that is not mounted: what is missing may only be elsewhere just now.
+                raise DestinationUnwritable(
+                    f"The destination {self._address} is not there.", "make the folder there, then run again",
+                ) from error
+        return self._place_at(self.text_for(plan.domain.name))
