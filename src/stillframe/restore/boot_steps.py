@@ -233,7 +233,7 @@ class BootWay:
         self._write_down(qemu.disks[target].node, disk.overlay_path)
         if disk.copy is not None:  # somebody pulled what was to be copied
             drop_copy(disk)
-        self._note(msgspec.structs.replace(disk, copy=None, landed=True))
+        self.note(msgspec.structs.replace(disk, copy=None, landed=True))
 
     def _move(self, target: str) -> None:
         """Make a disk's copy, which is in use, the one that counts.
@@ -247,13 +247,14 @@ class BootWay:
             self._define_alone((target,))
         elif view.inactive is None or stand_of(view.inactive.disks.get(target), disk) is not Stand.COPY:
             return  # it ended just now: the next look decides
-        self._note(msgspec.structs.replace(disk, landed=True))
+        self.note(msgspec.structs.replace(disk, landed=True))
 
     def _write_down(self, node: str, path: str) -> None:
         self._domain.qmp(lambda qmp: monitor.flush_node(qmp, node))
         fsync(Path(path))
 
-    def _note(self, disk: BootDisk) -> None:
+    def note(self, disk: BootDisk) -> None:
+        """Write down what is now known of one disk."""
         self.record = self.tools.store.note(self.known, disks=self.known.with_disk(disk))
 
     def _release(self) -> None:

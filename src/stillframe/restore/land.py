@@ -117,7 +117,7 @@ def _settle_on(way: BootWay, landing: Landing) -> None:
         way.end_job(disk.target)
     if disk.copy != landing.copy:
         drop_copy(disk)
-        _note(way, msgspec.structs.replace(disk, copy=landing.copy))
+        way.note(msgspec.structs.replace(disk, copy=landing.copy))
 
 
 def _pull(way: BootWay, target: str, stop: Stop, report: Report) -> None:
@@ -168,7 +168,7 @@ def _make_copy(way: BootWay, target: str) -> tuple[str, str]:
     copy, making = disk.copy, disk.making_path(disk.copy.path)
     try:
         create_image(making, copy.format, way.tools.domain(way.known).capacity_bytes(target))
-        _note(way, msgspec.structs.replace(
+        way.note(msgspec.structs.replace(
             disk, copy=msgspec.structs.replace(copy, identity=file_identity(making))))
         give_name(making, copy.path)
     except FileExistsError as error:
@@ -250,10 +250,6 @@ def _ended(way: BootWay, target: str) -> LandFailed:
     free = size_text(free_bytes(folder))
     return _failed(
         way.known, f"QEMU ended the copy of {target} before its end; {free} are free in {folder}", way.tools)
-
-
-def _note(way: BootWay, disk: BootDisk) -> None:
-    way.record = way.tools.store.note(way.known, disks=way.known.with_disk(disk))
 
 
 def _refuse_foreign(way: BootWay) -> None:
