@@ -14,7 +14,7 @@ from stillframe.repository.collect import collect, plan_collection
 from stillframe.repository.collection import CollectionPlan
 from stillframe.repository.generation import latest_number
 from stillframe.repository.heal import bits, read_bad, record_bad
-from stillframe.repository.layout import SESSIONS, PackKind, PackName
+from stillframe.repository.layout import HEALED, SESSIONS, PackKind, PackName
 from stillframe.repository.mark import Marker
 from stillframe.repository.pack import read_footer
 from stillframe.repository.places import Places
@@ -273,6 +273,32 @@ def test_a_snapshot_that_is_forgotten_while_it_is_marked_is_no_damage() -> None:
     world.prune()
     assert first not in world.expected
     world.check()
+
+
+def test_a_snapshot_that_is_committed_after_packs_were_listed_is_no_damage() -> None:
+    world = World()
+    world.backup(disk(40, 1))
+    storage = world.repository.storage
+    assert isinstance(storage, MemoryStorage)
+
+    def committed(verb: str, key: str) -> None:
+        if verb == "list" and key == HEALED:  # what is listed after packs, and before sessions
+            storage.before = None
+            world.backup(disk(40, 2), guest="db")
+
+    storage.before = committed
+    assert plan(world).missing == ()
+    assert len(list_snapshots(storage)) == 2
+    world.check()
+
+
+def test_a_pack_that_is_gone_is_missing() -> None:
+    world = World()
+    first = world.backup(disk(40, 1))
+    lost = sorted(pack for pack in world.packs()
+                  if pack.sid.hex() == first.sid and pack.kind == PackKind.DATA.value)
+    world.repository.storage.delete([lost[0].key])
+    assert plan(world).missing == (lost[0],)
 
 
 def test_the_loser_of_a_race_deletes_nothing() -> None:

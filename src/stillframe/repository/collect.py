@@ -16,7 +16,7 @@ a third, where heals were removed that had kept packs until then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from stillframe.clock import Clock, utc_text
@@ -36,6 +36,7 @@ from stillframe.repository.compact import Copies, SlotCopier
 from stillframe.repository.decide import (
     Decision,
     decide,
+    homes_of,
     waiting_for,
     with_known_homes,
     worth_compacting,
@@ -199,8 +200,21 @@ class _Collector:
         self._marker.mark(names, places)
         marked = newest_of_each(self._marker.marked(names)).values()
         return Looked(generation, packs, sessions, tuple(dead), self._marker.live, self._marker.healing,
-                      self._marker.homes, len(names), tuple(name.sid for name in marked), disbelieved,
+                      self._marker.homes, len(names), tuple(name.sid for name in marked),
+                      self._late(generation, packs, self._marker.live), disbelieved,
                       mended=generation.moved != with_known_homes(latest, packs).moved)
+
+    def _late(
+        self, generation: Generation, packs: Mapping[PackName, int], live: Mapping[PackName, int],
+    ) -> frozenset[PackName]:
+        """Return the packs that hold a live slot, and were not listed because they are too new."""
+        unlisted = homes_of(generation, live) - packs.keys()
+        if not unlisted:
+            return frozenset()
+        there = list_packs(self._storage).keys()
+        if latest_number(self._storage) != generation.number:  # they may have been moved, and deleted, since
+            return frozenset(unlisted)
+        return frozenset(unlisted & there)
 
     def _planned(self, looked: Looked, *, compacts: bool = True) -> CollectionPlan:
         decision = decide(looked)

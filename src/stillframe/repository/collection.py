@@ -134,8 +134,9 @@ class Looked:
 
     *live* are the slots that snapshots refer to, by birth, *healing* those that heals refer to; *homes* what
     both take in the packs that hold them. *marked* are the SIDs of each guest's newest snapshot, if all that
-    it refers to is among *live*. *disbelieved* are packs that lack what the latest generation, or one before
-    it, says (believe.py); *mended*: the next one must say anew where slots are.
+    it refers to is among *live*. *late* are packs that are needed and were stored after *packs* were listed:
+    by a session that was over when sessions were. *disbelieved* are packs that lack what the latest
+    generation, or one before it, says (believe.py); *mended*: the next one must say anew where slots are.
     """
 
     generation: Generation
@@ -147,6 +148,7 @@ class Looked:
     homes: Mapping[PackName, int]
     snapshots: int
     marked: tuple[str, ...] = ()
+    late: frozenset[PackName] = frozenset()
     disbelieved: tuple[PackName, ...] = ()
     mended: bool = False
 

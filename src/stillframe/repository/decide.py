@@ -58,7 +58,7 @@ def decide(looked: Looked, copied: Copied | None = None) -> Decision:
         newly_condemned=fresh,
         taken_back=tuple(sorted(pack for pack in latest.condemned if pack in homes and pack in looked.packs)),
         deletable=deletable,
-        missing=tuple(sorted(homes_of(Generation(number, moved=moved), looked.live) - there)),
+        missing=tuple(sorted(homes_of(Generation(number, moved=moved), looked.live) - there - looked.late)),
     )
 
 
