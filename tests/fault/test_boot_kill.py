@@ -171,6 +171,7 @@ def test_something_is_killed_in_a_landing_elsewhere(
     run = BootRun(booting, state, phase, number, "land", _NAME, "--pool", str(other), "--format", "raw")
     assert run.wait_reached(), run.output
     kill(booting, run, victim)
+    await_guard(booting)
     assert_whole(booting, guest)
     assert not is_stopped(guest)
     write_a_little(guest, 0x66)
@@ -181,7 +182,10 @@ def test_something_is_killed_in_a_landing_elsewhere(
 
 @pytest.mark.parametrize("victim", ["tool", "qemu", "libvirtd"])
 def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Booting, victim: str) -> None:
-    """QEMU is on the copy, nothing of that is written down, and the definition names the overlay."""
+    """QEMU is on the copy, nothing of that is written down, and the definition names the overlay.
+
+    The guest stands still, and nobody calls `recover`: the guard lets it go on.
+    """
     other = booting.pool / "other"
     other.mkdir()
     guest = booting.boot(_NAME)
@@ -189,7 +193,6 @@ def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Boo
     run = BootRun(
         booting, BootState.SWITCHING, "intent", 1, "land", _NAME, "--pool", str(other), "--format", "qcow2")
     assert run.wait_reached(), run.output
-    run.kill()
     guest.domain().suspend()
     guest.domain().blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
     assert guest.image("vda").parent == booting.pool
@@ -198,7 +201,14 @@ def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Boo
         assert guest.image("vda").parent == booting.pool
     if victim == "libvirtd":
         booting.daemons.kill_libvirtd()
+    run.kill()
+    if victim == "libvirtd":
         booting.daemons.start()
+    await_guard(booting)
+    assert victim == "qemu" or guest.running()
+    assert not is_stopped(guest)
+    wait_for("the guard says so", lambda: "the guard ended the switch" in (
+        booting.record(_NAME) or {})["detail"], PATIENCE_S)
     assert_whole(booting, guest)
     assert not is_stopped(guest)
     assert guest.image("vda").parent == (booting.pool if victim == "qemu" else other)
@@ -236,6 +246,12 @@ def write_a_little(guest: BootedGuest, pattern: int = 0x55) -> None:
     for target in guest.targets():
         guest.write(target, 6 * MIB + 512, 100 * 1024, pattern)
     guest.flush()
+
+
+def await_guard(booting: Booting) -> None:
+    """Wait until a switch that was begun is over, if there is one."""
+    wait_for("no switch is under way",
+             lambda: (booting.record(_NAME) or {}).get("state") != BootState.SWITCHING.value, PATIENCE_S)
 
 
 def is_stopped(guest: BootedGuest) -> bool:

@@ -20,7 +20,8 @@ from stillframe.block.image import overlay_place
 from stillframe.block.tools import commit_offline, compare, stand_on
 from stillframe.capture.decide import Action, Decision, Sight, Why, decide
 from stillframe.capture.explain import attention
-from stillframe.capture.guard import Guard, start_guard
+from stillframe.capture.guard import Guard
+from stillframe.capture.guard_capture import guard_capture
 from stillframe.capture.journal import DiskRecord, Journal, RunRecord
 from stillframe.capture.let_go_on import fsync_definition, let_go_on, unequal_again
 from stillframe.capture.limits import Limits
@@ -269,7 +270,7 @@ class BringBack(Stepping):
 
     def _start_guard(self, record: RunRecord) -> None:
         if self._guard is None:
-            self._guard = start_guard(
+            self._guard = guard_capture(
                 "resume", self._domain, self._journal, record.id, _GUARD_S, self._clock)
         if self._guard is None:
             self._watcher.say("the process that guards the pivot did not start; going on without it")

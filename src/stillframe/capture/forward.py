@@ -6,7 +6,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-from stillframe.capture.guard import Guard, guarded
+from stillframe.capture.guard import Guard
+from stillframe.capture.guard_capture import guarded
 from stillframe.capture.journal import Journal, PullRecord, RunRecord, new_run_id
 from stillframe.capture.method import Method
 from stillframe.capture.plan import Plan

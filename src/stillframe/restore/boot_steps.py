@@ -83,8 +83,15 @@ class BootWay:
 
     def settle(self) -> None:
         """Take steps until nothing is to be done. Raises NeedsAttention where only a person can decide."""
+        self._go_while(lambda: not self.is_over())
+
+    def end_switch(self) -> None:
+        """Take steps until no switch is under way: then the guest goes on. Raises NeedsAttention, too."""
+        self._go_while(lambda: not self.is_over() and self.known.state is BootState.SWITCHING)
+
+    def _go_while(self, is_on_its_way: Callable[[], bool]) -> None:
         for _ in range(_MOST_STEPS):
-            if self.is_over():
+            if not is_on_its_way():
                 return
             decision = self.decide()
             if decision.step is BootStep.NOTHING:

@@ -38,6 +38,7 @@ from stillframe.restore.boot_record import BEFORE_BOOT, BootDisk, BootRecord, Bo
 from stillframe.restore.boot_server import log_of
 from stillframe.restore.boot_sight import left_of
 from stillframe.restore.boot_steps import BootTools, BootWay, drop_copy, refuse_shared
+from stillframe.restore.land_guard import switch_guarded
 from stillframe.restore.land_plan import Landing, LandWish, plan_landing
 from stillframe.units import size_text
 
@@ -154,10 +155,12 @@ def _copy(way: BootWay, target: str, stop: Stop, report: Report) -> None:
             _drop_unused_copy(way, target)
             raise failed
         _wait(way, target, job, stop, report)
-    try:
-        _switch(way, target)
-    finally:
-        way.settle()  # the guest stands still until then
+    with switch_guarded(way.known, tools):
+        try:
+            _switch(way, target)
+        finally:
+            way.end_switch()  # the guest stands still until then
+    way.settle()
 
 
 def _make_copy(way: BootWay, target: str) -> tuple[str, str]:
