@@ -9,6 +9,7 @@ from stillframe.cli.options import seconds_of
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find
 from stillframe.errors import EXIT_OK
+from stillframe.repository.held import held_snapshot
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.boot import boot_guest
 from stillframe.restore.boot_decide import BootStep
@@ -45,7 +46,11 @@ def boot(session: Session, snapshot: str, wish: BootWish, patience: str, *, dry_
         session.screen.json({"dry_run": True, **record_body(plan.record), "definition": plan.definition,
                              "free_bytes": plan.free_bytes})
         return EXIT_OK
-    with session.signals_as_stop("what was made is being removed"):
+    # Its servers have sessions of their own, once they run.
+    with (
+        held_snapshot(session.repository, name, session.clock, session.host),
+        session.signals_as_stop("what was made is being removed"),
+    ):
         record = boot_guest(plan, tools, session.stop)
     session.screen.result(
         f"{record.name} runs from {record.snapshot} in {record.address}; it reads from there until: "

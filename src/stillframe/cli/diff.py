@@ -8,6 +8,7 @@ from stillframe.errors import EXIT_OK, RepositoryRefused
 from stillframe.extent import Extent, Kind
 from stillframe.repository.catalog import display_name
 from stillframe.repository.difference import changed_extents
+from stillframe.repository.held import unless_forgotten
 from stillframe.repository.manifest import DiskEntry
 from stillframe.repository.places import Places
 from stillframe.repository.snapshots import read_snapshot
@@ -27,7 +28,8 @@ def diff(session: Session, old: str, new: str, *, extents: bool) -> int:
     places = Places(session.near_repository)
     bodies = []
     for target in sorted(before.keys() | after.keys()):
-        body = _disk(places, target, before.get(target), after.get(target))
+        with unless_forgotten(session.near_repository, *names):
+            body = _disk(places, target, before.get(target), after.get(target))
         bodies.append(body)
         session.screen.result(_words(body))
         for each in body["extents"] if extents and isinstance(body["extents"], list) else ():

@@ -21,7 +21,9 @@ from stillframe.errors import (
 )
 from stillframe.repository.catalog import display_name, list_snapshots
 from stillframe.repository.drills import Drill, record_drill
+from stillframe.repository.held import held_snapshot
 from stillframe.repository.layout import SnapshotName
+from stillframe.repository.manifest import Manifest
 from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.drill import WRITTEN_FOLDER, DrillPlan, DrillTools, DrillWish, plan_drill, run_drill
 from stillframe.restore.drill_place import clear_left_drills
@@ -82,15 +84,17 @@ def drill(session: Session, order: Order) -> int:
 
 def _one(session: Session, name: SnapshotName, order: Order) -> Drill:
     """Drill one snapshot and write down what was found."""
-    plan, wish, tools = _planned(session, name, order)
-    moment = session.clock.now()
-    found = run_drill(plan, wish, tools)
+    with held_snapshot(session.repository, name, session.clock, session.host) as manifest:
+        plan, wish, tools = _planned(session, name, manifest, order)
+        moment = session.clock.now()
+        found = run_drill(plan, wish, tools)
     record_drill(session.repository, moment, found)
     return found
 
 
-def _planned(session: Session, name: SnapshotName, order: Order) -> tuple[DrillPlan, DrillWish, DrillTools]:
-    manifest = read_snapshot(session.repository, name)
+def _planned(
+    session: Session, name: SnapshotName, manifest: Manifest, order: Order,
+) -> tuple[DrillPlan, DrillWish, DrillTools]:
     chosen = drill_settings(session.settings, name.guest, order.options)
     proof = Proof(chosen.expect, order.script, chosen.checks, chosen.timeout_s,
                   seconds_of("check_timeout", order.check_timeout))
@@ -105,7 +109,7 @@ def _planned(session: Session, name: SnapshotName, order: Order) -> tuple[DrillP
 
 def _would(session: Session, name: SnapshotName, order: Order) -> dict[str, object]:
     """Say what would be drilled and how, and return it for JSON; raises what would stop it."""
-    plan, wish, _ = _planned(session, name, order)
+    plan, wish, _ = _planned(session, name, read_snapshot(session.repository, name), order)
     proof = wish.proof
     free = free_bytes(WRITTEN_FOLDER)
     session.screen.result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 
 from stillframe.cli.session import Session
 from stillframe.clock import utc_text
-from stillframe.errors import DestinationUnwritable
+from stillframe.errors import DestinationUnwritable, ObjectMissing
 from stillframe.repository.drills import Drill, DrillName, last_drills, list_drills, read_drill
 from stillframe.repository.layout import SnapshotName
 from stillframe.restore.target import write_errors
@@ -48,7 +49,9 @@ def drill_body(found: Drill) -> dict[str, Any]:
 def last_drill_of(session: Session, name: SnapshotName) -> Drill | None:
     """Return the last drill of a snapshot, None if there was none."""
     mine = [each for each in list_drills(session.storage) if each.sid == name.sid]
-    return read_drill(session.storage, mine[-1], session.repository.key) if mine else None
+    with contextlib.suppress(ObjectMissing):  # a prune dropped it meanwhile
+        return read_drill(session.storage, mine[-1], session.repository.key) if mine else None
+    return None
 
 
 def last_of_guests(session: Session, guest: str | None) -> list[DrillName]:

@@ -21,8 +21,8 @@ from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find, name_body
 from stillframe.errors import EXIT_OK, GuestState, StillframeError, TargetExists
 from stillframe.repository.catalog import display_name
+from stillframe.repository.held import held_snapshot
 from stillframe.repository.layout import SnapshotName
-from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.appliance import Appliance, Person, started
 from stillframe.restore.appliance_wire import Begun, Entry, FileSystem, Found, Listed, Task
 from stillframe.restore.archive import Rules, check_absent, hand_on, tar_file, unpacking
@@ -104,14 +104,15 @@ def _appliance(session: Session, wish: Wish) -> Iterator[tuple[SnapshotName, App
     """Give the snapshot that is wished, and an appliance with its disks."""
     text, target = split_name(wish.name)
     name = find(session, text)
-    disks = chosen_disks(read_snapshot(session.repository, name), target, display_name(name))
-    orders = [order_for(session.repository, disk.target, disk) for disk in disks]
     session.kept = "The repository is as it was."
-    with (
-        session.signals_as_stop("what is not whole is removed"),
-        started(orders, _person(session), session.clock, wish.patience_s) as appliance,
-    ):
-        yield name, appliance
+    with held_snapshot(session.repository, name, session.clock, session.host) as manifest:
+        disks = chosen_disks(manifest, target, display_name(name))
+        orders = [order_for(session.repository, disk.target, disk) for disk in disks]
+        with (
+            session.signals_as_stop("what is not whole is removed"),
+            started(orders, _person(session), session.clock, wish.patience_s) as appliance,
+        ):
+            yield name, appliance
 
 
 def _task(session: Session, wish: Wish, verb: str, *, recursive: bool = False) -> Task:

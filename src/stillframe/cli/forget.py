@@ -130,8 +130,9 @@ def _judged(
     if rules.tag is not None:
         tags = read_tags(session.near_repository, subject)
         subject = [name for name in subject if rules.tag in tags.get(name.sid, ())]
-    pins, now = pinned(session.storage), session.storage.now()
     damaged = damaged_snapshots(session.storage, lambda: session.repository, subject)
+    # Last of all: what is pinned while rules are looked at should be kept.
+    pins, now = pinned(session.storage), session.storage.now()
     return [
         verdict for guest in sorted({name.guest for name in subject})
         for verdict in judge(

@@ -18,7 +18,9 @@ from stillframe.repository.opened import (
     init_repository,
     init_with_keys_of,
     key_slots,
+    last_slot,
     read_parameters,
+    remove_slot,
 )
 from stillframe.storage.address import folder_of
 from stillframe.storage.local import UNFINISHED
@@ -85,11 +87,9 @@ def remove(session: Session, name: str, *, dry_run: bool) -> int:
     slots = list(key_slots(repository.storage))
     slot = _the_slot(slots, name, repository.address)
     if len(slots) == 1:
-        raise RepositoryRefused(
-            f"{slot.id} is the last key slot of {repository.address}: nobody could open it any more.",
-            f"stillframe key add --repo {repository.address}   # then remove this one")
+        raise last_slot(repository.storage, slot)
     if not dry_run:
-        repository.storage.delete([slot.key])
+        remove_slot(repository.storage, slot)
     did = "would remove" if dry_run else "removed"
     session.screen.result(f"{did} the key slot {slot.id} ({slot.kind.value}), {len(slots) - 1} are left")
     if not dry_run:

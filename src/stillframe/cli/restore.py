@@ -20,10 +20,11 @@ from stillframe.errors import (
     TargetExists,
 )
 from stillframe.repository.catalog import display_name
+from stillframe.repository.held import held_snapshot
+from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import DiskEntry, Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.reader import read_whole
-from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.run import Restored, RestoreProgress, restore_disk
 from stillframe.restore.target import Wishes, check_room
 from stillframe.units import size_text
@@ -51,7 +52,13 @@ def restore(session: Session, wish: Wish) -> int:
     """Restore; return the exit code: RepositoryDamaged's if stretches were lost and skipped."""
     text, target = split_name(wish.name)
     name = find(session, text)
-    manifest = read_snapshot(session.near_repository, name)
+    with held_snapshot(session.near_repository, name, session.clock, session.host) as manifest:
+        return _restored(session, wish, name, manifest, target)
+
+
+def _restored(
+    session: Session, wish: Wish, name: SnapshotName, manifest: Manifest, target: str,
+) -> int:
     disks = chosen_disks(manifest, target, display_name(name))
     into_folder = len(disks) > 1 or wish.into_folder or wish.to.is_dir()
     places = Places(session.near_repository)

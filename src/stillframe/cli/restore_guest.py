@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from stillframe.cli.restore import say_restored, stop_of
@@ -10,6 +11,7 @@ from stillframe.cli.restore_app import GuestOptions
 from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find, name_body
 from stillframe.errors import EXIT_OK, RepositoryDamaged
+from stillframe.repository.held import held_snapshot
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.snapshots import read_snapshot
@@ -53,13 +55,20 @@ class Order:
 def restore_guest(session: Session, order: Order) -> int:
     """Restore a whole guest; return the exit code: RepositoryDamaged's if anything was lost and skipped."""
     name = find(session, order.snapshot)
-    manifest = read_snapshot(session.near_repository, name)
     session.kept = "Nothing of the new guest is left."
     claims = Claims(session.state_folder, session.clock)
     head: dict[str, object] = {
         "snapshot": name_body(name), "guest": order.wish.name, "dry_run": order.dry_run}
     if order.dry_run:
+        manifest = read_snapshot(session.near_repository, name)
         return _show(session, _plan(session, manifest, order, claims), head)
+    with held_snapshot(session.near_repository, name, session.clock, session.host) as manifest:
+        return _restored(session, manifest, order, claims, head)
+
+
+def _restored(
+    session: Session, manifest: Manifest, order: Order, claims: Claims, head: Mapping[str, object],
+) -> int:
     with claims.held(order.wish.name), session.signals_as_stop("what was made is being removed"):
         plan = _plan(session, manifest, order, claims)
         for words in _notes(plan):

@@ -29,9 +29,11 @@ from stillframe.hypervisor.advice import is_bare
 from stillframe.hypervisor.domain import Domain, find_domain
 from stillframe.hypervisor.model import Power
 from stillframe.repository.catalog import display_name
+from stillframe.repository.held import held_snapshot
+from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.places import Places
-from stillframe.repository.snapshots import newest_of, read_snapshot
+from stillframe.repository.snapshots import newest_of
 from stillframe.restore.in_place import (
     WRITING,
     InPlace,
@@ -62,7 +64,13 @@ def restore_over(session: Session, order: Order) -> int:
     """Restore in place; return the exit code: RepositoryDamaged's if something was lost and skipped."""
     text, target = split_name(order.name)
     name = find(session, text)
-    manifest = read_snapshot(session.repository, name)
+    with held_snapshot(session.repository, name, session.clock, session.host) as manifest:
+        return _restored(session, order, name, manifest, target)
+
+
+def _restored(
+    session: Session, order: Order, name: SnapshotName, manifest: Manifest, target: str,
+) -> int:
     disks = tuple(chosen_disks(manifest, target, display_name(name)))
     wish = InPlaceWish(manifest, display_name(name), session.address, disks, not target,
                        order.options.with_definition)

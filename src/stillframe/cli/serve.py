@@ -15,8 +15,9 @@ from stillframe.cli.session import Session
 from stillframe.cli.snapshots import find, name_body
 from stillframe.errors import EXIT_OK, ExportExposed, ExportFailed, TargetExists
 from stillframe.repository.catalog import display_name
+from stillframe.repository.held import held_snapshot
+from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import DiskEntry
-from stillframe.repository.snapshots import read_snapshot
 from stillframe.restore.export import Export, Serving, Tcp, exported
 from stillframe.restore.export_order import CACHE_BYTES, Order, order_for
 from stillframe.units import size_text
@@ -40,7 +41,11 @@ def serve(session: Session, wish: Wish) -> int:
     _check_place(wish)
     text, target = split_name(wish.name)
     name = find(session, text)
-    disks = chosen_disks(read_snapshot(session.repository, name), target, display_name(name))
+    with held_snapshot(session.repository, name, session.clock, session.host) as manifest:
+        return _served(session, wish, name, chosen_disks(manifest, target, display_name(name)))
+
+
+def _served(session: Session, wish: Wish, name: SnapshotName, disks: Sequence[DiskEntry]) -> int:
     if len(disks) > 1 and (wish.serving.socket or wish.serving.tcp):
         raise ExportFailed(
             f"{display_name(name)} has {len(disks)} disks, and a socket or a port is for one of them.",

@@ -126,7 +126,7 @@ def show(session: Session, text: str, screenshot: Path | None) -> int:
     """
     name = find(session, text)
     manifest = read_snapshot(session.near_repository, name)
-    held = read_pin(session.storage, name.sid) if name.sid in pinned(session.storage) else None
+    held = read_pin(session.storage, name.sid)
     drill = last_drill_of(session, name)
     for line in (*_lines(name, manifest), *show_lines(drill)):
         session.screen.result(line)

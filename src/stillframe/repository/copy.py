@@ -36,6 +36,7 @@ from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.difference import changed_extents
 from stillframe.repository.drills import DrillName, list_drills, read_drill, record_drill
 from stillframe.repository.heal import read_bad, write_heals
+from stillframe.repository.held import held_snapshot
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, DiskEntry, FileEntry, Manifest, Root, encode_manifest
@@ -112,14 +113,12 @@ class Copier:
         return self._copy(name, stop, report, moves=False)
 
     def _copy(self, name: SnapshotName, stop: Stop, report: Report, *, moves: bool) -> Copied:
-        with contextlib.ExitStack() as sessions:
-            with contextlib.suppress(StillframeError):  # who may only read can't keep a prune waiting
-                sessions.enter_context(open_session(
-                    self._source.storage, self._source.key, self._clock, self._host, lambda _: ""))
-            manifest = read_snapshot(self._source, name)
-            session = sessions.enter_context(open_session(
+        with (
+            held_snapshot(self._source, name, self._clock, self._host) as manifest,
+            open_session(
                 self._target.storage, self._target.key, self._clock, self._host,
-                lambda sid: SnapshotName(name.host, name.guest, name.utc, sid).key))
+                lambda sid: SnapshotName(name.host, name.guest, name.utc, sid).key) as session,
+        ):
             one = _One(self._source, self._target, session, self._clock, stop, report)
             return one.move(name, manifest) if moves else one.seal(name, manifest, self._hints)
 

@@ -1,6 +1,7 @@
 """The names of a repository's objects, and its parameters.
 
     repo.json                        what this is: version, sizes (`Parameters`)
+    main/init                        only while it is made: by whom, 16 random bytes    (opened.py)
     main/keys/<id>                   key slots                                    (keyslots.py)
     main/s/<sid>                     live sessions                                (session.py)
     main/p/<sid>/<n>                 data packs                                   (pack.py, slots.py)
@@ -207,6 +208,7 @@ MANIFESTS = f"{DOMAIN}/m/"
 PINS = f"{DOMAIN}/pins/"
 DRILLS = f"{DOMAIN}/d/"
 KEY_SLOTS = f"{DOMAIN}/keys/"
+INIT_CLAIM = f"{DOMAIN}/init"
 BAD = f"{DOMAIN}/v/bad/"
 HEALED = f"{DOMAIN}/v/heal/"
 VERIFIED = f"{DOMAIN}/v/verified"

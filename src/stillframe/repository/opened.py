@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,15 @@ from stillframe.errors import (
     RepositoryDamaged,
     RepositoryExists,
     RepositoryNewer,
+    RepositoryRefused,
     RepositoryUnknown,
+    StorageError,
 )
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind, decode_slot, recovery_secret, unwrap, wrap
 from stillframe.repository.layout import (
     GENERATIONS,
+    INIT_CLAIM,
     KEY_SLOTS,
     MANIFESTS,
     REPOSITORY_KEY,
@@ -43,7 +47,7 @@ from stillframe.storage.access import NOBODY, Access
 from stillframe.storage.cache import Cached
 from stillframe.storage.model import Content, Storage
 from stillframe.storage.own import create_own
-from stillframe.storage.probe import probe_create_if_absent
+from stillframe.storage.probe import PROBES, probe_create_if_absent
 from stillframe.storage.wrappers import Retried
 
 
@@ -156,21 +160,44 @@ def _new_id() -> str:
 
 
 def _made(storage: Storage, key: DomainKey, slots: list[KeySlot], made: Parameters) -> Repository:
-    for listed in storage.list(""):
-        raise RepositoryExists(
-            f"{storage.address} is not empty: it has {listed.key}.",
-            f"choose an empty place, or: stillframe list --repo {storage.address}",
-        )
+    _refuse_full(storage)
     probe_create_if_absent(storage)
-    # The keys come first: a repository that is there can always be opened.
-    for slot in slots:
-        create_own(storage, slot.key, slot.encode())
-    try:
+    with _claimed(storage):
+        # The keys come first: a repository that is there can always be opened.
+        for slot in slots:
+            create_own(storage, slot.key, slot.encode())
         create_own(storage, REPOSITORY_KEY, made.encode())
-    except ObjectExists as error:
-        raise RepositoryExists(f"Somebody else made a repository at {storage.address} just now.",
-                               f"stillframe list --repo {storage.address}") from error
     return Repository(storage, made, key, SlotCodec(key, made))
+
+
+@contextlib.contextmanager
+def _claimed(storage: Storage) -> Iterator[None]:
+    """Keep others from making a repository in the same place for the length of the block.
+
+    Both would leave their key slots there, and one of them would open it with a key that is not its own.
+    Raises RepositoryExists, StorageError.
+    """
+    try:
+        create_own(storage, INIT_CLAIM, secrets.token_bytes(SID_BYTES))
+    except ObjectExists as error:
+        raise RepositoryExists(f"Somebody else makes a repository at {storage.address} just now.",
+                               f"stillframe list --repo {storage.address}") from error
+    try:
+        _refuse_full(storage)
+        yield
+    finally:
+        with contextlib.suppress(StorageError):  # what is there besides counts
+            storage.delete([INIT_CLAIM])
+
+
+def _refuse_full(storage: Storage) -> None:
+    """Raise RepositoryExists if there is anything but the claim of who asks, and what others probe."""
+    for listed in storage.list(""):
+        if listed.key != INIT_CLAIM and not listed.key.startswith(PROBES):
+            raise RepositoryExists(
+                f"{storage.address} is not empty: it has {listed.key}.",
+                f"choose an empty place, or: stillframe list --repo {storage.address}",
+            )
 
 
 def open_repository(storage: Storage, secret: Secret, access: Access = NOBODY) -> Repository:
@@ -196,19 +223,43 @@ def read_parameters(storage: Storage) -> Parameters:
 def key_slots(storage: Storage) -> Iterator[KeySlot]:
     """Yield the key slots. Raises RepositoryDamaged at one that can't be read."""
     for listed in storage.list(KEY_SLOTS):
-        yield decode_slot(listed.key, storage.get(listed.key))
+        with contextlib.suppress(ObjectMissing):  # it was removed meanwhile
+            yield _key_slot(storage, listed.key)
+
+
+def _key_slot(storage: Storage, key: str) -> KeySlot:
+    return decode_slot(key, storage.get(key))
+
+
+def remove_slot(storage: Storage, slot: KeySlot) -> None:
+    """Remove a key slot, unless others have removed all the others by now.
+
+    Raises RepositoryRefused then, StorageError.
+    """
+    storage.delete([slot.key])
+    # Two may remove the last two at once. Whoever was later finds none, and puts its own back.
+    if next(iter(storage.list(KEY_SLOTS)), None) is None:
+        create_own(storage, slot.key, slot.encode())
+        raise last_slot(storage, slot)
+
+
+def last_slot(storage: Storage, slot: KeySlot) -> RepositoryRefused:
+    """Return the error that says that a key slot can't be removed."""
+    return RepositoryRefused(
+        f"{slot.id} is the last key slot of {storage.address}: nobody could open it any more.",
+        f"stillframe key add --repo {storage.address}   # then remove this one")
 
 
 def _unlocked(storage: Storage, secret: Secret) -> DomainKey:
     tried, damaged = [], []
     for listed in storage.list(KEY_SLOTS):
         try:
-            slot = decode_slot(listed.key, storage.get(listed.key))
+            slot = _key_slot(storage, listed.key)
             value = secret.for_slot(slot.kind)
             if value is not None:
                 tried.append(slot.id)
                 return unwrap(slot, value)
-        except KeyWrong:
+        except (KeyWrong, ObjectMissing):  # it was removed meanwhile
             continue
         except RepositoryDamaged as error:
             damaged.append(error)

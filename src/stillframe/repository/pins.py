@@ -6,13 +6,12 @@ collector: what keeps the data is the manifest, and that stays because `forget` 
 
 from __future__ import annotations
 
-import contextlib
-
 import msgspec
 
 from stillframe.clock import Clock, utc_text
-from stillframe.errors import ObjectExists
+from stillframe.errors import ObjectExists, ObjectMissing
 from stillframe.repository.layout import PINS, SnapshotName
+from stillframe.repository.snapshots import forgotten
 from stillframe.storage.model import Storage
 
 
@@ -24,12 +23,21 @@ class Pin(msgspec.Struct, frozen=True):
 
 
 def pin(storage: Storage, snapshot: SnapshotName, why: str, clock: Clock) -> bool:
-    """Pin a snapshot; return False if it was pinned already (and why stays). Raises StorageError."""
+    """Pin a snapshot; return False if it was pinned already (and why stays).
+
+    Raises SnapshotUnknown if it was forgotten meanwhile, StorageError.
+    """
+    key, is_new = f"{PINS}{snapshot.sid}", True
     try:
-        storage.create(f"{PINS}{snapshot.sid}", msgspec.json.encode(Pin(utc_text(clock.now()), why)))
+        storage.create(key, msgspec.json.encode(Pin(utc_text(clock.now()), why)))
     except ObjectExists:
-        return False
-    return True
+        is_new = False
+    try:
+        storage.stat(snapshot.key)
+    except ObjectMissing as error:
+        storage.delete([key])
+        raise forgotten(snapshot) from error
+    return is_new
 
 
 def unpin(storage: Storage, snapshot: SnapshotName) -> bool:
@@ -44,8 +52,11 @@ def pinned(storage: Storage) -> frozenset[str]:
     return frozenset(listed.key.removeprefix(PINS) for listed in storage.list(PINS))
 
 
-def read_pin(storage: Storage, sid: str) -> Pin:
-    """Return a pin, an empty one if what is there is no pin. Raises ObjectMissing, StorageError."""
-    with contextlib.suppress(msgspec.DecodeError):
+def read_pin(storage: Storage, sid: str) -> Pin | None:
+    """Return a pin, None if there is none, an empty one if what is there is no pin. Raises StorageError."""
+    try:
         return msgspec.json.decode(storage.get(f"{PINS}{sid}"), type=Pin)
-    return Pin("")
+    except ObjectMissing:
+        return None
+    except msgspec.DecodeError:
+        return Pin("")

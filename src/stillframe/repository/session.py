@@ -197,7 +197,7 @@ def is_dead(record: SessionRecord, storage: Storage, fence_after_s: float) -> bo
     try:
         changed_at = storage.stat(session_key(record.sid)).modified_at
     except ObjectMissing:
-        return True
+        return False  # it ended meanwhile: nobody needs to end it
     return storage.now() - changed_at > timedelta(seconds=fence_after_s)
 
 

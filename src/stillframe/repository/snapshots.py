@@ -17,12 +17,17 @@ def read_snapshot(repository: Repository, name: SnapshotName) -> Manifest:
     try:
         content = repository.storage.get(name.key)
     except ObjectMissing as error:
-        raise SnapshotUnknown(f"The snapshot {display_name(name)} was forgotten just now.",
-                              "stillframe list --repo REPO") from error
+        raise forgotten(name) from error
     if is_tombstone(len(content)):
         raise SnapshotUnknown(f"{display_name(name)} is no snapshot but a backup that was taken for dead.",
                               "stillframe list --repo REPO")
     return decode_manifest(content, name.key, repository.key)
+
+
+def forgotten(name: SnapshotName) -> SnapshotUnknown:
+    """Return the error that says that somebody forgot a snapshot while it was to be read."""
+    return SnapshotUnknown(f"The snapshot {display_name(name)} was forgotten just now.",
+                           "stillframe list --repo REPO")
 
 
 def read_tags(repository: Repository, names: Iterable[SnapshotName]) -> dict[str, tuple[str, ...]]:

@@ -163,8 +163,7 @@ class _Verifier:
         if self._level is not Level.STRUCTURE:
             self._check_packs(places, packs, every, survey.live)
         suspects = self._suspects(places, survey)
-        search = HitSearch(Places(self._repository), suspects, read_heals(self._repository))
-        hurt = self._hurt(search, names) if suspects or survey.nodes else []
+        search, hurt = self._hurt(suspects, names if suspects or survey.nodes else ())
         self._record(survey, search, hurt)
         self._scrub.save(packs)
         return Verification(
@@ -215,11 +214,22 @@ class _Verifier:
                         add(birth, held)
         return BadSlots(suspects)
 
-    def _hurt(self, search: HitSearch, names: Iterable[SnapshotName]) -> list[tuple[Trunk, list[Hit]]]:
-        """Return which trees are hurt, and where, by what is there now: a prune may have run meanwhile."""
-        every, _ = read_snapshots(self._repository, names)
-        hits = search.run(every)
-        return [(trunk, found) for trunk in every if (found := hits_of(search.places, trunk, hits))]
+    def _hurt(
+        self, suspects: BadSlots, names: Iterable[SnapshotName],
+    ) -> tuple[HitSearch, list[tuple[Trunk, list[Hit]]]]:
+        """Return which trees of *names* are hurt, and where, and the search that found them.
+
+        By what is there now: a prune may have run meanwhile. If snapshots were forgotten during the search
+        as well, what they needed may be gone: then it is done again without them.
+        """
+        while True:
+            every, _ = read_snapshots(self._repository, names)
+            search = HitSearch(Places(self._repository), suspects, read_heals(self._repository))
+            hits = search.run(every)
+            hurt = [(trunk, found) for trunk in every if (found := hits_of(search.places, trunk, hits))]
+            names = {trunk.snapshot for trunk in every}
+            if not (hits or search.lost) or names <= set(list_snapshots(self._storage)):
+                return search, hurt
 
     def _record(self, survey: Survey, search: HitSearch, hurt: Sequence[tuple[Trunk, list[Hit]]]) -> None:
         """Write down what is bad, and report what the check of packs has not found by itself."""

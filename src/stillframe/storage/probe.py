@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from stillframe.errors import ObjectExists, RepositoryUnsafe, StorageError
 from stillframe.storage.model import Storage
 
+PROBES = "probe/"
 _RACERS = 8
 _RACES = 3
 
@@ -24,7 +25,7 @@ def probe_create_if_absent(storage: Storage) -> None:
     """
     if not storage.capabilities.create_if_absent:
         raise _unsafe(storage, "it does not know how to create an object only where there is none")
-    name = f"probe/{os.urandom(16).hex()}"
+    name = f"{PROBES}{os.urandom(16).hex()}"
     keys = [f"{name}/{race}" for race in range(_RACES + 1)]
     try:
         _probe_taken(storage, keys[0])
