@@ -20,6 +20,7 @@ class Target:
     """A server with the backup of a guest, and what its disk held then. *admin* are the admin's options."""
 
     machine: OwnMachine
+    guest: DiskGuest
     moment: Path
     admin: str
     #: What the page says to do after the backup.
@@ -44,9 +45,12 @@ class Target:
 @contextlib.contextmanager
 def followed(
     daemons: LibvirtDaemons, folder: Path, page: str, names: Mapping[str, str], admin: str, *,
-    services: str = "true", files: Mapping[str, str] | None = None,
+    services: str = "true", files: Mapping[str, str] | None = None, without: tuple[str, ...] = (),
 ) -> Iterator[Target]:
-    """Follow *page* up to its `stillframe list`, on a machine that has *files*. See OwnMachine."""
+    """Follow *page* up to its `stillframe list`, on a machine that has *files*. See OwnMachine.
+
+    Blocks that contain one of the words *without* are left out: what the page leaves to choose.
+    """
     daemons.start()
     guest = DiskGuest(daemons, IMAGES_DIR, "web", [DiskSpec("vda", Kind.QCOW2, 24 * MIB)])
     with contextlib.ExitStack() as stack:
@@ -59,8 +63,8 @@ def followed(
         for path, content in (files or {}).items():
             machine.path(path).parent.mkdir(parents=True, exist_ok=True)
             machine.path(path).write_text(content)
-        steps = blocks(page)
+        steps = [block for block in blocks(page) if not any(word in block for word in without)]
         (listed,) = (number for number, block in enumerate(steps) if block.startswith("stillframe list"))
         for block in steps[:listed + 1]:
             machine.follow(block)
-        yield Target(machine, guest.model("vda").copy_at_moment(), admin, steps[listed + 1:])
+        yield Target(machine, guest, guest.model("vda").copy_at_moment(), admin, steps[listed + 1:])

@@ -78,7 +78,9 @@ class S3Storage:
         self._bucket = bucket
         given: dict[str, Any] = {
             "region": access.region, "access_key_id": access.user, "endpoint": access.endpoint,
-            "secret_access_key": access.secret, "session_token": access.token}
+            "secret_access_key": access.secret, "session_token": access.token,
+            # Amazon takes no PUT without one where the bucket locks objects. It is what is signed anyway.
+            "checksum_algorithm": "SHA256"}
         config = cast("S3Config", {name: value for name, value in given.items() if value})
         self._store = S3Store(
             bucket, prefix=prefix or None, config=config,
