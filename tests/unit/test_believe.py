@@ -6,14 +6,21 @@ import os
 
 import pytest
 
+from stillframe.errors import RepositoryDamaged
 from stillframe.repository.catalog import list_snapshots
-from stillframe.repository.generation import Generation, create_generation, latest_generation
-from stillframe.repository.layout import PackKind, PackName
+from stillframe.repository.generation import (
+    Generation,
+    create_generation,
+    encode_generation,
+    latest_generation,
+)
+from stillframe.repository.layout import MAX_GENERATION, PackKind, PackName, generation_key
 from stillframe.repository.mark import Marker
 from stillframe.repository.pack import PackBuilder, read_footer
 from stillframe.repository.places import Places
 from tests.unit.repository_snapshots import World
 from tests.unit.test_collect import changed, disk, plan
+from tests.unit.test_copy import beside, check_whole, copy_all
 
 
 def forge(world: World, **said: object) -> None:
@@ -98,6 +105,9 @@ def test_what_is_left_out_again_and_again_is_said_again() -> None:
     compacted(world)
     for _ in range(3):
         forge(world)
+    shown = plan(world)
+    assert shown.mended
+    assert not shown.is_empty
     for _ in range(3):
         world.prune()
         world.check()
@@ -133,3 +143,48 @@ def test_a_copy_that_is_damaged_in_a_slot_keeps_the_others() -> None:
     for _ in range(3):
         world.prune()
         world.check()
+
+
+def forge_at(world: World, number: int, said: Generation) -> None:
+    """Create a generation at a number of one's own choice."""
+    storage, key = world.repository.storage, world.repository.key
+    under = generation_key(number)
+    storage.create(under, encode_generation(said, under, key))
+
+
+def assert_moves_out(world: World) -> None:
+    """What is stored is whole, takes more backups, and goes on where it is copied to, as the error says."""
+    world.backup(disk(60, 2))
+    world.check()
+    packs = world.packs()
+    with pytest.raises(RepositoryDamaged) as refused:
+        world.prune()
+    assert "init NEW --same-keys-as" in refused.value.next_command
+    assert world.packs() == packs
+    world.check()
+    target = beside(world)
+    assert all(each.moved for each in copy_all(world, target))
+    check_whole(world, target)
+
+
+def test_a_forged_number_that_leaves_none_ends_pruning_and_nothing_else() -> None:
+    world = World()
+    compacted(world)
+    forge_at(world, MAX_GENERATION, Generation(MAX_GENERATION, dict.fromkeys(world.packs(), 1)))
+    assert_moves_out(world)
+
+
+def test_a_generation_under_the_name_of_another_is_none() -> None:
+    """No session would ever be up to date with it."""
+    world = World()
+    latest = compacted(world)
+    forge_at(world, latest.number + 5, Generation(latest.number))
+    with pytest.raises(RepositoryDamaged, match="it says that it is number"):
+        latest_generation(world.repository.storage, world.repository.key)
+    world.check()
+    with pytest.raises(RepositoryDamaged) as refused:
+        world.backup(disk(60, 2))
+    assert "init NEW --same-keys-as" in refused.value.next_command
+    target = beside(world)
+    copy_all(world, target)
+    check_whole(world, target)

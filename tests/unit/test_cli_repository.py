@@ -23,7 +23,7 @@ from stillframe.block.reader import DiskReader
 from stillframe.cli.main import app
 from stillframe.cli.restore import split_name
 from stillframe.clock import SystemClock, utc_text
-from stillframe.errors import EXIT_OK, EXIT_USAGE
+from stillframe.errors import EXIT_OK, EXIT_PARTIAL, EXIT_USAGE
 from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import Kdf, SlotKind
@@ -651,6 +651,26 @@ def test_a_second_site_with_the_same_keys(call: Call, repository: Repository, tm
     assert (copied["moved"], copied["origin"]) == (True, first)
     assert call("restore", copied["id"], "--to", image, "--repo", second).returncode == EXIT_OK
     assert image.read_bytes() == content
+
+
+def test_what_is_wrong_with_the_source_of_a_copy_is_said_of_it(
+    call: Call, repository: Repository, tmp_path: Path,
+) -> None:
+    """The commands that errors give name the repository that they are about."""
+    add_snapshot(repository, "web", _DAY, disk((0, os.urandom(300_000))))
+    second = tmp_path / "second"
+    assert call("init", second).returncode == EXIT_OK
+    words = ("copy", "--from", repository.address, "--to", second)
+    (pack,) = (listed for listed in repository.storage.list("main/p/"))
+    content = bytearray(repository.storage.get(pack.key))
+    content[5000] ^= 1
+    repository.storage.replace(pack.key, content)
+    done = call(*words)
+    assert done.returncode == EXIT_PARTIAL
+    assert f"stillframe verify --repo {repository.address} " in done.stderr
+    (slot,) = (listed for listed in repository.storage.list("main/keys/"))
+    repository.storage.replace(slot.key, b"x" * slot.size_bytes)
+    assert f" --repo {repository.address}" in assert_error(call(*words), errors.RepositoryDamaged)
 
 
 def test_verify_in_parts(call: Call, repository: Repository) -> None:

@@ -17,7 +17,6 @@ from stillframe.errors import (
     RepositoryDamaged,
     RepositoryRefused,
     SnapshotUnknown,
-    StillframeError,
 )
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills
@@ -52,18 +51,17 @@ class Way:
 def copy(session: Session, way: Way, guest: str | None, *, dry_run: bool) -> int:
     """Copy what a repository lacks of another's; return the exit code."""
     source, target = way.sessions(session)
-    try:
+    with target.completing():
         return _copy(target, source, guest, dry_run=dry_run)
-    except StillframeError as error:
-        target.complete(error)
-        raise
 
 
 def _copy(session: Session, source: Session, guest: str | None, *, dry_run: bool) -> int:
-    if read_parameters(source.storage).id == read_parameters(session.storage).id:
+    with source.completing():
+        source_id, originals = read_parameters(source.storage).id, list_snapshots(source.storage)
+    if source_id == read_parameters(session.storage).id:
         raise RepositoryRefused(f"{source.address} and {session.address} are one repository.",
                                 "name another one with --to")
-    left = [name for name in missing(list_snapshots(source.storage), list_snapshots(session.storage))
+    left = [name for name in missing(originals, list_snapshots(session.storage))
             if guest in (None, name.guest)]
     if dry_run:
         for name in left:
@@ -90,11 +88,13 @@ def _copied(
     copied: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
     repository = session.repository
+    with source.completing():
+        original = source.repository
     with (
         contextlib.closing(ChunkHints(repository.parameters.id, session.hints_folder)) as hints,
         session.signals_as_stop("the snapshot that is under way is given up"),
     ):
-        copier = Copier(source.repository, repository, hints, session.clock, session.host)
+        copier = Copier(original, repository, hints, session.clock, session.host)
         for name in left:
             try:
                 done = copier.copy(
@@ -105,6 +105,7 @@ def _copied(
                 session.screen.say(f"{name_words(name)}: forgotten meanwhile")
                 continue
             except RepositoryDamaged as error:
+                source.complete(error)
                 session.screen.error(error, name_words(name))
                 failed.append({**name_body(name), "error": error.message})
                 continue
@@ -124,6 +125,7 @@ def _copied_drills(
         except (ObjectExists, ObjectMissing):  # another copy was first, or it was dropped meanwhile
             continue
         except RepositoryDamaged as error:
+            source.complete(error)
             session.screen.error(error, f"a drill of {name.guest}")
             failed.append({"drill": name.key, "error": error.message})
     return count

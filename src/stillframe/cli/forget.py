@@ -164,6 +164,8 @@ def _show_plan(session: Session, plan: CollectionPlan) -> None:
         say(f"to take back: {len(plan.taken_back)} condemned packs that are needed after all")
     if plan.compacted:
         say(f"to copy together: {len(plan.compacted)} packs, to free {size_text(plan.compaction_gain_bytes)}")
+    if plan.mended:
+        say("to write down anew: where slots were moved to; the latest generation leaves some of it out")
     if plan.is_empty:
         say("nothing to do")
     for pack in plan.missing:
@@ -177,7 +179,7 @@ def _show_plan(session: Session, plan: CollectionPlan) -> None:
 def _show_done(session: Session, done: Collected) -> None:
     say = session.screen.result
     if done.lost_race:
-        say("another prune was first; it goes on, this one stopped")
+        say("another prune or copy was first, so this one stopped and deleted nothing more: run it again")
     if done.deleted_packs:
         say(f"deleted {done.deleted_packs} packs, {size_text(done.deleted_bytes)}")
     if done.copied_bytes:
@@ -201,7 +203,7 @@ def _plan_body(plan: CollectionPlan) -> dict[str, object]:
         "taken_back": [fate.pack.text for fate in plan.taken_back],
         "compacted": [each.pack.text for each in plan.compacted],
         "missing": [pack.text for pack in plan.missing],
-        "disbelieved": [pack.text for pack in plan.disbelieved],
+        "disbelieved": [pack.text for pack in plan.disbelieved], "mended": plan.mended,
     }
 
 

@@ -154,6 +154,15 @@ class Session:
             error.next_command = error.next_command.replace(
                 "--repo REPO", f"--repo {shlex.quote(self._address)}")
 
+    @contextlib.contextmanager
+    def completing(self) -> Iterator[None]:
+        """Complete what errors leave the block: what is done in it is done to this repository."""
+        try:
+            yield
+        except StillframeError as error:
+            self.complete(error)
+            raise
+
     @cached_property
     def access(self) -> Access:
         """Who we are to the repository's server. Raises ConfigInvalid."""

@@ -11,13 +11,13 @@ Usually this reads nothing: what slots were copied from is deleted by the prune 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer
 from stillframe.repository.decide import with_known_homes
-from stillframe.repository.generation import Copied, Generation, decode_generation, generation_numbers
-from stillframe.repository.layout import PackName, generation_key
+from stillframe.repository.generation import Copied, Generation, older_generations, with_older
+from stillframe.repository.layout import PackName
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRow, footer_of, read_footer
 
@@ -43,13 +43,10 @@ def believed(
     are gone are left out. Of a pack that is not as it should be, only those slots are that another has:
     what nobody else has may be there still. Raises StorageError.
     """
-    moved: dict[PackName, dict[PackName, int]] = {}
-    for said in (latest, *_older(repository, latest.number)):
-        for birth, homes in said.moved.items():
-            known = moved.setdefault(birth, {})
-            for home, slots in homes:
-                known[home] = known.get(home, 0) | slots
-    seen = with_known_homes(_saying(latest, moved), packs)
+    older = older_generations(repository.storage, repository.key, latest.number)
+    all_said = with_older(latest, older)
+    moved = {birth: dict(homes) for birth, homes in all_said.moved.items()}
+    seen = with_known_homes(all_said, packs)
     false = [(home, birth, slots) for home, claims in _claims(seen, packs, own).items()
              for birth, slots in _false_slots(repository, packs, home, claims).items()]
     for home, birth, slots in false:
@@ -61,15 +58,6 @@ def _saying(latest: Generation, moved: Mapping[PackName, Mapping[PackName, int]]
     homes = {birth: [(home, slots) for home, slots in known.items() if slots]
              for birth, known in moved.items()}
     return Generation(latest.number, latest.condemned, homes, latest.by, latest.at, latest.marked)
-
-
-def _older(repository: Repository, number: int) -> Iterator[Generation]:
-    """Yield the generations before *number* that can be read, the newest first."""
-    numbers = [each for each in generation_numbers(repository.storage) if each < number]
-    for each in sorted(numbers, reverse=True):
-        key = generation_key(each)
-        with contextlib.suppress(ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer):
-            yield decode_generation(repository.storage.get(key), key, repository.key)
 
 
 def _claims(

@@ -233,7 +233,7 @@ class _Collector:
             taken_back=fates(decision.taken_back, lambda _: "a snapshot needs it after all"),
             deleted=fates(decision.deletable, lambda pack: f"condemned since generation {since[pack]}"),
             compacted=tuple(chosen), waiting=tuple(waiting_for(looked, decision)),
-            missing=decision.missing, disbelieved=looked.disbelieved,
+            missing=decision.missing, disbelieved=looked.disbelieved, mended=looked.mended,
             repository_bytes=sum(looked.packs.values()),
             live_bytes=sum(looked.homes.values()),
         )

@@ -65,6 +65,7 @@ class CollectionPlan:
     packs condemned earlier that no session can refer to any more. `compacted`: see there. `waiting`: what
     keeps other condemned packs. `missing`: packs with live slots that are not there (damage). `disbelieved`:
     packs that do not have the slots that a generation says were moved there; the next one says so no more.
+    `mended`: the latest generation leaves out where slots are, and the next one says it again.
     """
 
     generation: int
@@ -77,6 +78,7 @@ class CollectionPlan:
     waiting: tuple[Waiting, ...]
     missing: tuple[PackName, ...]
     disbelieved: tuple[PackName, ...]
+    mended: bool
     repository_bytes: int
     live_bytes: int
 
@@ -104,7 +106,7 @@ class CollectionPlan:
     def is_empty(self) -> bool:
         """Whether there is nothing to do at all."""
         return not (self.fenced or self.condemned or self.taken_back or self.deleted or self.compacted
-                    or self.disbelieved)
+                    or self.disbelieved or self.mended)
 
 
 @dataclass(frozen=True, slots=True)

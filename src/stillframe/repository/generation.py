@@ -20,6 +20,7 @@ meanwhile by a session of an older generation.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -30,12 +31,14 @@ from stillframe.errors import (
     ObjectMissing,
     ObjectTruncated,
     RepositoryDamaged,
+    RepositoryNewer,
     StorageLost,
 )
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.layout import (
     FORMAT_VERSION,
     GENERATIONS,
+    MAX_GENERATION,
     PackName,
     check_version,
     generation_key,
@@ -137,12 +140,15 @@ def latest_generation(storage: Storage, domain_key: DomainKey) -> Generation:
             return decode_generation(storage.get(key), key, domain_key)
         except ObjectMissing:
             continue  # a collector went on meanwhile and removed it: it is not the latest any more
+        except RepositoryDamaged as error:  # nobody knows what may be referred to, or deleted
+            error.next_command = _moving_out(storage)
+            raise
     raise RepositoryDamaged("The latest generation vanishes each time it is read.",
                             "stillframe prune --repo REPO --dry-run   # is another prune running?")
 
 
 def readable_generation(storage: Storage, domain_key: DomainKey) -> Generation:
-    """Return the latest generation, or the one before if that is damaged. For reading snapshots alone.
+    """Return the latest generation, or the last one before if that is damaged. For reading snapshots alone.
 
     By the one before, slots are where they were before the last compaction: those packs are only condemned
     by the latest, so they are still there, but for a few that had been condemned earlier. Who writes
@@ -151,25 +157,57 @@ def readable_generation(storage: Storage, domain_key: DomainKey) -> Generation:
     try:
         return latest_generation(storage, domain_key)
     except (RepositoryDamaged, ObjectTruncated):
-        number = latest_number(storage) - 1
-        if number < 1:
+        before = next(older_generations(storage, domain_key, latest_number(storage)), None)
+        if before is None:
             raise
-        key = generation_key(number)
-        try:
-            return decode_generation(storage.get(key), key, domain_key)
-        except (ObjectMissing, ObjectTruncated, RepositoryDamaged):
-            pass
-        raise
+        return before
+
+
+def older_generations(storage: Storage, domain_key: DomainKey, number: int) -> Iterator[Generation]:
+    """Yield the generations before *number* that can be read, the newest first. Raises StorageError."""
+    for each in sorted((each for each in generation_numbers(storage) if each < number), reverse=True):
+        key = generation_key(each)
+        with contextlib.suppress(ObjectMissing, ObjectTruncated, RepositoryDamaged, RepositoryNewer):
+            yield decode_generation(storage.get(key), key, domain_key)
+
+
+def with_older(latest: Generation, older: Iterable[Generation]) -> Generation:
+    """Return *latest* with the homes that *older* ones name, too, behind those that it names itself."""
+    moved: dict[PackName, dict[PackName, int]] = {}
+    for said in (latest, *older):
+        for birth, homes in said.moved.items():
+            known = moved.setdefault(birth, {})
+            for home, slots in homes:
+                known[home] = known.get(home, 0) | slots
+    return Generation(
+        latest.number, latest.condemned, {birth: list(known.items()) for birth, known in moved.items()},
+        latest.by, latest.at, latest.marked)
 
 
 def create_generation(storage: Storage, generation: Generation, domain_key: DomainKey) -> bool:
-    """Create the generation; return False if another collector was first with its number."""
+    """Create the generation; return False if another collector was first with its number.
+
+    Raises RepositoryDamaged if there is no such number: no repository is pruned so often, so somebody who has
+    the key made the one before. Numbers can't begin anew, since sessions go by them.
+    """
+    if generation.number > MAX_GENERATION:
+        raise RepositoryDamaged(
+            f"No generation can come after {generation_key(MAX_GENERATION)}, which somebody with the key "
+            "must have written. Nothing is lost, and backups go on, but nothing can be pruned here any more.",
+            _moving_out(storage))
     key = generation_key(generation.number)
     try:
-        create_own(storage, key, _encode(generation, key, domain_key))
+        create_own(storage, key, encode_generation(generation, key, domain_key))
     except ObjectExists:
         return False
     return True
+
+
+def _moving_out(storage: Storage) -> str:
+    """Return what to do where no next generation can be made: snapshots are read without one."""
+    address = shlex.quote(storage.address)
+    return (f"stillframe init NEW --same-keys-as {address}, then: stillframe copy --from {address} --to NEW"
+            "   # and back up to NEW from then on")
 
 
 def adopt(storage: Storage, domain_key: DomainKey, copied: Copied, by: str, at: str) -> None:
@@ -191,7 +229,8 @@ def adopt(storage: Storage, domain_key: DomainKey, copied: Copied, by: str, at: 
                       "run the same command again when they are done")
 
 
-def _encode(generation: Generation, key: str, domain_key: DomainKey) -> bytes:
+def encode_generation(generation: Generation, key: str, domain_key: DomainKey) -> bytes:
+    """Return the object *key* that says it."""
     body = _Body(
         n=generation.number, by=generation.by, at=generation.at, marked=sorted(generation.marked),
         condemned={pack.text: since for pack, since in generation.condemned.items()},
@@ -206,6 +245,8 @@ def decode_generation(content: bytes, key: str, domain_key: DomainKey) -> Genera
     try:
         body = msgspec.json.decode(domain_key.open_object(key, content), type=_Body)
         check_version(body.version, f"{key} is a generation")
+        if body.n != generation_number(key):
+            raise ValueError(f"it says that it is number {body.n}")
         return Generation(
             body.n, {pack_name(pack): since for pack, since in body.condemned.items()},
             {pack_name(birth): [(pack_name(home), int(slots, 16)) for home, slots in homes]

@@ -40,7 +40,9 @@ _UTC = "%Y%m%dT%H%M%S"
 _MANIFEST = re.compile(rf"{DOMAIN}/m/([^/]+)/([^/]+)/(\d{{8}}T\d{{6}})(\.\d{{6}})?Z-([0-9a-f]{{32}})")
 _PACK = re.compile(rf"{DOMAIN}/([pt])/([0-9a-f]{{32}})/(\d{{8,10}})")
 _SESSION = re.compile(rf"{DOMAIN}/s/([0-9a-f]{{32}})")
-_GENERATION = re.compile(rf"{DOMAIN}/g/(\d{{12}})")
+_GENERATION_DIGITS = 12
+_GENERATION = re.compile(rf"{DOMAIN}/g/(\d{{{_GENERATION_DIGITS}}})")
+MAX_GENERATION = 10**_GENERATION_DIGITS - 1
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,8 +192,8 @@ def session_id(key: str) -> str:
 
 
 def generation_key(number: int) -> str:
-    """Return the key of a generation."""
-    return f"{GENERATIONS}{number:012d}"
+    """Return the key of a generation, which has at most the number MAX_GENERATION."""
+    return f"{GENERATIONS}{number:0{_GENERATION_DIGITS}d}"
 
 
 def generation_number(key: str) -> int:

@@ -14,7 +14,12 @@ from functools import lru_cache
 from typing import TypeVar
 
 from stillframe.errors import ObjectMissing, ObjectTruncated, RepositoryDamaged, SlotDamaged
-from stillframe.repository.generation import Generation, readable_generation
+from stillframe.repository.generation import (
+    Generation,
+    older_generations,
+    readable_generation,
+    with_older,
+)
 from stillframe.repository.layout import PackName
 from stillframe.repository.opened import Repository
 from stillframe.repository.pack import SlotRef, SlotRow, read_footer
@@ -33,6 +38,7 @@ class Places:
     def __init__(self, repository: Repository, generation: Generation | None = None) -> None:
         self.repository = repository
         self._generation = generation or readable_generation(repository.storage, repository.key)
+        self._knows_older = False
         self._lock = threading.Lock()
         self._footers = lru_cache(_KEPT_FOOTERS)(self._read_rows)
         self._opened: OrderedDict[tuple[PackName, int], Chunks] = OrderedDict()
@@ -68,7 +74,7 @@ class Places:
         stored = self._from_homes(known, place)
         while stored is None:
             newer = self._reloaded(known)
-            if newer.number == known.number:
+            if newer is known:
                 raise SlotDamaged(place, "its pack is missing or cut short")
             known, stored = newer, self._from_homes(newer, place)
         return stored
@@ -121,5 +127,11 @@ class Places:
     def _reloaded(self, known: Generation) -> Generation:
         with self._lock:
             if self._generation is known:
-                self._generation = readable_generation(self.repository.storage, self.repository.key)
+                storage, key = self.repository.storage, self.repository.key
+                latest = readable_generation(storage, key)
+                if latest.number != known.number:
+                    self._generation, self._knows_older = latest, False
+                elif not self._knows_older:  # a forged one may leave out what those before it say
+                    self._generation = with_older(latest, older_generations(storage, key, latest.number))
+                    self._knows_older = True
             return self._generation

@@ -2,6 +2,7 @@
 
 Something between here and a server may carry out a request twice (a proxy that tries again). The reply is
 then that of the second one: the key is taken, by our own bytes. So what can only be ours is no conflict.
+The same goes for whatever is tried again because the first reply was lost (Retried).
 """
 
 from __future__ import annotations

@@ -126,12 +126,12 @@ class SftpServer:
         async def call(client: asyncssh.SFTPClient) -> None:
             old, new = self._path(temporary), self._path(path)
             try:
-                await (client.rename if self._may_rename else client.link)(old, new)
-            except asyncssh.SFTPPermissionDenied:
-                if not self._may_rename:
-                    raise
-                self._may_rename = False
-                await call(client)
+                if self._may_rename:
+                    with contextlib.suppress(asyncssh.SFTPPermissionDenied):
+                        await client.rename(old, new)
+                        return
+                await client.link(old, new)
+                self._may_rename = False  # not where both are refused: that is the place, not the account
             except asyncssh.SFTPFileAlreadyExists:
                 raise FileExistsError(path) from None
             except asyncssh.SFTPFailure:

@@ -7,6 +7,8 @@ tried again is then held to the rate too, and what is counted is what the caller
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,9 +17,9 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from stillframe.clock import Clock
-from stillframe.errors import ObjectExists, StorageLost
+from stillframe.errors import StorageLost
 from stillframe.storage.model import Capabilities, Content, Listed, Stat, Storage
-from stillframe.storage.own import holds
+from stillframe.storage.own import create_own
 from stillframe.units import duration_text
 
 T = TypeVar("T")
@@ -104,18 +106,10 @@ class Retried(Wrapper):
         if self._sent_once(key, content):
             self._inner.create(key, content)
             return
-        tried_before = False
-
-        def once() -> None:
-            nonlocal tried_before
-            may_be_ours, tried_before = tried_before, True
-            try:
-                self._inner.create(key, content)
-            except ObjectExists:
-                if not (may_be_ours and holds(self._inner, key, content)):
-                    raise
-
-        self._try("create", key, once)
+        # Only what was tried before may be ours.
+        again: Callable[[str, Content], None] = functools.partial(create_own, self._inner)
+        creates = itertools.chain([self._inner.create], itertools.repeat(again))
+        self._try("create", key, lambda: next(creates)(key, content))
 
     def replace(self, key: str, content: Content) -> None:
         """See Storage."""
