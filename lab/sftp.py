@@ -29,16 +29,17 @@ KbdInteractiveAuthentication no
 UsePAM no
 MaxStartups 64:30:128
 MaxSessions 64
-Subsystem sftp internal-sftp
+Subsystem sftp internal-sftp{options}
 """
 
 
 class SftpDaemon(Server):
-    """Runs within the block. Files lie below `root`."""
+    """Runs within the block. Files lie below `root`. *refused* is a request that nobody may make there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, refused: str = "") -> None:
         super().__init__(folder)
         self.root = folder / "root"
+        self._options = f" -P {refused}" if refused else ""
 
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class SftpDaemon(Server):
         (self.port,) = free_ports(1)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         settings = self._folder / "sshd_config"
-        settings.write_text(_SETTINGS.format(port=self.port, folder=self._folder))
+        settings.write_text(_SETTINGS.format(port=self.port, folder=self._folder, options=self._options))
         self.trust(self._folder / "host.pub")
         self._start(["/usr/sbin/sshd", "-D", "-e", "-f", str(settings)])
         return self

@@ -16,7 +16,10 @@ from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, run
 from lab.proxy import Chances, HttpProxy, unconditional
 from lab.s3 import S3Server
-from stillframe.errors import RepositoryUnsafe, StorageFull, StorageRefused
+from lab.sftp import SftpDaemon
+from stillframe.errors import ObjectExists, RepositoryUnsafe, StorageFull, StorageRefused
+from stillframe.storage.files import FileStorage
+from stillframe.storage.sftp import SftpServer
 from tests.contract.addresses import ADDRESSES, Address
 from tests.contract.drivers import Servers
 from tests.fault.driver import PASSPHRASE
@@ -135,3 +138,23 @@ def test_a_host_whose_clock_is_off_is_told(servers: Servers, place: Place, tmp_p
     assert done.returncode == StorageRefused.exit_code, done.stdout + done.stderr
     assert "RequestTimeTooSkewed" in done.stderr
     assert "timedatectl" in done.stderr
+
+
+@pytest.mark.parametrize("refused", ["rename", "hardlink"])
+def test_sftp_names_files_by_what_the_account_may_do(tmp_path: Path, refused: str) -> None:
+    """By links where renaming is refused; but a folder that refuses both says nothing of the others."""
+    with SftpDaemon(tmp_path / "sftp", refused) as server:
+        storage = FileStorage(SftpServer(server.place("r")), make=True)
+        storage.create("main/g/one", b"1")
+        folder = server.root / "r" / "main" / "g"
+        run("chattr", "+i", folder)
+        try:
+            with pytest.raises(StorageRefused):
+                storage.create("main/g/two", b"2")
+        finally:
+            run("chattr", "-i", folder)
+        for key in ("main/g/two", "main/p/one"):
+            storage.create(key, key.encode())
+            with pytest.raises(ObjectExists):
+                storage.create(key, b"again")
+            assert storage.get(key) == key.encode()

@@ -132,6 +132,8 @@ class SftpServer:
                         return
                 await client.link(old, new)
                 self._may_rename = False  # not where both are refused: that is the place, not the account
+            except asyncssh.SFTPOpUnsupported as error:
+                raise asyncssh.SFTPPermissionDenied(f"renaming, and {error}") from error
             except asyncssh.SFTPFileAlreadyExists:
                 raise FileExistsError(path) from None
             except asyncssh.SFTPFailure:
