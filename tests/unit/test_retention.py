@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -177,3 +177,14 @@ def test_last_keeps_so_many(every: list[Shot], count: int) -> None:
     for whose in {(each.host, each.guest) for each in every}:
         of_guest = [each for each in verdicts if (each.snapshot.host, each.snapshot.guest) == whose]
         assert sum(each.keep for each in of_guest) == min(count, len(of_guest))
+
+
+@given(SHOTS, SHOTS, POLICIES, st.timedeltas(timedelta(hours=1), timedelta(days=90)))
+def test_snapshots_that_somebody_adds_push_none_out_that_is_kept_for_its_age(
+    true: list[Shot], forged: list[Shot], policy: Policy, within: timedelta,
+) -> None:
+    """Whatever the other rules are; the hour is how far a clock may be ahead and be believed."""
+    ahead = [replace(each, utc=each.utc + timedelta(days=400)) for each in forged]
+    verdicts = judge([*true, *forged, *ahead], replace(policy, within=within), NOW)
+    keeps = {each.snapshot for each in verdicts if each.keep}
+    assert {each for each in true if NOW - each.utc <= within - timedelta(hours=1)} <= keeps
