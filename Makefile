@@ -26,7 +26,7 @@ APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-c
        qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python \
        python3-guestfs
 APT_DEV := xfsprogs acl procps e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin \
-           openssh-server samba curl ovmf swtpm swtpm-tools systemd faketime
+           openssh-server samba curl openssl ovmf swtpm swtpm-tools systemd faketime
 # What `make bench` compares with, and nothing else needs.
 APT_BENCH := guestfish restic borgbackup virtnbdbackup smbclient
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.
