@@ -124,6 +124,15 @@ def test_a_commit_that_was_carried_out_twice_is_a_commit() -> None:
     assert list_sessions(inner, _KEY) == []
 
 
+def test_a_lost_commit_whose_tombstone_was_carried_out_twice_was_fenced_by_nobody() -> None:
+    inner = MemoryStorage()
+    with _session(Failing(CarriedOutTwice(inner, _is_commit), _is_commit)) as session, pytest.raises(
+            StorageLost):
+        session.commit(_MANIFEST)
+    assert inner.stat(session.record.manifest_key).size_bytes == TOMBSTONE_BYTES
+    assert list_sessions(inner, _KEY) == []
+
+
 def test_what_became_of_a_commit_is_asked_more_than_once() -> None:
     """The reply to the commit is lost, and so are those to two tombstones and to a look at what is there."""
     inner = MemoryStorage()

@@ -117,7 +117,8 @@ class Session:
         """Close the place of the manifest; return whether the manifest is there. Raises SessionFenced."""
         key = self.record.manifest_key
         try:
-            self.storage.create(key, tombstone(self.sid))
+            # One that a collector made is the same to the byte, and closes the place as well.
+            create_own(self.storage, key, tombstone(self.sid))
         except ObjectExists as error:
             if not holds(self.storage, key, manifest):
                 raise _fenced() from error
