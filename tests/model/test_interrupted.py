@@ -361,14 +361,14 @@ def test_what_is_said_is_true_after_two(command: str, twice: tuple[str, str], ca
 # --- what two may not both do -------------------------------------------------------------------
 
 
-def _made_by_two(step: int) -> tuple[MemoryStorage, list[bytes], bool]:
+def _made_by_two(step: int) -> tuple[MemoryStorage, list[tuple[Secret, Repository]], bool]:
     """Let another make a repository before operation *step* of one; return whose was made, and if it came."""
-    storage, passed, made = MemoryStorage(), itertools.count(), list[bytes]()
+    storage, passed, made = MemoryStorage(), itertools.count(), list[tuple[Secret, Repository]]()
 
     def make(secret: bytes) -> None:
         with contextlib.suppress(RepositoryExists):
-            init_repository(storage, Secret(SlotKind.PASSPHRASE, secret), "", _CLOCK, costs=CHEAP)
-            made.append(secret)
+            by = Secret(SlotKind.PASSPHRASE, secret)
+            made.append((by, init_repository(storage, by, "", _CLOCK, costs=CHEAP)))
 
     def before(_verb: str, _key: str) -> None:
         if next(passed) == step:
@@ -383,9 +383,9 @@ def _made_by_two(step: int) -> tuple[MemoryStorage, list[bytes], bool]:
 def test_two_that_make_a_repository_make_one_that_its_secret_opens() -> None:
     for step in itertools.count():
         storage, made, came = _made_by_two(step)
-        assert len(made) == 1
+        ((by, repository),) = made
         assert len(list(storage.list(KEY_SLOTS))) == 1
-        assert open_repository(storage, Secret(SlotKind.PASSPHRASE, made[0]))
+        assert open_repository(storage, by).key.secret == repository.key.secret
         assert INIT_CLAIM not in storage.contents()
         if not came:
             assert step > 1
