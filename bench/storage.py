@@ -5,7 +5,8 @@
 A guest that is off has a raw disk full of bytes that don't compress. Each round backs it up into a new
 repository on a server on loopback and restores it, and moves as many bytes to the same server and back as
 the plainest client does: obstore's `put` and `get` of objects as large as a pack, four at once, for S3;
-OpenSSH's `sftp` and Samba's `smbclient`, each with one large file. Bytes are compared.
+OpenSSH's `sftp` and Samba's `smbclient`, each with one large file. Bytes are compared. What the same command
+takes with a repository in a folder, once, is the bound: what no driver can do anything about.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ def main() -> int:
     with disk_of_a_guest(options.dir, size) as (folder, image):
         print(f"{size_text(size)} that don't compress; {options.rounds} rounds; "
               f"load {os.getloadavg()[0]:.1f}", flush=True)
+        show_bound(folder, image, size)
         for name in options.servers or SERVERS:
             show(name, measure(name, folder, image, options.rounds), size)
     return 0
@@ -178,14 +180,7 @@ def measure(name: str, folder: Path, image: Path, rounds: int) -> Found:
         (place / "server").mkdir(parents=True)
         with kind(place / "server") as server:
             own = Own(_GUEST, place, server.url("repository"), settings(server, place))
-            restored = place / "restored"
-            own.init()
-            os.sync()
-            backup_s, result = own.backup("offline")
-            restore_s, _ = own.call("restore", str(result["snapshot"]), "--to", str(restored))
-            assert_equal_images(image, restored)
-            restored.unlink()
-            os.sync()
+            backup_s, restore_s = there_and_back(own, image, place / "restored")
             put_s, get_s = plain(server, image, place / "got")
             assert_equal_images(image, place / "got")
         for samples, taken in ((found.backup, backup_s), (found.restore, restore_s), (found.put, put_s),
@@ -193,6 +188,27 @@ def measure(name: str, folder: Path, image: Path, rounds: int) -> Found:
             samples.append(taken)
         shutil.rmtree(place)
     return found
+
+
+def there_and_back(own: Own, image: Path, restored: Path) -> tuple[float, float]:
+    """Return the seconds of a first backup, and of restoring it."""
+    own.init()
+    os.sync()
+    backup_s, result = own.backup("offline")
+    restore_s, _ = own.call("restore", str(result["snapshot"]), "--to", str(restored))
+    assert_equal_images(image, restored)
+    restored.unlink()
+    os.sync()
+    return backup_s, restore_s
+
+
+def show_bound(folder: Path, image: Path, size: int) -> None:
+    place = folder / "bound"
+    place.mkdir()
+    backup_s, restore_s = there_and_back(Own(_GUEST, place), image, place / "restored")
+    print(f"  into a folder {size / backup_s / 1e6:.0f} MB/s, and from it {size / restore_s / 1e6:.0f} MB/s",
+          flush=True)
+    shutil.rmtree(place)
 
 
 def settings(server: Server, place: Path) -> dict[str, str]:

@@ -40,7 +40,7 @@ class DiskView:
     *kept_bytes* bounds the opened slots that are kept; *kept_leaves* those of the tree.
     """
 
-    def __init__(self, places: Places, content: Content, threads: int = 2, *,
+    def __init__(self, places: Places, content: Content, threads: int = 4, *,
                  kept_bytes: int = KEPT_BYTES, kept_leaves: int = KEPT_LEAVES) -> None:
         self._places = places
         self._tree = Tree(places, content.size_bytes, content.place, kept_leaves)
