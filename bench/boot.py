@@ -36,7 +36,7 @@ def main() -> int:
     daemons = LibvirtDaemons()
     daemons.start()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place, \
-            DbGuest(daemons, IMAGES_DIR, "bench") as guest:
+            DbGuest(daemons, IMAGES_DIR, "bench", pause_s=0.02) as guest:
         repo = make_repo(Place(Path(place), Path(place) / "state", IMAGES_DIR), Path(place))
         guest.wait_ready()
         guest.wait_acknowledged(_ROWS)

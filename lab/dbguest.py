@@ -56,7 +56,7 @@ class DbGuest(Guest):
     def __init__(
         self, daemons: LibvirtDaemons, folder: Path, name: str, disks: Sequence[DiskSpec] = (),
         *, counter: bool = False, agent: bool = True, transient: bool = False, payload_bytes: int = 256,
-        pause_s: float = 0.02,
+        pause_s: float = 0.1,
     ) -> None:
         super().__init__(daemons, folder, name, transient=transient)
         self.counter = counter

@@ -115,7 +115,8 @@ def _guest(show: Show, daemons: LibvirtDaemons) -> Iterator[DbGuest]:
     daemons.start()
     content = IMAGES_DIR / "content.raw"
     _make_content(content)
-    guest = DbGuest(daemons, IMAGES_DIR, _GUEST, [DiskSpec(size_bytes=_DISK_BYTES, content=content)])
+    guest = DbGuest(daemons, IMAGES_DIR, _GUEST, [DiskSpec(size_bytes=_DISK_BYTES, content=content)],
+                    pause_s=0.02)
     content.unlink()
     try:
         guest.define()

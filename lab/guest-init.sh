@@ -17,12 +17,19 @@ setting() {
 	sed -n "s/.*stillframe\.$1=\([^ ]*\).*/\1/p" /proc/cmdline
 }
 
+# To read where nothing ever comes is a pause that needs no process.
+mkfifo /run/never
+exec 4<>/run/never
+rest() {
+	read -r -t "$1" _ <&4
+}
+
 wait_path() {
 	tries=0
 	until [ -e "$1" ]; do
 		tries=$((tries + 1))
 		[ $tries -gt 500 ] && echo "FAILED no $1" && poweroff -f
-		usleep 20000
+		rest 0.02
 	done
 }
 
@@ -42,10 +49,7 @@ write_rows() {
 		echo "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;"
 		echo "CREATE TABLE IF NOT EXISTS rows(n INTEGER PRIMARY KEY, at TEXT, payload BLOB);"
 		[ -z "$pause" ] && exec yes "$row"
-		# To read where nothing ever comes is a pause that needs no process.
-		mkfifo /run/never
-		exec 4<>/run/never
-		while echo "$row"; do read -r -t "$pause" _ <&4; done
+		while echo "$row"; do rest "$pause"; done
 	} | sqlite3 -batch -bail /data/rows.db
 	echo "WRITER ended"
 }
@@ -116,7 +120,7 @@ echo "READY"
 while :; do
 	# A read ends at once while no host is connected: hence the pause.
 	if ! read -r number command <&3; then
-		usleep 100000
+		rest 0.1
 		continue
 	fi
 	case $command in

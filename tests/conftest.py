@@ -189,17 +189,24 @@ def bare_qemu(tmp_path: Path) -> Iterator[Callable[..., BareQemu]]:
 def db_guest(daemons: LibvirtDaemons, images_dir: Path) -> Iterator[Callable[..., DbGuest]]:
     """Make guests with a database that is written to all the time: ``db_guest(image_format="raw")``.
 
-    The guest runs, its agent answers and its first rows are acknowledged, unless ``started=False``.
+    The guest runs, its agent answers and its first rows are acknowledged, unless ``started=False``. One that
+    is made without options booted before, for whichever test was the first (`lab.ready`).
     """
     from lab.dbguest import DbGuest
+    from lab.ready import usual_moment
 
     with contextlib.ExitStack() as cleanup:
         def make(*, name: str = "", started: bool = True, **options: Any) -> DbGuest:
-            guest = DbGuest(daemons, images_dir, name or f"db-{next(_numbers)}", **options)
+            moment = usual_moment(daemons) if started and not options else None
+            disks = {"disks": moment.disks} if moment else {}
+            guest = DbGuest(daemons, images_dir, name or f"db-{next(_numbers)}", **disks, **options)
             cleanup.callback(guest.remove)
             guest.define()
-            if started:
+            if moment:
+                moment.resume(guest)
+            elif started:
                 guest.start()
+            if started:
                 guest.wait_ready()
             return guest
 
