@@ -28,6 +28,11 @@ backup {{ backup=0 archive=0 }}
 """
 
 
+def lvm(device: str, program: str, *words: str) -> str:
+    """Run one of LVM's commands, which sees *device* alone, and return its output."""
+    return run(program, "--quiet", "--config", _CONFIG.format(device=device), *words)
+
+
 class VolumeGroup:
     """The volume group, in a file in *folder*. Raises OutsideLab outside the lab."""
 
@@ -43,20 +48,16 @@ class VolumeGroup:
         self._file.touch()
         os.truncate(self._file, _SIZE_BYTES)
         VolumeGroup._device = run("losetup", "--find", "--show", self._file).strip()
-        self._lvm("vgcreate", NAME, self._device)
+        lvm(self._device, "vgcreate", NAME, self._device)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Take the volume group away with all its volumes."""
-        self._lvm("vgremove", "--force", NAME)
+        lvm(self._device, "vgremove", "--force", NAME)
         run("losetup", "--detach", self._device)
 
     @classmethod
     def make_volume(cls, name: str, size_bytes: int) -> Path:
         """Make a logical volume and return its device."""
-        cls._lvm("lvcreate", "--yes", "--name", name, "--size", f"{size_bytes}b", NAME)
+        lvm(cls._device, "lvcreate", "--yes", "--name", name, "--size", f"{size_bytes}b", NAME)
         return Path(f"/dev/{NAME}/{name}")
-
-    @classmethod
-    def _lvm(cls, program: str, *words: str) -> None:
-        run(program, "--quiet", "--config", _CONFIG.format(device=cls._device), *words)

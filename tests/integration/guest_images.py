@@ -8,17 +8,20 @@ vdd  ext4, its superblock overwritten with rubbish, but for what it is known by
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import guestfs
 
 from lab.enter import cache_dir
 from lab.images import run
+from lab.lvm import lvm
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.units import KIB, MIB
 from tests.unit.repository_disks import noise
 
@@ -34,9 +37,13 @@ LABEL=EFI /boot/efi vfat defaults 0 2
 LABEL=windows /windows ntfs-3g defaults 0 2
 LABEL=srv /srv xfs defaults 0 2
 """
-_PLACES = {"/data": "/dev/guest/data", "/opt": "/dev/guest/opt", "/boot/efi": "/dev/sda3",
-           "/windows": "/dev/sda4", "/srv": "/dev/sdb"}
-_SECTOR_BYTES = 512
+#: Where file systems are mounted in the guest, but for the root.
+_PLACES = ("/data", "/opt", "/boot/efi", "/windows", "/srv")
+_MODIFIED = MODIFIED_S * 10**9 + MODIFIED_NS
+#: LVM writes down what there is, and asks no device-mapper.
+_INACTIVE = ("--driverloaded", "n")
+#: What QEMU puts before the content: a head for each of eight keys.
+_LUKS_HEAD_MIB = 4
 #: Partitions of vda, in MiB: root, LVM, EFI, windows, encrypted.
 _PARTS_MIB = (48, 192, 36, 16, 48)
 
@@ -85,79 +92,163 @@ def guest_images() -> dict[str, Path]:
 
 
 def _make(folder: Path) -> None:
-    sizes_mib = {"vda": sum(_PARTS_MIB) + 2, "vdb": 300, "vdc": 1, "vdd": 8}
-    for target, size_mib in sizes_mib.items():
-        with (folder / target).open("wb") as file:
-            file.truncate(size_mib * MIB)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        parts = _make_parts(Path(place))
+        _assemble(folder / "vda", parts)
+        _make_xfs(folder / "vdb", Path(place))
     (folder / "vdc").write_bytes(noise(MIB, 9))
-    run("mkfs.xfs", "-q", "-L", "srv", folder / "vdb")
+    _make_empty(folder / "vdd", 8)
     run("mkfs.ext4", "-q", "-F", "-O", "^metadata_csum", folder / "vdd")
     with (folder / "vdd").open("r+b") as file:
         for at, length in ((1024, 56), (1024 + 58, 1024 - 58)):  # but for the two bytes of its magic
             file.seek(at)
             file.write(noise(length, at))
-    handle = guestfs.GuestFS(python_return_dict=True)
-    handle.set_backend("direct")
-    for target in ("vda", "vdb"):
-        handle.add_drive(str(folder / target), format="raw")
-    handle.launch()
-    _make_filesystems(handle)
-    _write_files(handle)
-    handle.umount_all()
-    _make_vault(handle)
-    handle.shutdown()
-    handle.close()
 
 
-def _make_filesystems(handle: Any) -> None:
-    handle.part_init("/dev/sda", "gpt")
-    at = MIB // _SECTOR_BYTES
-    for size_mib in _PARTS_MIB:
-        length = size_mib * MIB // _SECTOR_BYTES
-        handle.part_add("/dev/sda", "p", at, at + length - 1)
-        at += length
-    handle.pvcreate("/dev/sda2")
-    handle.vgcreate("guest", ["/dev/sda2"])
-    handle.lvcreate("data", "guest", 32)
-    handle.lvcreate("opt", "guest", 128)
-    handle.mkfs("ext4", "/dev/sda1", label="root")
-    handle.mkfs("ext4", "/dev/guest/data")
-    handle.mkfs("btrfs", "/dev/guest/opt", label="opt")
-    handle.mkfs("vfat", "/dev/sda3", label="EFI")
-    handle.mkfs("ntfs", "/dev/sda4", label="windows")
+def _make_parts(place: Path) -> list[Path]:
+    """Make what is in each partition of vda, in files."""
+    root, volumes, efi, windows, vault = parts = [place / f"part-{number}" for number in range(1, 6)]
+    for part, size_mib in zip(parts, _PARTS_MIB, strict=True):
+        _make_empty(part, size_mib)
+    run("mkfs.ext4", "-q", "-L", "root", root)
+    with _mounted(root) as mounted:
+        _fill_root(mounted)
+    _make_volumes(volumes, place)
+    run("mkfs.vfat", "-n", "EFI", efi)
+    run("mcopy", "-s", "-i", efi, *_filled(place / "efi", "/boot/efi").iterdir(), "::")
+    run("mkfs.ntfs", "-q", "-F", "-Q", "-L", "windows", windows)
+    with _mounted_ntfs(windows) as mounted:
+        _filled(mounted, "/windows")
+    _make_vault(vault, place)
+    return parts
 
 
-def _write_files(handle: Any) -> None:
-    handle.mount("/dev/sda1", "/")
-    for folder in ("/bin", "/usr", "/etc", "/home/alice/empty"):
-        handle.mkdir_p(folder)
-    for place, device in _PLACES.items():
-        handle.mkdir_p(place)
-        handle.mount(device, place)
+def _make_empty(image: Path, size_mib: int) -> None:
+    with image.open("wb") as file:
+        file.truncate(size_mib * MIB)
+
+
+@contextlib.contextmanager
+def _mounted(image: Path) -> Iterator[Path]:
+    """Mount an image of an ext4 file system for the length of the block."""
+    with tempfile.TemporaryDirectory() as place:
+        run("mount", "-t", "ext4", "-o", "loop", image, place)
+        try:
+            yield Path(place)
+        finally:
+            run("umount", place)
+
+
+@contextlib.contextmanager
+def _mounted_ntfs(image: Path) -> Iterator[Path]:
+    with (
+        tempfile.TemporaryDirectory() as place,
+        # In the foreground: all is in the image once it has ended, not yet when it is unmounted.
+        subprocess.Popen(["ntfs-3g", "-o", "no_detach", image, place], stderr=subprocess.DEVNULL),
+    ):
+        try:
+            wait_for("NTFS is mounted", lambda: os.path.ismount(place), PATIENCE_S)
+            yield Path(place)
+        finally:
+            run("umount", place)
+
+
+def _filled(folder: Path, place: str) -> Path:
+    """Write the files that are below *place* in the guest into a folder."""
     for path, written in FILES.items():
-        handle.mkdir_p(path.rpartition("/")[0] or "/")
-        handle.write(path, written.content)
-        if not path.startswith(("/boot/efi", "/windows")):
-            handle.chown(written.uid, written.gid, path)
-            handle.chmod(written.mode, path)
-    home = "/home/alice/"
-    handle.ln_s("notes.txt", f"{home}link")
-    handle.ln_s("/etc/hostname", f"{home}absolute")
-    handle.ln(f"{home}notes.txt", f"{home}zz-hard")
-    handle.mkfifo(0o600, f"{home}pipe")
-    handle.setxattr("user.color", "blue", 4, f"{home}notes.txt")
-    handle.acl_set_file(f"{home}notes.txt", "access", ACL)
-    for path in [*FILES, f"{home}empty", "/home/alice"]:
-        handle.utimens(path, MODIFIED_S, MODIFIED_NS, MODIFIED_S, MODIFIED_NS)
+        if path.startswith(f"{place}/") and _place_of(path) == place:
+            _write(folder / path.removeprefix(f"{place}/"), written)
+    return folder
 
 
-def _make_vault(handle: Any) -> None:
-    # Not luks_format: its argon2id takes many minutes of a processor that is emulated.
-    cheap = "--type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000"
-    handle.debug("sh", [f"printf '{LUKS_PASSPHRASE}' | cryptsetup luksFormat -q {cheap} /dev/sda5 -"])
-    handle.cryptsetup_open("/dev/sda5", LUKS_PASSPHRASE, "vault")
-    handle.mkfs("ext4", "/dev/mapper/vault", label="vault")
-    handle.mount("/dev/mapper/vault", "/")
-    handle.write("/vault.bin", VAULT)
-    handle.umount_all()
-    handle.cryptsetup_close("/dev/mapper/vault")
+def _place_of(path: str) -> str:
+    return next((place for place in _PLACES if path.startswith(f"{place}/")), "")
+
+
+def _write(to: Path, written: Written) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(written.content)
+    os.chown(to, written.uid, written.gid)
+    to.chmod(written.mode)
+    os.utime(to, ns=(_MODIFIED, _MODIFIED))
+
+
+def _fill_root(root: Path) -> None:
+    for folder in ("bin", "usr", "home/alice/empty", *_PLACES):
+        (root / folder.lstrip("/")).mkdir(parents=True)
+    _filled(root, "")
+    home = root / "home/alice"
+    (home / "link").symlink_to("notes.txt")
+    (home / "absolute").symlink_to("/etc/hostname")
+    (home / "zz-hard").hardlink_to(home / "notes.txt")
+    os.mkfifo(home / "pipe", 0o600)
+    os.setxattr(home / "notes.txt", "user.color", b"blue")
+    run("setfacl", "--set", ACL.strip().replace("\n", ","), home / "notes.txt")
+    for path in (home / "empty", home):
+        os.utime(path, ns=(_MODIFIED, _MODIFIED))
+
+
+def _make_volumes(image: Path, place: Path) -> None:
+    """Make a volume group with two file systems. No volume is active: the kernel may lack device-mapper."""
+    data, opt = place / "data", place / "opt"
+    for volume, size_mib in ((data, 32), (opt, 128)):
+        _make_empty(volume, size_mib)
+    run("mkfs.ext4", "-q", data)
+    with _mounted(data) as mounted:
+        _filled(mounted, "/data")
+    run("mkfs.btrfs", "-q", "-L", "opt", "--rootdir", _filled(place / "opt-files", "/opt"), opt)
+    device = run("losetup", "--find", "--show", image).strip()
+    try:
+        lvm(device, "vgcreate", *_INACTIVE, "guest", device)
+        for volume in (data, opt):
+            size = f"{volume.stat().st_size}b"
+            lvm(device, "lvcreate", *_INACTIVE, "--activate", "n", "--zero", "n", "--wipesignatures", "n",
+                "--name", volume.name, "--size", size, "guest")
+        found = lvm(device, "pvs", *_INACTIVE, "--noheadings", "--units", "b", "--nosuffix",
+                    "--options", "lv_name,pe_start,vg_extent_size,pvseg_start")
+    finally:
+        run("losetup", "--detach", device)
+    for name, *numbers in (words for line in found.splitlines() if len(words := line.split()) == 4):
+        begin_bytes, extent_bytes, first = map(int, numbers)
+        _put(place / name, image, begin_bytes + first * extent_bytes)
+
+
+def _put(content: Path, image: Path, at_bytes: int) -> None:
+    run("dd", f"if={content}", f"of={image}", "bs=1M", f"seek={at_bytes}", "oflag=seek_bytes",
+        "conv=notrunc,sparse", "status=none")
+
+
+def _make_vault(image: Path, place: Path) -> None:
+    """Make an encrypted file system; the kernel need not be able to open it."""
+    plain, secret = place / "plain", place / "secret"
+    _make_empty(plain, image.stat().st_size // MIB - _LUKS_HEAD_MIB)
+    run("mkfs.ext4", "-q", "-L", "vault", plain)
+    with _mounted(plain) as mounted:
+        (mounted / "vault.bin").write_bytes(VAULT)
+    secret.write_text(LUKS_PASSPHRASE)
+    # iter-time: what it costs to guess the passphrase would cost an emulated appliance many times as much.
+    run("qemu-img", "convert", "--object", f"secret,id=key,file={secret}", "-f", "raw", "-O", "luks",
+        "-o", "key-secret=key,iter-time=10", plain, image)
+
+
+def _make_xfs(image: Path, place: Path) -> None:
+    _make_empty(image, 300)
+    lines = ["nothing-to-boot", "0 0", "d--755 0 0"]
+    files = _filled(place / "srv", "/srv")
+    for path in files.iterdir():
+        facts = path.stat()
+        lines.append(f"{path.name} ---{facts.st_mode & 0o777:o} {facts.st_uid} {facts.st_gid} {path}")
+    (place / "protofile").write_text("\n".join([*lines, "$", ""]))
+    run("mkfs.xfs", "-q", "-L", "srv", "-p", place / "protofile", image)
+
+
+def _assemble(image: Path, parts: Sequence[Path]) -> None:
+    """Put the partitions into a disk."""
+    _make_empty(image, sum(_PARTS_MIB) + 2)
+    at_mib, lines = 1, ["label: gpt"]
+    for part, size_mib in zip(parts, _PARTS_MIB, strict=True):
+        lines.append(f"start={at_mib}MiB, size={size_mib}MiB")
+        _put(part, image, at_mib * MIB)
+        at_mib += size_mib
+    subprocess.run(["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", image], input="\n".join(lines),
+                   text=True, check=True, capture_output=True)
