@@ -9,7 +9,9 @@ from typing import TypeVar
 #: For what happens at once on an idle machine. A wait ends when it happens, so patience costs nothing; too
 #: little of it fails tests where many labs share few slow cores.
 PATIENCE_S = 90.0
-_PAUSE_S = 0.02
+# What takes long is looked for less often: the looks take the processor that it needs.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.2
+_PAUSE_OF_WAITED = 0.05
 
 T = TypeVar("T")
 
@@ -23,11 +25,12 @@ def wait_for(what: str, look: Callable[[], T | None], timeout_s: float) -> T:
 
     Raises TooLate, which names *what* was waited for and what was seen last.
     """
-    deadline_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     while True:
         seen = look()
         if seen:
             return seen
-        if time.monotonic() > deadline_s:
+        waited_s = time.monotonic() - began_s
+        if waited_s > timeout_s:
             raise TooLate(f"{what}: not within {timeout_s:g} s (last seen: {seen!r})")
-        time.sleep(_PAUSE_S)
+        time.sleep(min(max(_PAUSE_S, waited_s * _PAUSE_OF_WAITED), _LONGEST_PAUSE_S))
