@@ -41,24 +41,31 @@ def _received(duplicate: Any) -> int:
 
 
 class Forked:
-    """A command that runs. Its output and errors go to the given file descriptors."""
+    """A command that runs. Its output and errors go to the given file descriptors.
+
+    A descriptor *passing* goes to it, too: the number that it has there is the command's first word.
+    """
 
     def __init__(
         self, command: Sequence[str], *, output: int, errors: int, env: Mapping[str, str] | None = None,
-        cwd: str | Path | None = None,
+        cwd: str | Path | None = None, passing: int | None = None,
     ) -> None:
         python, option, module, *words = command
         assert (python, option) == (sys.executable, "-m"), f"not a Python module: {command}"
         # daemon: it ends with pytest, should a test leave it behind.
         self._process = _CONTEXT.Process(target=_run, daemon=True, args=(
             module, words, dict(os.environ if env is None else env), str(cwd or os.getcwd()),
-            _Inherited(output), _Inherited(errors)))
+            _Inherited(output), _Inherited(errors), None if passing is None else _Inherited(passing)))
         self._process.start()
 
     @property
     def pid(self) -> int:
         assert self._process.pid is not None
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.exitcode is None
 
     def kill(self) -> None:
         """Kill it (SIGKILL) and wait for its end."""
@@ -91,7 +98,8 @@ def run(
 
 
 def _run(
-    module: str, words: Sequence[str], env: Mapping[str, str], cwd: str, output: int, errors: int
+    module: str, words: Sequence[str], env: Mapping[str, str], cwd: str, output: int, errors: int,
+    passed: int | None,
 ) -> None:
     """Become the command, in the child."""
     os.dup2(output, 1)
@@ -101,5 +109,5 @@ def _run(
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv = [module, *words]
+    sys.argv = [module, *([] if passed is None else [str(passed)]), *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -28,9 +28,9 @@ import pytest
 CLAIMS = "STILLFRAME_LAB_CLAIMS"
 NUMBER = "STILLFRAME_LAB_NUMBER"
 
-# What may take long comes first, so that no lab begins something long when the others are done: tests with
-# a guest, with a libvirtd. All others stay in their order behind them. A guest that boots Linux takes a whole
-# core: every other lab begins with the guests that don't.
+# What may take long comes first, so that no lab begins something long when the others are done: modules that
+# are marked `together`, tests with a guest, with a libvirtd. All others stay in their order behind them. A
+# guest that boots Linux takes a whole core: every other lab begins with the guests that don't.
 _LONG_FIXTURES = ("db_guest", "disk_guest", "session_daemons"), ("disk_guest", "db_guest", "session_daemons")
 # A lab runs a part of what it collected, so that a percentage would say nothing.
 _PYTEST = (sys.executable, "-m", "pytest", "-p", "lab.share", "-o", "console_output_style=classic",
@@ -51,6 +51,8 @@ def long_first(tests: Sequence[pytest.Item], number: int) -> list[pytest.Item]:
     order = _LONG_FIXTURES[(number - 1) % len(_LONG_FIXTURES)]
 
     def rank(test: pytest.Item) -> int:
+        if test.get_closest_marker("together"):
+            return -1
         fixtures = getattr(test, "fixturenames", ())
         return next((place for place, name in enumerate(order) if name in fixtures), len(order))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from lab.forked import Forked
 from stillframe.clock import SystemClock
 from stillframe.repository.catalog import list_snapshots
 from stillframe.repository.collect import collect
@@ -54,19 +57,31 @@ def place(
         yield Place(address, Path(folder) / "hints")
 
 
-def _start(place: Place, *words: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fault.repository_driver", place.address, str(place.hints), *words],
-        cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line == "go\n", line + process.communicate()[1]
-    return process
+class Work:
+    """Work on the repository in a process of its own, begun when this is made."""
 
+    def __init__(self, place: Place, *words: str) -> None:
+        said, output = os.pipe()
+        self._process = Forked(
+            [sys.executable, "-m", "tests.fault.repository_driver", place.address, str(place.hints), *words],
+            output=output, errors=output, cwd=_ROOT)
+        os.close(output)
+        self._said = os.fdopen(said)
+        line = self._said.readline()
+        assert line == "go\n", line + self._said.read()
 
-def _end(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate(timeout=_TIMEOUT_S)
-    assert process.returncode == 0, said
+    def is_killed(self, after_s: float) -> bool:
+        """Wait so long for its end and kill it then; return whether it had to be."""
+        with self._said, contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(after_s)
+            return False
+        return True
+
+    def end(self) -> None:
+        """Wait for its end, which must be a good one."""
+        with self._said:
+            code = self._process.wait(_TIMEOUT_S)
+            assert code == 0, self._said.read()
 
 
 def _check(place: Place) -> set[tuple[str, int]]:
@@ -90,20 +105,14 @@ def _check_nothing_is_left(place: Place) -> None:
 def _kill_again_and_again(place: Place, times: int, seed: int) -> None:
     draw = random.Random(seed)
     began_s = time.monotonic()
-    _end(_start(place, "backup", "web", "0", "3"))
+    Work(place, "backup", "web", "0", "3").end()
     whole_s = time.monotonic() - began_s
     number, kept = 3, _check(place)
     killed = 0
     for _ in range(times):
         words = ("prune", "2") if draw.random() < 0.4 else ("backup", "web", str(number), "2")
-        process = _start(place, *words)
-        try:
-            # Any moment of the work is as good as another: this is the kill's, not a wait for something.
-            process.wait(draw.uniform(0.0, whole_s / 2))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            killed += 1
-        process.communicate()
+        # Any moment of the work is as good as another: this is the kill's, not a wait for something.
+        killed += Work(place, *words).is_killed(draw.uniform(0.0, whole_s / 2))
         found = _check(place)
         # A backup forgets old snapshots only once it has made new ones: some good one is always there.
         assert max(found)[1] >= max(kept)[1], "the last good snapshot is gone"
@@ -124,13 +133,10 @@ def test_killed_two_hundred_times(place: Place) -> None:
 
 def test_two_writers_and_a_collector_at_once(place: Place) -> None:
     count = 8 if place.is_near else 3
-    _end(_start(place, "backup", "web", "0", "2"))
-    processes = [
-        _start(place, "backup", "web", "2", str(count)), _start(place, "backup", "database", "0", str(count)),
-        _start(place, "prune", str(count + 4)),
-    ]
-    for process in processes:
-        _end(process)
+    Work(place, "backup", "web", "0", "2").end()
+    for work in [Work(place, "backup", "web", "2", str(count)),
+                 Work(place, "backup", "database", "0", str(count)), Work(place, "prune", str(count + 4))]:
+        work.end()
     assert _check(place) >= {
         ("web", count - 1), ("web", count), ("web", count + 1), ("database", count - 1)}
     _check_nothing_is_left(place)

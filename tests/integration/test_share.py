@@ -106,5 +106,6 @@ def test_long_ones_come_first_and_none_is_lost(request: pytest.FixtureRequest, l
     items = request.session.items
     ordered = long_first(items, lab)
     assert sorted(map(id, ordered)) == sorted(map(id, items))
-    ranks = ["session_daemons" in getattr(each, "fixturenames", ()) for each in ordered]
+    ranks = [2 if each.get_closest_marker("together") else
+             "session_daemons" in getattr(each, "fixturenames", ()) for each in ordered]
     assert ranks == sorted(ranks, reverse=True)

@@ -12,6 +12,9 @@ import pytest
 
 from tests.style.sources import BIN, ROOT
 
+# mypy's later runs go on from what the first one found out, which takes it most of a minute.
+pytestmark = pytest.mark.together
+
 
 def _run(*command: str | Path, cwd: Path = ROOT, stdin: str = "", **environment: str) -> tuple[int, str]:
     # The lab sets PYTHONPATH; to mypy that would make the project's own packages installed, untyped ones.
@@ -52,7 +55,7 @@ def test_mypy_finds_nothing() -> None:
 def test_mypy_catches_an_untyped_function(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("def f(x):\n    return x\n")
-    status, output = _run(sys.executable, "-m", "mypy", bad, "--cache-dir", tmp_path / "cache")
+    status, output = _run(sys.executable, "-m", "mypy", bad)
     assert status == 1
     assert "no-untyped-def" in output
 
@@ -60,7 +63,7 @@ def test_mypy_catches_an_untyped_function(tmp_path: Path) -> None:
 def test_mypy_knows_the_types_of_the_project(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("from stillframe.units import parse_size_bytes\n\nx: str = parse_size_bytes('1M')\n")
-    status, output = _run(sys.executable, "-m", "mypy", bad, "--cache-dir", tmp_path / "cache")
+    status, output = _run(sys.executable, "-m", "mypy", bad)
     assert status == 1
     assert "[assignment]" in output
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import forked
 from stillframe import __version__
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
@@ -31,9 +32,8 @@ def call(tmp_path: Path) -> Call:
 
     def run(*arguments: str, common: bool = True) -> subprocess.CompletedProcess[str]:
         options = ["--connect", _NOWHERE, "--state-dir", str(tmp_path / "state")] if common else []
-        return subprocess.run(
-            [sys.executable, "-m", "stillframe", *arguments, *options], capture_output=True, text=True,
-            timeout=120, cwd=tmp_path, env=environment)
+        return forked.run([sys.executable, "-m", "stillframe", *arguments, *options], timeout_s=120,
+                          cwd=tmp_path, env=environment)
 
     (tmp_path / "none.toml").touch()
     environment = {

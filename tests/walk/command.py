@@ -6,13 +6,14 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lab.forked import Forked
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 150.0
@@ -54,15 +55,13 @@ class Command:
         self._link, theirs = socket.socketpair()
         self._link.settimeout(_TIMEOUT_S)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.walk.driver", str(theirs.fileno()), mutation, *words],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
-                env=dict(environment), cwd=_ROOT)
+            self._process = Forked(
+                [sys.executable, "-m", "tests.walk.driver", mutation, *words], passing=theirs.fileno(),
+                output=self._out.fileno(), errors=self._err.fileno(), env=environment, cwd=_ROOT)
 
     def kill(self) -> None:
         """Kill the command with SIGKILL."""
         self._process.kill()
-        self._process.wait()
 
     def interrupt(self) -> None:
         """Send it what Ctrl-C sends."""
@@ -77,7 +76,7 @@ class Command:
                     state, phase = line.split()
                     steps.append((state, phase))
                     self._at_step(self, len(steps) - 1, state, phase)
-                    if self._process.poll() is None:
+                    if self._process.running:
                         self._link.sendall(b".")
             code = self._process.wait(_TIMEOUT_S)
         finally:
