@@ -16,6 +16,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from lab import forked
 from lab.daemons import LibvirtDaemons
 from lab.database import check_image, needs_recovery
 from lab.dbguest import DbGuest, read_counter
@@ -28,6 +29,7 @@ from tests.fault.harness import Place, Run, overlays_left, small_file_system
 
 pytestmark = pytest.mark.timeout(600)
 MakeGuest = Callable[..., DbGuest]
+_TIMEOUT_S = 200.0
 
 
 class Stillframe:
@@ -41,20 +43,24 @@ class Stillframe:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a command."""
         return subprocess.Popen(
-            [sys.executable, "-m", "stillframe", *arguments, "--json", "--state-dir", str(self._state)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+            self._command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def run(self, *arguments: str, code: int = 0) -> dict[str, Any]:
         """Run a command, which must end with *code*; return its JSON."""
-        return self.end(self.start(*arguments), code)
+        done = forked.run(self._command(*arguments), timeout_s=_TIMEOUT_S)
+        assert done.returncode == code, done.stdout + done.stderr
+        body: dict[str, Any] = json.loads(done.stdout)
+        return body
 
     def end(self, process: subprocess.Popen[str], code: int) -> dict[str, Any]:
         """Wait until a command that was started ends, with *code*; return its JSON."""
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=_TIMEOUT_S)
         assert process.returncode == code, out + err
         body: dict[str, Any] = json.loads(out)
         return body
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "stillframe", *arguments, "--json", "--state-dir", str(self._state)]
 
     def mirror(self, guest: DbGuest, *options: str, code: int = 0) -> dict[str, Any]:
         """Mirror *guest*; return its part of the JSON."""

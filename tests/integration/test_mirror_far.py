@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from lab import forked
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, assert_equal_images
@@ -280,17 +281,19 @@ def _second(far: Far) -> AbstractContextManager[None]:
     return MirrorFolder(far.place("Guest"), clock=CLOCK).lock("second")
 
 
+def _line(place: Place, *words: str) -> list[str]:
+    return [sys.executable, "-m", "stillframe", *words, "--state-dir", str(place.state_dir), "--json"]
+
+
 def _command(far: Far, place: Place, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "stillframe", *words, "--state-dir", str(place.state_dir), "--json"],
-        env={**os.environ, **far.settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(_line(place, *words), env={**os.environ, **far.settings},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _called(far: Far, place: Place, *words: str) -> dict[str, Any]:
-    with _command(far, place, *words) as process:
-        out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode in (0, 3), out + err
-    body: dict[str, Any] = json.loads(out)
+    done = forked.run(_line(place, *words), timeout_s=PATIENCE_S, env={**os.environ, **far.settings})
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    body: dict[str, Any] = json.loads(done.stdout)
     return body
 
 
