@@ -198,8 +198,9 @@ def db_guest(daemons: LibvirtDaemons, images_dir: Path) -> Iterator[Callable[...
     with contextlib.ExitStack() as cleanup:
         def make(*, name: str = "", started: bool = True, **options: Any) -> DbGuest:
             moment = usual_moment(daemons) if started and not options else None
-            disks = {"disks": moment.disks} if moment else {}
-            guest = DbGuest(daemons, images_dir, name or f"db-{next(_numbers)}", **disks, **options)
+            if moment:
+                options = {"disks": moment.disks}
+            guest = DbGuest(daemons, images_dir, name or f"db-{next(_numbers)}", **options)
             cleanup.callback(guest.remove)
             guest.define()
             if moment:
