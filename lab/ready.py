@@ -29,6 +29,8 @@ from lab.initramfs import boot_files
 
 #: Longer than any test's guest is called, so that there is room for its name.
 _SAVED_NAME = "ready-" + "-" * 60
+#: The lab's own copy: each guest's name is written into it.
+_OWN_DIR = Path("/var/lib/libvirt/ready")
 _EMULATOR = Path("/usr/bin/qemu-system-x86_64")
 # libvirt's src/qemu/qemu_saveimage.h: magic, version, length of what follows up to QEMU's own data, whether
 # it ran, compression, where the cookie begins in it.
@@ -41,6 +43,8 @@ class Moment:
     """What is known of a guest at one moment."""
 
     memory: Path
+    #: How *memory* begins, as libvirt saved it.
+    head: Path
     disk: Path
     console: Path
 
@@ -52,23 +56,23 @@ class Moment:
     def resume(self, guest: DbGuest) -> None:
         """Let a guest that is defined, and has these disks, go on from here."""
         shutil.copy(self.console, guest.console_path)
-        _rename(self.memory, guest.name, guest.domain().UUIDString())
+        with self.memory.open("r+b") as file:
+            file.write(_renamed(self.head.read_bytes(), guest.name, guest.domain().UUIDString()))
         guest.daemons.connect().restoreFlags(str(self.memory), None, libvirt.VIR_DOMAIN_SAVE_RUNNING)
 
 
 def usual_moment(daemons: LibvirtDaemons) -> Moment:
     """Return the moment at which the usual guest had booted, made now if the cache has none."""
-    here = Moment(*(IMAGES_DIR / f"ready.{what}" for what in ("memory", "disk", "console")))
-    if not here.console.exists():
+    if not _OWN_DIR.exists():
         kept = cache_dir() / f"ready-{_recipe(daemons)}"
         with (cache_dir() / "ready.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # other labs wait rather than boot one, too
             if not kept.exists():
                 _keep(daemons, kept)
-        # A copy, because each guest's name is written into it.
-        for path in (here.memory, here.disk, here.console):
-            run("cp", "--sparse=always", kept / path.name, path)
-    return here
+        part = _OWN_DIR.with_suffix(".part")
+        run("cp", "--recursive", "--no-target-directory", "--sparse=always", kept, part)
+        part.rename(_OWN_DIR)
+    return Moment(*(_OWN_DIR / what for what in ("memory", "head", "disk", "console")))
 
 
 def _recipe(daemons: LibvirtDaemons) -> str:
@@ -88,29 +92,26 @@ def _keep(daemons: LibvirtDaemons, kept: Path) -> None:
         guest.define()
         guest.start()
         guest.wait_ready()
-        saved = guest.folder / "ready.memory"
-        guest.domain().save(str(saved))
-        run("cp", "--sparse=always", saved, part)
-        guest.read_disk("vda", part / "ready.disk")
-        shutil.copy(guest.console_path, part / "ready.console")
+        guest.domain().save(str(part / "memory"))
+        with (part / "memory").open("rb") as file:
+            begin = file.read(_HEAD.size)
+            (part / "head").write_bytes(begin + file.read(_HEAD.unpack(begin)[2]))
+        guest.read_disk("vda", part / "disk")
+        shutil.copy(guest.console_path, part / "console")
         part.rename(kept)
     finally:
         guest.remove()
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _rename(memory: Path, name: str, uuid: str) -> None:
-    """Write the name and UUID of the guest that goes on into the head of what libvirt saved."""
-    with memory.open("r+b") as file:
-        magic, version, length, ran, compression, cookie_at = _HEAD.unpack(file.read(_HEAD.size))
-        assert (magic, version) == (_MAGIC, _VERSION), f"{memory}: not of a libvirt that the lab knows"
-        texts = file.read(length)
-        xml, cookie = (text.rstrip(b"\0").decode() for text in (texts[:cookie_at], texts[cookie_at:]))
-        domain = ET.fromstring(xml)
-        for saved, now in ((domain.findtext("name", ""), name), (domain.findtext("uuid", ""), uuid)):
-            xml = xml.replace(saved, now)
-        head = xml.encode() + b"\0"
-        texts = (head + cookie.encode()).ljust(length, b"\0")
-        assert len(texts) == length, f"{name}: too long a name"
-        file.seek(0)
-        file.write(_HEAD.pack(magic, version, length, ran, compression, len(head)) + texts)
+def _renamed(head: bytes, name: str, uuid: str) -> bytes:
+    """Return the head of what libvirt saved with another name and UUID, as long as it was."""
+    magic, version, length, ran, compression, cookie_at = _HEAD.unpack_from(head)
+    assert (magic, version) == (_MAGIC, _VERSION), "saved by a libvirt that the lab does not know"
+    texts = head[_HEAD.size:]
+    xml, cookie = texts[:cookie_at].rstrip(b"\0").decode(), texts[cookie_at:].rstrip(b"\0")
+    xml = xml.replace(ET.fromstring(xml).findtext("uuid", ""), uuid).replace(_SAVED_NAME, name)
+    now = xml.encode() + b"\0"
+    assert len(now + cookie) <= length, f"{name}: too long a name"
+    packed = _HEAD.pack(magic, version, length, ran, compression, len(now))
+    return packed + (now + cookie).ljust(length, b"\0")
