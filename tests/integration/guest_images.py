@@ -228,7 +228,7 @@ def _make_vault(image: Path, place: Path) -> None:
     secret.write_text(LUKS_PASSPHRASE)
     # iter-time: what it costs to guess the passphrase would cost an emulated appliance many times as much.
     run("qemu-img", "convert", "--object", f"secret,id=key,file={secret}", "-f", "raw", "-O", "luks",
-        "-o", "key-secret=key,iter-time=10", plain, image)
+        "-o", "key-secret=key,iter-time=1", plain, image)
 
 
 def _make_xfs(image: Path, place: Path) -> None:
