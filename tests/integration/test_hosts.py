@@ -150,7 +150,7 @@ def guests(disk_guest: MakeGuest) -> dict[str, DiskGuest]:
 
 
 def test_two_hosts_back_up_while_a_third_prunes(site: Site, guests: dict[str, DiskGuest]) -> None:
-    _go_on(site, guests, 5.0)  # or for as long as it takes until that `is_enough`
+    _go_on(site, guests, 60.0)  # or for as long as it takes until that `is_enough`
 
 
 @pytest.mark.slow
