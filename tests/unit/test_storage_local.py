@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from stillframe.clock import SystemClock
 from stillframe.errors import (
     ObjectExists,
     ObjectMissing,
@@ -28,6 +29,7 @@ from stillframe.errors import (
 )
 from stillframe.storage.local import UNFINISHED, LocalStorage
 from stillframe.storage.publish import WAYS, Way, hard_link, rename_without_replacing
+from stillframe.storage.wrappers import Retried
 from tests.style.sources import ROOT
 
 STEPS = ("open", "pwrite", "fsync", "close", "link", "rename", "unlink", "mkdir")
@@ -323,6 +325,15 @@ def test_what_is_forbidden_is_not_called_unsafe(root: Path) -> None:
     with pytest.raises(StorageLost, match="forbids"):
         storage.create("a/1", b"x")
     assert storage.capabilities.create_if_absent
+
+
+def test_what_is_forbidden_is_not_tried_again(root: Path) -> None:
+    def again(*_: object) -> None:
+        raise AssertionError("who reads a read-only folder would wait for the session it can't register")
+
+    storage = LocalStorage(root, make=True, ways=(unable(errno.EROFS),))
+    with pytest.raises(StorageLost, match="forbids"):
+        Retried(storage, SystemClock(), on_retry=again).create("a/1", b"x")
 
 
 @pytest.mark.parametrize("way", WAYS)

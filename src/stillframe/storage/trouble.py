@@ -35,9 +35,11 @@ def _meaning(folder: str, what: str, error: OSError) -> StorageError:
             f"The storage {folder} is full ({why}): {what}. What was stored before is whole.",
             f"df -h {folder}; df -i {folder}   # free some space, then run again")
     if error.errno in _FORBIDDEN:
-        return StorageLost(
+        forbidden = StorageLost(
             f"The storage {folder} forbids it ({why}): {what}.",
             f"ls -ld {error.filename or folder}; findmnt -T {folder}")
+        forbidden.retry = False  # it does not pass: who reads a read-only folder must not wait for it
+        return forbidden
     return StorageLost(
         f"The storage {folder} failed ({why}): {what}. What was stored before is whole.",
         f"ls -ld {folder}; dmesg | tail   # then run again")

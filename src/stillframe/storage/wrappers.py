@@ -142,8 +142,8 @@ class Retried(Wrapper):
                 self._pause(verb, key, error, failures)
 
     def _pause(self, verb: str, key: str, error: StorageLost, failures: int) -> None:
-        """Wait before the next attempt, or raise *error* if that was the last one."""
-        if failures >= self._attempts:
+        """Wait before the next attempt, or raise *error* if that was the last one, or no more will help."""
+        if failures >= self._attempts or not error.retry:
             raise error
         pause_s = min(self._first_pause_s * 2 ** (failures - 1), self._longest_pause_s)
         if self._on_retry is not None:
