@@ -180,8 +180,10 @@ def _claimed(storage: Storage) -> Iterator[None]:
     try:
         create_own(storage, INIT_CLAIM, secrets.token_bytes(SID_BYTES))
     except ObjectExists as error:
-        raise RepositoryExists(f"Somebody else makes a repository at {storage.address} just now.",
-                               f"stillframe list --repo {storage.address}") from error
+        raise RepositoryExists(
+            f"Somebody else makes a repository at {storage.address} just now, or died at it: "
+            f"{INIT_CLAIM} is there.",
+            f"choose an empty place, or: stillframe list --repo {storage.address}") from error
     try:
         _refuse_full(storage)
         yield
