@@ -35,6 +35,10 @@ class Server:
         """What a credentials file for the server says, "" if it needs none."""
         return ""
 
+    def said(self, most_bytes: int = 4000) -> str:
+        """Return the end of what the process has printed."""
+        return (self._folder / "output").read_bytes()[-most_bytes:].decode(errors="replace")
+
     def __enter__(self) -> Self:
         raise NotImplementedError
 

@@ -50,6 +50,7 @@ class Site:
     """The hosts, and what they have in common."""
 
     hosts: dict[str, Host]
+    server: S3Server
     repo: Repo
     folder: Path
     over: threading.Event = field(default_factory=threading.Event)
@@ -70,7 +71,8 @@ class Site:
         done = subprocess.run(
             self.hosts[host].command(repo.command(*words, "--json")), env=repo.environment(), cwd=repo.root,
             capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, f"{host}: {words}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, (
+            f"{host}: {words}\n{done.stdout}{done.stderr}\nthe server: {self.server.said()}")
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
@@ -92,7 +94,7 @@ def site(place: Place, tmp_path: Path) -> Iterator[Site]:
         init_repository(
             S3Storage(BUCKET, "shared", server.access), Secret(SlotKind.PASSPHRASE, PASSPHRASE), "test",
             SystemClock(), costs=CHEAP, parameters=_SIZES)
-        yield Site(hosts, repo, tmp_path)
+        yield Site(hosts, server, repo, tmp_path)
 
 
 def _backs_up(site: Site, host: str, guest: DiskGuest) -> None:
