@@ -51,13 +51,9 @@ def believed(
              for birth, slots in _false_slots(repository, packs, home, claims).items()]
     for home, birth, slots in false:
         moved[birth][home] &= ~slots
-    return (with_known_homes(_saying(latest, moved), packs), tuple(sorted({home for home, _, _ in false})))
-
-
-def _saying(latest: Generation, moved: Mapping[PackName, Mapping[PackName, int]]) -> Generation:
-    homes = {birth: [(home, slots) for home, slots in known.items() if slots]
-             for birth, known in moved.items()}
-    return Generation(latest.number, latest.condemned, homes, latest.by, latest.at, latest.marked)
+    true = latest.saying({birth: [(home, slots) for home, slots in known.items() if slots]
+                          for birth, known in moved.items()})
+    return with_known_homes(true, packs), tuple(sorted({home for home, _, _ in false}))
 
 
 def _claims(

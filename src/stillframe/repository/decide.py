@@ -79,8 +79,7 @@ def held_by(generation: Generation, birth: PackName, slots: int) -> Iterator[tup
 
 def with_known_homes(generation: Generation, packs: Mapping[PackName, int]) -> Generation:
     """Return the generation without the homes that are gone: what was moved there is elsewhere, or lost."""
-    return Generation(generation.number, generation.condemned, _still_there(generation.moved, packs.keys()),
-                      generation.by, generation.at, generation.marked)
+    return generation.saying(_still_there(generation.moved, packs.keys()))
 
 
 def worth_compacting(looked: Looked, hurt: set[PackName], limits: Limits) -> list[Compaction]:

@@ -104,6 +104,10 @@ class Generation:
         """
         return not self.condemned or sid in self.marked or generation == self.number
 
+    def saying(self, moved: Mapping[PackName, list[tuple[PackName, int]]]) -> Generation:
+        """Return this generation, but for where slots were *moved* to."""
+        return Generation(self.number, self.condemned, moved, self.by, self.at, self.marked)
+
     def moved_with(self, copied: Copied) -> dict[PackName, list[tuple[PackName, int]]]:
         """Return `moved` with what was *copied* since."""
         moved = {birth: list(homes) for birth, homes in self.moved.items()}
@@ -179,9 +183,7 @@ def with_older(latest: Generation, older: Iterable[Generation]) -> Generation:
             known = moved.setdefault(birth, {})
             for home, slots in homes:
                 known[home] = known.get(home, 0) | slots
-    return Generation(
-        latest.number, latest.condemned, {birth: list(known.items()) for birth, known in moved.items()},
-        latest.by, latest.at, latest.marked)
+    return latest.saying({birth: list(known.items()) for birth, known in moved.items()})
 
 
 def create_generation(storage: Storage, generation: Generation, domain_key: DomainKey) -> bool:
