@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install develop apt apt-dev apt-bench apt-ceph apt-lvm boot test test-slow test-ceph test-lvm \
+.PHONY: help install develop apt apt-dev apt-bench apt-ceph boot test test-slow test-ceph test-lvm \
         lint demo bench lock clean
 
 # The distribution's own interpreter: its libvirt and nbd modules are for no other.
@@ -26,11 +26,11 @@ APT := libvirt-daemon-system libvirt-daemon libvirt-daemon-driver-qemu libvirt-c
        qemu-utils python3-libvirt python3-libnbd python3-venv util-linux iproute2 nbdkit nbdkit-plugin-python \
        python3-guestfs
 APT_DEV := xfsprogs acl procps e2fsprogs rsync busybox-static cpio sqlite3 kmod libnbd-bin gnutls-bin \
-           openssh-server samba curl openssl ovmf swtpm swtpm-tools systemd faketime
+           openssh-server samba curl openssl ovmf swtpm swtpm-tools systemd faketime \
+           btrfs-progs dosfstools mtools ntfs-3g lvm2
 # What `make bench` compares with, and nothing else needs.
 APT_BENCH := guestfish restic borgbackup virtnbdbackup smbclient
 # A cluster of one node, and QEMU's way to it, for `make test-ceph`.
-APT_LVM := lvm2
 APT_CEPH := ceph-mon ceph-osd ceph-common qemu-block-extra
 
 help: ## show this list
@@ -53,7 +53,7 @@ test-slow: develop boot ## the tests that take minutes
 test-ceph: develop apt-ceph boot ## the tests with disks on Ceph RBD, on a cluster of their own
 	$(LAB) $(RUN) -m pytest -m ceph $(ARGS)
 
-test-lvm: develop apt-lvm boot ## the tests with disks on LVM, in a guest with device-mapper (emulated: slow)
+test-lvm: develop boot ## the tests with disks on LVM, in a guest with device-mapper (emulated: slow)
 	$(RUN) -m lab.machine -- $(LAB) $(RUN) -m pytest -m lvm --timeout 1800 $(ARGS)
 
 lint: develop ## ruff, mypy, import-linter (they are part of make test too)
@@ -101,9 +101,6 @@ apt-bench: apt-dev
 
 apt-ceph: apt-dev
 	$(call apt_install,$(APT_CEPH))
-
-apt-lvm: apt-dev
-	$(call apt_install,$(APT_LVM))
 
 # The environment is a function of the lock files: when one changed it is made anew, so that nothing old
 # stays in it. Distribution packages show through (libvirt, nbd); what is locked is installed over them.
