@@ -108,6 +108,18 @@ def test_the_tool_is_killed_while_a_guest_is_thrown_away(booting: Booting) -> No
     booting.assert_nothing_is_left(_NAME)
 
 
+def test_the_tool_is_killed_while_a_boot_is_undone(booting: Booting) -> None:
+    begun = BootRun(booting, BootState.SERVING, "done", 1, *boot_words(booting))
+    assert begun.wait_reached(), begun.output
+    begun.kill()
+    undoing = BootRun(booting, BootState.UNDOING, "intent", 1, "recover")
+    assert undoing.wait_reached(), undoing.output
+    undoing.kill()
+    assert (booting.record(_NAME) or {})["state"] == BootState.UNDOING.value
+    assert_whole(booting, booting.guest(_NAME))
+    booting.assert_nothing_is_left(_NAME)
+
+
 def test_the_tool_ends_in_the_middle_of_a_pull(booting: Booting) -> None:
     guest = booting.boot(_NAME)
     guest.write("vda", 6 * MIB + 512, 100 * 1024, 0x55)
