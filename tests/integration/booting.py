@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from lab.enter import IMAGES_DIR
 from lab.images import MIB, run, to_raw
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.hypervisor.model import BOOT_SOCKETS
-from tests.fault.harness import Place
+from stillframe.restore.boot_record import BootState
+from tests.fault.harness import Place, Run
 from tests.integration.repositories import Repo, make_repo
 
 ORIGIN = "origin"
@@ -102,6 +104,16 @@ class Booting:
             made = {path.name for path in folder.iterdir() if guest.name in path.name}
             assert made == {guest.image(target).name for target in guest.targets()
                             if guest.image(target).parent == folder}
+
+
+class BootRun(Run):
+    """A command, stopped at a step of a booted guest's record."""
+
+    def __init__(self, booting: Booting, state: BootState, phase: str, number: int, *words: str) -> None:
+        line = booting.repo.command(*words)[3:]
+        self._start(
+            [sys.executable, "-m", "tests.fault.boot_driver", state.value, phase, str(number), *line],
+            booting.repo.environment())
 
 
 def start_uefi_guest(daemons: LibvirtDaemons, images_dir: Path) -> tuple[DiskGuest, Path]:

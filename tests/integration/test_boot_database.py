@@ -26,7 +26,12 @@ def repo(place: Place, tmp_path: Path) -> Iterator[Repo]:
     end_servers()
 
 
-def test_a_database_is_booted_and_lands_while_it_writes(repo: Repo, db_guest: Callable[..., DbGuest]) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_database_is_booted_and_lands_while_it_writes(
+    repo: Repo, db_guest: Callable[..., DbGuest], *, elsewhere: bool,
+) -> None:
+    other = repo.place.overlays / "other"
+    other.mkdir()
     guest = db_guest()
     before = guest.wait_more_rows(20)
     sid = repo.json("backup", guest.name, "--quiesce", "agent", "--method", "overlay", "--min-free", "64M")[
@@ -42,16 +47,19 @@ def test_a_database_is_booted_and_lands_while_it_writes(repo: Repo, db_guest: Ca
     assert guest.acknowledged() > before
     guest.wait_more_rows(20)
     during = guest.acknowledged()
-    repo.json("land", guest.name)
+    repo.json("land", guest.name, *(("--pool", str(other), "--format", "raw") if elsewhere else ()))
     after = guest.wait_more_rows(20)
     assert after > during
     assert not servers()
     guest.power_off()
     acknowledged = guest.acknowledged()
 
-    image = repo.place.overlays / f"{guest.name}-vda.qcow2"
-    run("qemu-img", "check", image)
-    assert "backing-filename" not in json.loads(run("qemu-img", "info", "--output=json", image))
-    check = check_image(image, "qcow2")
+    image_format = "raw" if elsewhere else "qcow2"
+    [image] = list(repo.place.overlays.rglob("*-vda.*"))
+    assert image.parent == (other if elsewhere else repo.place.overlays)
+    if not elsewhere:
+        run("qemu-img", "check", image)
+        assert "backing-filename" not in json.loads(run("qemu-img", "info", "--output=json", image))
+    check = check_image(image, image_format)
     assert check.whole, check
     assert check.last >= acknowledged

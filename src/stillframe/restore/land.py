@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -41,6 +42,8 @@ from stillframe.restore.boot_steps import BootTools, BootWay, drop_copy, refuse_
 from stillframe.restore.land_guard import switch_guarded
 from stillframe.restore.land_plan import Landing, LandWish, plan_landing
 from stillframe.units import size_text
+
+T = TypeVar("T")
 
 _POLL_S = 0.2
 _DRAIN_S = 10.0
@@ -194,7 +197,7 @@ def _switch(way: BootWay, target: str) -> None:
     runs = domain.power() is Power.RUNNING
     way.record = tools.store.enter(way.known, BootState.SWITCHING, f"{target} is copied", held=runs)
     if runs:
-        domain.suspend()
+        _asked(way, domain.suspend)
     deadline = Deadline(tools.clock, _DRAIN_S)
     while True:
         job = _job(way, target)
@@ -207,7 +210,7 @@ def _switch(way: BootWay, target: str) -> None:
                 domain.resume()
             raise _failed(way.known, f"the copy of {target} does not catch up with the guest", tools)
         tools.clock.pause(_DRAIN_POLL_S)
-    domain.pivot(target)
+    _asked(way, lambda: domain.pivot(target))
 
 
 def _is_ready(mirror: Mirror | None) -> bool:
@@ -226,11 +229,15 @@ def _wait(way: BootWay, target: str, job: BlockJob, stop: Stop, report: Report) 
 
 
 def _job(way: BootWay, target: str) -> BlockJob | None:
-    domain = way.tools.domain(way.known)
+    return _asked(way, lambda: way.tools.domain(way.known).pull_of(target))
+
+
+def _asked(way: BootWay, ask: Callable[[], T]) -> T:
+    """Ask libvirt for something that needs QEMU. Raises LandFailed where QEMU is not there any more."""
     try:
-        return domain.pull_of(target)
+        return ask()
     except HypervisorError as error:
-        power = domain.power()
+        power = way.tools.domain(way.known).power()
         if power.has_qemu:
             raise
         raise _failed(way.known, f"it is {power.value} now", way.tools) from error
