@@ -11,10 +11,10 @@ still: it goes on when the copy is written down and the definition names it.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
@@ -42,8 +42,6 @@ from stillframe.restore.boot_steps import BootTools, BootWay, drop_copy, refuse_
 from stillframe.restore.land_guard import switch_guarded
 from stillframe.restore.land_plan import Landing, LandWish, plan_landing
 from stillframe.units import size_text
-
-T = TypeVar("T")
 
 _POLL_S = 0.2
 _DRAIN_S = 10.0
@@ -75,13 +73,8 @@ def land_guest(record: BootRecord, wish: LandWish, tools: BootTools, stop: Stop,
         if way.is_over():
             return Landed(way.did, record.disks)
         landings = plan_landing(way.known, way.look(), wish, tools)
-        way.record = tools.store.enter(way.known, BootState.LANDING)
-        for landing in landings:
-            _settle_on(way, landing)
-        disks = way.known.disks
-        for landing in landings:
-            if not way.is_over():
-                (_pull if landing.copy is None else _copy)(way, landing.target, stop, report)
+        with _needing_qemu(way):
+            disks = _land(way, landings, stop, report)
         if not way.is_over():
             raise _failed(way.known, way.decide().reason, tools)
         return Landed(way.did, disks)
@@ -110,6 +103,20 @@ def discard_guest(record: BootRecord, tools: BootTools, *, dry_run: bool) -> lis
             way.record = tools.store.enter(way.known, BootState.DISCARDING)
         way.settle()
         return [f"removed {each}" for each in removed]
+
+
+def _land(
+    way: BootWay, landings: Sequence[Landing], stop: Stop, report: Report,
+) -> tuple[BootDisk, ...]:
+    """Land one disk after the other; return all as they are named once they have landed."""
+    way.record = way.tools.store.enter(way.known, BootState.LANDING)
+    for landing in landings:
+        _settle_on(way, landing)
+    disks = way.known.disks
+    for landing in landings:
+        if not way.is_over():
+            (_pull if landing.copy is None else _copy)(way, landing.target, stop, report)
+    return disks
 
 
 def _settle_on(way: BootWay, landing: Landing) -> None:
@@ -197,7 +204,7 @@ def _switch(way: BootWay, target: str) -> None:
     runs = domain.power() is Power.RUNNING
     way.record = tools.store.enter(way.known, BootState.SWITCHING, f"{target} is copied", held=runs)
     if runs:
-        _asked(way, domain.suspend)
+        domain.suspend()
     deadline = Deadline(tools.clock, _DRAIN_S)
     while True:
         job = _job(way, target)
@@ -210,7 +217,7 @@ def _switch(way: BootWay, target: str) -> None:
                 domain.resume()
             raise _failed(way.known, f"the copy of {target} does not catch up with the guest", tools)
         tools.clock.pause(_DRAIN_POLL_S)
-    _asked(way, lambda: domain.pivot(target))
+    domain.pivot(target)
 
 
 def _is_ready(mirror: Mirror | None) -> bool:
@@ -229,13 +236,14 @@ def _wait(way: BootWay, target: str, job: BlockJob, stop: Stop, report: Report) 
 
 
 def _job(way: BootWay, target: str) -> BlockJob | None:
-    return _asked(way, lambda: way.tools.domain(way.known).pull_of(target))
+    return way.tools.domain(way.known).pull_of(target)
 
 
-def _asked(way: BootWay, ask: Callable[[], T]) -> T:
-    """Ask libvirt for something that needs QEMU. Raises LandFailed where QEMU is not there any more."""
+@contextlib.contextmanager
+def _needing_qemu(way: BootWay) -> Iterator[None]:
+    """Raise LandFailed for what libvirt refuses within the block because the guest's QEMU has ended."""
     try:
-        return ask()
+        yield
     except HypervisorError as error:
         power = way.tools.domain(way.known).power()
         if power.has_qemu:
