@@ -61,7 +61,9 @@ class S3Server(Server):
         command = [
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={data}", "-ip=127.0.0.1",
             f"-ip.bind={self._bound_to}",
-            "-master.volumeSizeLimitMB=512", "-volume.max=50", "-volume.minFreeSpace=64MiB", "-filer", "-s3", f"-s3.port={self.port}",
+            "-master.volumeSizeLimitMB=512", "-volume.max=50",
+            # By itself it refuses to write where less than 1 % of the disk is free, which may be a lot.
+            "-volume.minFreeSpace=64MiB", "-filer", "-s3", f"-s3.port={self.port}",
             f"-s3.config={settings}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={master}",
             f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port.grpc={grpc[0]}",
             f"-master.port.grpc={grpc[1]}", f"-volume.port.grpc={grpc[2]}", f"-filer.port.grpc={grpc[3]}",

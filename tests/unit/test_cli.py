@@ -16,6 +16,7 @@ from stillframe import __version__
 from stillframe.capture.journal import Journal
 from stillframe.capture.states import State
 from stillframe.cli import main as main_module
+from stillframe.cli.session import Common, Session
 from stillframe.clock import SystemClock
 from stillframe.errors import EXIT_USAGE, ConfigInvalid, NeedsAttention, NoHypervisor, StateFolderUnusable
 from tests.unit.capture_records import run_record
@@ -240,3 +241,9 @@ def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(_ROOT / "src")})
     assert (done.returncode, done.stdout) == (42, "a result\n"), done.stderr
+
+
+def test_a_state_folder_is_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = Common(connect=None, state_dir=Path("state"), config=None, as_json=False, quiet=True)
+    assert Session(common).state_folder == tmp_path / "state"

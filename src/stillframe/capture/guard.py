@@ -47,7 +47,8 @@ class Guard:
 def start_guard(module: str, arguments: Sequence[str], clock: Clock) -> Guard | None:
     """Start *module*, which calls stand_by(), as a guard; None if it could not be started."""
     try:
-        child = process.start_detached([sys.executable, "-m", module, *arguments])
+        # -P: no module of the folder that somebody happens to be in.
+        child = process.start_detached([sys.executable, "-P", "-m", module, *arguments])
     except (OSError, StillframeError):
         return None
     guard = Guard(child)

@@ -90,8 +90,8 @@ class Session:
 
     @cached_property
     def state_folder(self) -> Path:
-        """The folder with the journal."""
-        return self._common.state_dir or Path(self.settings.state_dir)
+        """The folder with the journal, absolute: servers are told apart by the files that they have in it."""
+        return (self._common.state_dir or Path(self.settings.state_dir)).absolute()
 
     @cached_property
     def journal(self) -> Journal:

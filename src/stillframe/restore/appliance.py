@@ -108,11 +108,13 @@ class Appliance:
 
     def _next(self) -> Message | bytes:
         """Return what comes next. Raises what *stop* returns, too."""
-        deadline = Deadline(self._clock, self._patience_s)
-        while not self._wire.is_ready(_POLL_S):
+        deadline, is_ready = Deadline(self._clock, self._patience_s), False
+        while not is_ready:
+            # Also while one piece comes right after the other.
             if (end := self._person.stop()) is not None:
                 raise end
-            if deadline.passed():
+            is_ready = self._wire.is_ready(_POLL_S)
+            if not is_ready and deadline.passed():
                 raise ApplianceFailed(
                     f"The appliance said nothing for {self._patience_s:.0f} s: it is slow, or hangs on "
                     "the disk.", "run the same command again with --timeout 10m")
