@@ -4,9 +4,9 @@
 
 STEP is ``name#number``: the number of times that the named step was reached. Steps are the phases that are
 written down (`protecting`, `writing`, `written`, `removed`), `protected`, `renamed` (an image has its other
-name, and nothing lies in its place), `unmarked` (an image was called back), and `wrote` (data is on its way
-to an image). At STEP the process kills itself; at ``server:name#number`` it kills its qemu-nbd, and at
-``term:name#number`` it sends itself a SIGTERM.
+name, and nothing lies in its place), `unmarked` (an image was called back), `freed` (so was the definition),
+and `wrote` (data is on its way to an image). At STEP the process kills itself; at ``server:name#number`` it
+kills its qemu-nbd, and at ``term:name#number`` it sends itself a SIGTERM.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def install(strike: Striker) -> None:
     _after(in_place._Run, "_put", strike, "wrote")
     _before(os, "symlink", strike, "renamed")
     _after(protect, "_unmark", strike, "unmarked")
+    _after(in_place, "let_go", strike, "freed")
 
 
 def _after(holder: Any, name: str, strike: Striker, step: str) -> None:

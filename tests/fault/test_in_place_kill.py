@@ -81,7 +81,7 @@ Torn = tuple[DiskGuest, str, dict[str, Path], dict[str, Path]]
 @pytest.mark.parametrize("step", [*_TORN, *_ENDS])
 def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, step: str) -> None:
     guest, snapshot, then, _ = torn
-    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    text = inactive(guest)
     number = [*_TORN, *_ENDS].index(step)
     code = struck(repo, step, "restore", snapshot, "--in-place", "--no-backup-first")
     assert code == _ENDS.get(step, -9), step
@@ -99,7 +99,7 @@ def test_killed_while_it_writes(torn: Torn, repo: Repo, place: Place, step: str)
     done = in_place(repo, snapshot)
     assert done["state_before"] == ""
     put_back(guest, then)
-    assert guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) == text
+    assert inactive(guest) == text
     assert not list(guest.folder.glob(f"*{MARK}"))
     assert repo.json("status")["restoring"] == []
     # A killed qemu-nbd leaves clusters that nobody refers to (3): room is lost, no data.
@@ -140,6 +140,56 @@ def test_killed_before_the_first_write_or_after_the_last(torn: Torn, repo: Repo,
     put_back(guest, then)
 
 
+def inactive(guest: DiskGuest) -> str:
+    return str(guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+
+def set_title(guest: DiskGuest, title: str) -> None:
+    guest.domain().setMetadata(libvirt.VIR_DOMAIN_METADATA_TITLE, title, None, None,
+                               libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+
+@pytest.mark.parametrize("step", ["protecting#1", "freed#1"])
+def test_a_guest_that_went_on_elsewhere_keeps_its_definition(
+    torn: Torn, repo: Repo, place: Place, step: str
+) -> None:
+    guest, snapshot, then, now = torn
+    words = ("restore", snapshot, "--in-place", "--no-backup-first", "--with-definition")
+    assert struck(repo, step, *words) == -9
+    # It can start, and goes on above the image that the record names.
+    guest.start()
+    guest.domain().snapshotCreateXML(
+        f"<domainsnapshot><name>theirs</name><disks><disk name='vda' snapshot='external'>"
+        f"<source file='{guest.folder}/theirs.qcow2'/></disk><disk name='vdb' snapshot='no'/></disks>"
+        f"</domainsnapshot>", libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY)
+    set_title(guest, "mine")
+    text = inactive(guest)
+    assert "theirs.qcow2" in text
+    assert recover(place, guest).returncode == 0
+    assert inactive(guest) == text
+    assert repo.json("status")["restoring"] == []
+    guest.destroy()
+    put_back(guest, now if step == "protecting#1" else then)
+
+
+def test_what_was_given_up_leaves_the_definition(torn: Torn, repo: Repo, place: Place) -> None:
+    guest, snapshot, _then, now = torn
+    set_title(guest, "mine")
+    text = inactive(guest)
+    words = ("restore", snapshot, "--in-place", "--no-backup-first", "--with-definition")
+    for step in ("renamed#1", "protected#1"):
+        assert struck(repo, step, *words) == -9
+        assert inactive(guest) != text
+        assert recover(place, guest).returncode == 0
+        assert inactive(guest) == text
+    put_back(guest, now)
+    # Once all is written, the snapshot's takes its place, whoever ends it.
+    assert struck(repo, "unmarked#2", *words) == -9
+    assert recover(place, guest).returncode == 0
+    assert "<title>" not in inactive(guest)
+    assert guest.disk_source("vda")[0] == str(guest.disks["vda"].path)
+
+
 def test_another_snapshot_takes_its_place(torn: Torn, repo: Repo, place: Place) -> None:
     guest, snapshot, _then, now = torn
     assert struck(repo, "writing#2", "restore", snapshot, "--in-place") == -9
@@ -177,15 +227,14 @@ def test_an_image_that_was_put_in_its_place_is_not_overwritten(torn: Torn, repo:
 def test_a_device_is_protected_by_the_definition(disk_guest: MakeGuest, repo: Repo, place: Place) -> None:
     guest = disk_guest(*disks((Kind.BLOCK, Kind.NBD), _SIZE_BYTES))
     snapshot, then = changed_snapshot(repo, guest)
-    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    text = inactive(guest)
     for step in ("protected#1", "wrote#2", "writing#3", "written#1"):
         assert struck(repo, step, "restore", snapshot, "--in-place", "--no-backup-first") == -9
         assert_cant_start(guest)
         # What a person changes elsewhere meanwhile stays.
-        guest.domain().setMetadata(libvirt.VIR_DOMAIN_METADATA_TITLE, step.rstrip("#123"), None, None,
-                                   libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+        set_title(guest, step.rstrip("#123"))
         in_place(repo, snapshot)
-        after = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        after = inactive(guest)
         title = f"<title>{step.rstrip('#123')}</title>"
         assert title in after
         assert [line for line in after.splitlines() if "title" not in line] == text.splitlines()

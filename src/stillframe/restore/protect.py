@@ -20,12 +20,12 @@ from collections.abc import Iterator
 
 from stillframe.block.image import file_identity
 from stillframe.capture.let_go_on import fsync_definition
-from stillframe.capture.restoring import MARK, Restoring, RestoringDisk
+from stillframe.capture.restoring import MARK, RestorePhase, Restoring, RestoringDisk
 from stillframe.errors import DestinationUnwritable, GuestState, NeedsAttention, TargetInUse
 from stillframe.hypervisor.domain import qemu_by_uuid
 from stillframe.hypervisor.domain_xml import with_source
 from stillframe.hypervisor.guest import Guest
-from stillframe.hypervisor.model import Power, Source
+from stillframe.hypervisor.model import DomainXml, Power, Source
 from stillframe.restore.files import sync_folder
 from stillframe.restore.target import opened, write_errors
 
@@ -50,7 +50,7 @@ def protect(restoring: Restoring, domain: Guest) -> None:
         for disk in restoring.disks:
             locks.enter_context(_locked(disk))
         prove_off(domain)
-        _define(restoring, domain, marked=True)
+        _define_marked(restoring, domain)
         for disk in restoring.disks:
             if disk.is_file:
                 _mark(disk)
@@ -61,17 +61,29 @@ def protect(restoring: Restoring, domain: Guest) -> None:
 def let_go(restoring: Restoring, domain: Guest) -> None:
     """Let the guest start again: images and definition are called what they were called.
 
-    Raises NeedsAttention if something else lies in an image's place.
+    What the definition does not name as `protect` left it is not ours any more: the guest may have run since,
+    on an image above the one that was restored. Raises NeedsAttention if something else lies in an image's
+    place.
     """
     for disk in restoring.disks:
         if disk.is_file:
             _unmark(disk)
-    _define(restoring, domain, marked=False)
+    _define_unmarked(restoring, domain)
 
 
 def is_marked(path: str) -> bool:
     """Return whether the image at *path* is kept away for a restore in place, by whomever."""
     return os.path.lexists(path + MARK) or (os.path.islink(path) and os.readlink(path) == SIGN)
+
+
+def defined(restoring: Restoring, domain: Guest) -> DomainXml:
+    """Return the guest's definition. Raises NeedsAttention if it has none any more."""
+    found = domain.view().inactive
+    if found is None:
+        raise NeedsAttention(f"{restoring.name} (UUID {restoring.uuid}) is not defined any more.",
+                             f"virsh define XML   # the guest's definition, with that UUID; then "
+                             f"{restoring.again()}", GuestState.RESTORING)
+    return found
 
 
 @contextlib.contextmanager
@@ -122,20 +134,37 @@ def _refuse_other(disk: RestoringDisk) -> None:
             GuestState.RESTORING)
 
 
-def _define(restoring: Restoring, domain: Guest, *, marked: bool) -> None:
-    """Define the guest with images that are not there, or with its own."""
-    found = domain.view().inactive
-    if found is None:
-        raise NeedsAttention(f"{restoring.name} (UUID {restoring.uuid}) is not defined any more.",
-                             f"virsh define XML   # the guest's definition, with that UUID; then "
-                             f"{restoring.again()}", GuestState.RESTORING)
-    text = found.text
-    if not marked and restoring.definition:
-        text = restoring.definition
+def _define_marked(restoring: Restoring, domain: Guest) -> None:
+    """Define the guest with images that are not there."""
+    text = defined(restoring, domain).text
     for disk in restoring.disks:
-        text = with_source(text, disk.target, _marked_source(disk) if marked else disk.source())
+        text = with_source(text, disk.target, _marked_source(disk))
     domain.define(text)
     fsync_definition(domain)
+
+
+def _define_unmarked(restoring: Restoring, domain: Guest) -> None:
+    """Define the guest with its own images where it names those that are not there."""
+    now = defined(restoring, domain)
+    marked = {disk.target for disk in restoring.disks if _is_named_marked(now, disk.target)}
+    if marked:
+        # One that was given up before the first write leaves the guest the definition that it had.
+        is_written = restoring.phase is RestorePhase.WRITTEN
+        text = restoring.definition if is_written and restoring.definition else now.text
+        for disk in restoring.disks:
+            if disk.target in marked:
+                text = with_source(text, disk.target, disk.source())
+            elif disk.target in now.disks:
+                text = with_source(text, disk.target, now.disks[disk.target].top)
+        domain.define(text)
+    fsync_definition(domain)
+
+
+def _is_named_marked(definition: DomainXml, target: str) -> bool:
+    """Return whether the disk has an image that is not there, whatever else of it was changed since."""
+    now = definition.disks.get(target) or definition.bystanders.get(target)
+    source = ET.Element("source") if now is None else ET.fromstring(now.top.xml)
+    return any(value.endswith(UNFINISHED) for value in source.attrib.values())
 
 
 def _marked_source(disk: RestoringDisk) -> Source:
