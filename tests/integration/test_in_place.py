@@ -140,6 +140,13 @@ def test_a_guest_that_runs_is_refused_or_ended(guest: DiskGuest, repo: Repo) -> 
         said = refused(repo, snapshot, *word, error=errors.TargetInUse)
         assert "--shutdown" in said["next_command"]
         assert said["guest"] == "untouched"
+    # What would be refused of it once it is off leaves it running.
+    connect = guest.daemons.connect()
+    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    connect.defineXML(text.replace("dev='vdb'", "dev='vdc'"))
+    assert "no disk vdb" in refused(repo, snapshot, "--force", error=errors.GuestUnfit)["message"]
+    connect.defineXML(text)
+    assert guest.running()
     # There is no system in it that would listen.
     said = refused(repo, snapshot, "--shutdown", "--shutdown-timeout", "1s", error=errors.ShutdownTimedOut)
     assert "--force" in said["next_command"]
@@ -365,7 +372,11 @@ def test_a_lost_chunk_is_named_before_the_first_write(guest: DiskGuest, repo: Re
     assert said["guest"] == "untouched"
     put_back(guest, now)
     guest.start()
-    shut_down(guest)
+    said = refused(repo, snapshot, "--no-backup-first", "--force", error=errors.SlotDamaged)
+    assert said["guest"] == "off"
+    assert f"virsh start {guest.name}" in said["next_command"]
+    assert not guest.running()
+    put_back(guest, now)
 
     damaged = errors.RepositoryDamaged.exit_code
     done = in_place(repo, snapshot, "--no-backup-first", "--skip-bad", code=damaged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from stillframe.cli.snapshots import find, name_body, short_id
 from stillframe.config import GuestSettings, for_guest
 from stillframe.errors import (
     EXIT_OK,
+    GuestState,
     GuestUnfit,
     GuestUnknown,
     RepositoryDamaged,
@@ -43,7 +45,7 @@ from stillframe.restore.in_place import (
     restore_in_place,
     turn_off,
 )
-from stillframe.restore.in_place_plan import InPlaceWish, begin, go_on, refuse_busy
+from stillframe.restore.in_place_plan import InPlaceWish, begin, go_on, refuse_busy, refuse_unfit
 from stillframe.restore.known import Known
 from stillframe.storage.address import folder_of
 from stillframe.units import duration_text, size_text
@@ -78,7 +80,7 @@ def _restored(
     call = _Call(session, order, wish, domain)
     session.kept = f"The disks of {domain.name} are as they were."
     with session.signals_as_stop("what was begun can be finished by the same command"):
-        done = call.compared() if order.dry_run else call.restored()
+        done = call.run()
     _tell(session, domain.name, done, dry_run=order.dry_run)
     session.screen.json({
         "snapshot": name_body(name), "guest": domain.name, "dry_run": order.dry_run,
@@ -113,15 +115,24 @@ class _Call:
         self._wish = wish
         self._domain = domain
         self._store = RestoringStore(session.journal.folder)
+        self._ended = False
         self.before = ""
 
-    def compared(self) -> InPlace:
+    def run(self) -> InPlace:
+        """Compare or restore, as ordered; an error says what the guest is."""
+        try:
+            return self._compared() if self._order.dry_run else self._restored()
+        except StillframeError as error:
+            self._say_how_it_is(error)
+            raise
+
+    def _compared(self) -> InPlace:
         """Say what would be written. Raises TargetInUse for a guest that runs."""
         with self._locked():
             record, known = self._record(self._store.read(self._domain.uuid))
             return compare_in_place(record, self._wish.manifest, self._tools(known))
 
-    def restored(self) -> InPlace:
+    def _restored(self) -> InPlace:
         """Shut the guest down if that is asked for, back it up, restore it."""
         with self._locked():
             found = self._unfinished()
@@ -139,6 +150,20 @@ class _Call:
             record, known = self._record(self._unfinished())
             return restore_in_place(
                 record, self._wish.manifest, self._tools(known), skip_bad=self._order.skip_bad)
+
+    def _say_how_it_is(self, error: StillframeError) -> None:
+        """Say of a guest whose disks are as they were whether we ended it, and how to start it then."""
+        if error.guest not in (GuestState.UNTOUCHED, GuestState.SAFE):
+            return
+        if not self._ended:
+            error.guest = GuestState.UNTOUCHED
+            return
+        error.guest = GuestState.UNKNOWN
+        with contextlib.suppress(StillframeError):  # what came first is what is told
+            if self._domain.power() is Power.OFF:  # else somebody started it again
+                error.guest = GuestState.OFF
+                other = f"; or {error.next_command}" if error.next_command else ""
+                error.next_command = f"{self._domain.advice.start}   # as it was{other}"
 
     def _locked(self) -> AbstractContextManager[None]:
         return domain_lock(self._session.journal.folder, self._domain.uuid, self._domain.name,
@@ -171,8 +196,10 @@ class _Call:
         if self._domain.power() is not Power.RUNNING and not self._order.force:
             raise TargetInUse(f"{self._domain.name} is paused, and can't shut down by itself.",
                               f"{self._domain.advice.resume}   # or --force, which cuts its power")
+        refuse_unfit(self._domain, self._wish)
         self._session.screen.say(f"shutting {self._domain.name} down")
         turn_off(self._domain, self._limits(), self._session.clock, force=self._order.force)
+        self._ended = True
 
     def _limits(self) -> Limits:
         options = GuestSettings(shutdown_timeout=self._order.options.shutdown_timeout)

@@ -19,6 +19,7 @@ class GuestState(enum.Enum):
     SAFE = "The guest is safe: it runs on its own images and no overlay is left."
     OVERLAID = "The guest is safe but still uses an overlay that must not be deleted."
     STOPPED = "Nothing is lost, but the guest's CPUs are stopped."
+    OFF = "The guest is off: it was ended for this. Its disks are as they were."
     RESTORING = "The guest is off, and is kept from starting until a restore in place is finished."
     UNKNOWN = "The state of the guest was not established."
 

@@ -200,6 +200,8 @@ class _Run:
         if self.record.phase is RestorePhase.PROTECTING:
             with contextlib.suppress(StillframeError):  # recover does it then
                 finish_untorn(self.record, self._tools.store, self._tools.domain)
+                if isinstance(error, StillframeError):
+                    error.guest = GuestState.UNTOUCHED
                 return
         if not isinstance(error, StillframeError):
             return

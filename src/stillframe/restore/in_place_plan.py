@@ -89,6 +89,11 @@ def refuse_busy(domain: Guest, journal: Journal, wish: InPlaceWish) -> None:
         raise GuestBusy(f"Another job runs on {name}.", f"virsh domjobinfo {name}")
 
 
+def refuse_unfit(domain: Guest, wish: InPlaceWish) -> None:
+    """Raise what would stand against a restore of a guest that runs yet, once it is off."""
+    _fitting(domain, replace(domain.view(), power=Power.OFF), wish)
+
+
 def begin(
     domain: Guest, wish: InPlaceWish, clock: Clock, before: str = "", newest: Manifest | None = None,
 ) -> tuple[Restoring, Mapping[str, Known]]:
@@ -103,16 +108,12 @@ def begin(
         raise TargetInUse(
             f"{domain.name} is {view.power.value}; its disks can be restored in place only while it is off.",
             f"{wish.again()} --shutdown   # asks it to shut down; --force cuts its power")
-    targets = {disk.target for disk in wish.disks}
-    _refuse_other_disks(view.inactive, wish)
-    plan = _planned(domain, view, targets, wish)
-    for record in plan:
-        _refuse_size(domain, record, wish)
+    plan, definition = _fitting(domain, view, wish)
     restoring = Restoring(
         uuid=domain.uuid, name=domain.name, sid=wish.manifest.sid, snapshot=wish.name,
         repository=wish.repository, began_at=utc_text(clock.now()), phase=RestorePhase.PROTECTING,
         disks=tuple(_disk(record) for record in plan), whole=wish.whole, before=before,
-        definition=_definition(domain, view.inactive, wish))
+        definition=definition)
     return restoring, known_disks(plan, newest, clock)
 
 
@@ -139,6 +140,16 @@ def _is_there(disk: RestoringDisk) -> bool:
     except OSError:
         return False
     return now is not None and disk.identity is not None and disk.identity.same_file(now)
+
+
+def _fitting(domain: Guest, view: DomainView, wish: InPlaceWish) -> tuple[Sequence[DiskRecord], str]:
+    """Return the guest's disks that fit the snapshot's, and the definition that it is to have, if any."""
+    assert view.inactive is not None
+    _refuse_other_disks(view.inactive, wish)
+    plan = _planned(domain, view, {disk.target for disk in wish.disks}, wish)
+    for record in plan:
+        _refuse_size(domain, record, wish)
+    return plan, _definition(domain, view.inactive, wish)
 
 
 def _refuse_other_disks(definition: DomainXml, wish: InPlaceWish) -> None:
