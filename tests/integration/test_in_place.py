@@ -417,18 +417,51 @@ def test_no_space_leaves_it_protected_until_there_is_some(
         guest.domain().destroy()
 
 
-def test_the_machines_files_go_back_with_its_disks(
-    disk_guest: MakeGuest, repo: Repo, tmp_path: Path
-) -> None:
+def with_nvram(guest: DiskGuest, nvram: Path) -> None:
+    """Define the guest with a firmware, whose variables are there."""
+    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    firmware = (f"<loader readonly='yes' type='pflash'>{nvram.parent}/code.fd</loader>"
+                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
+    guest.daemons.connect().defineXML(text.replace("</os>", firmware))
+
+
+@pytest.fixture
+def firmware_guest(disk_guest: MakeGuest, tmp_path: Path) -> tuple[DiskGuest, Path]:
+    """Give a guest that is off, and the file with its firmware's variables."""
     guest = disk_guest(DiskSpec("vda", Kind.QCOW2, _SIZE_BYTES), started=False)
     nvram = tmp_path / "vars.fd"
-    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    firmware = (f"<loader readonly='yes' type='pflash'>{tmp_path}/code.fd</loader>"
-                f"<nvram>{nvram}</nvram></os><features><acpi/></features>")
-    connect = guest.daemons.connect()
-    connect.defineXML(text.replace("</os>", firmware))
+    with_nvram(guest, nvram)
     nvram.write_bytes(b"boot from vda")
     nvram.chmod(0o640)
+    return guest, nvram
+
+
+def test_a_lost_file_of_the_machine_is_named_before_the_first_write(
+    firmware_guest: tuple[DiskGuest, Path], repo: Repo
+) -> None:
+    guest, nvram = firmware_guest
+    variables = os.urandom(256 * 1024)
+    nvram.write_bytes(variables)
+    image = guest.disks["vda"].path
+    run("qemu-io", "-f", "qcow2", "-c", "write -z 0 32M", image)  # of such a disk no pack has anything
+    snapshot = repo.json("backup", guest.name, "--quiesce", "none")["guests"][0]["snapshot"]
+    spoil(repo, snapshot)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 0x55 0 1M", image)
+    now = guest.read_disk("vda")
+    said = refused(repo, snapshot, "--no-backup-first", error=errors.SlotDamaged)
+    assert said["guest"] == "untouched"
+    put_back(guest, {"vda": now})
+    damaged = errors.RepositoryDamaged.exit_code
+    done = in_place(repo, snapshot, "--no-backup-first", "--skip-bad", code=damaged)
+    assert str(nvram) in done["lost_files"][0]
+    assert nvram.read_bytes() == variables
+
+
+def test_the_machines_files_go_back_with_its_disks(
+    firmware_guest: tuple[DiskGuest, Path], repo: Repo
+) -> None:
+    guest, nvram = firmware_guest
+    connect = guest.daemons.connect()
     snapshot = repo.json("backup", guest.name, "--quiesce", "none")["guests"][0]["snapshot"]
     nvram.write_bytes(b"boot from the network")
     changed = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).replace(">32768<", ">65536<")

@@ -33,7 +33,7 @@ from stillframe.repository.reader import DiskView
 from stillframe.restore.compare import Comparison, Differences, Stretch
 from stillframe.restore.in_place_plan import is_size
 from stillframe.restore.known import Known, may_differ
-from stillframe.restore.machine_in_place import write_machine
+from stillframe.restore.machine_in_place import check_machine, write_machine
 from stillframe.restore.protect import let_go, protect
 from stillframe.restore.qcow2 import open_image_target
 from stillframe.restore.run import Lost
@@ -239,7 +239,11 @@ class _Run:
 
     def _check_readable(self) -> None:
         """Read what is to be written once, so that a lost chunk is known before the first write."""
-        if self._skip_bad or sum(each.data_bytes for each in self._found.values()) > _CHECKED_BYTES:
+        if self._skip_bad:
+            return
+        if self.record.whole:
+            check_machine(self._manifest, self._tools.domain, self._tools.places)
+        if sum(each.data_bytes for each in self._found.values()) > _CHECKED_BYTES:
             return
         for target, found in self._found.items():
             for _ in self._parts(target, found, "check"):

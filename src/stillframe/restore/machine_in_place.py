@@ -7,6 +7,7 @@ with may be in the other. A file takes the old one's place as a whole or not at 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stillframe.errors import SlotDamaged
@@ -33,12 +34,17 @@ class MachineInPlace:
     warnings: tuple[str, ...]
 
 
+def check_machine(manifest: Manifest, domain: Guest, places: Places) -> None:
+    """Read the machine's files that would be written. Raises SlotDamaged, StorageError."""
+    for entry, path in _placed(manifest, domain):
+        if path:
+            read_whole(places, entry)
+
+
 def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad: bool) -> MachineInPlace:
     """Write the machine's files; it can be repeated. Raises SlotDamaged and what a target raises."""
     files, lost, warnings = list[str](), list[str](), list[str]()
-    definition = domain.view().inactive
-    for entry in manifest.files:
-        path = _path(entry, manifest.uuid, domain.uuid, "" if definition is None else definition.text)
+    for entry, path in _placed(manifest, domain):
         if not path:
             warnings.append(f"the guest has no {entry.role} now: {entry.path} was not restored")
             continue
@@ -56,6 +62,12 @@ def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad
         write_machine_file(target, content, replace=True)
         files.append(path)
     return MachineInPlace(tuple(files), tuple(lost), tuple(warnings))
+
+
+def _placed(manifest: Manifest, domain: Guest) -> Iterator[tuple[FileEntry, str]]:
+    definition = domain.view().inactive
+    for entry in manifest.files:
+        yield entry, _path(entry, manifest.uuid, domain.uuid, "" if definition is None else definition.text)
 
 
 def _path(entry: FileEntry, old_uuid: str, uuid: str, definition: str) -> str:
