@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from stillframe import errors
 from stillframe.capture.journal import Journal
 from stillframe.capture.restoring import MARK
 from stillframe.clock import SystemClock
+from stillframe.hypervisor.domain_xml import nvram_file
 from stillframe.repository.manifest import TPM_FOLDER
 from tests.fault.harness import Place, small_file_system
 from tests.integration.repositories import Repo, make_repo
@@ -425,6 +428,10 @@ def with_nvram(guest: DiskGuest, nvram: Path) -> None:
     guest.daemons.connect().defineXML(text.replace("</os>", firmware))
 
 
+def nvram_of(guest: DiskGuest) -> str | None:
+    return nvram_file(ET.fromstring(guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)))
+
+
 @pytest.fixture
 def firmware_guest(disk_guest: MakeGuest, tmp_path: Path) -> tuple[DiskGuest, Path]:
     """Give a guest that is off, and the file with its firmware's variables."""
@@ -462,9 +469,11 @@ def test_the_machines_files_go_back_with_its_disks(
 ) -> None:
     guest, nvram = firmware_guest
     connect = guest.daemons.connect()
+    text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    plain = re.sub("<loader.*</nvram>", "", text, flags=re.DOTALL)
     snapshot = repo.json("backup", guest.name, "--quiesce", "none")["guests"][0]["snapshot"]
     nvram.write_bytes(b"boot from the network")
-    changed = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).replace(">32768<", ">65536<")
+    changed = text.replace(">32768<", ">65536<")
     connect.defineXML(changed)
     assert in_place(repo, f"{snapshot}:vda", "--no-backup-first")["files"] == []
     assert nvram.read_bytes() == b"boot from the network"
@@ -476,6 +485,40 @@ def test_the_machines_files_go_back_with_its_disks(
     in_place(repo, snapshot, "--no-backup-first", "--with-definition")
     assert guest.domain().maxMemory() == 32768
     assert guest.disk_source("vda")[0] == str(guest.disks["vda"].path)
+
+    # The guest has its variables elsewhere now, and then none at all.
+    moved = nvram.with_name("moved.fd")
+    connect.defineXML(changed.replace(f">{nvram}<", f">{moved}<"))
+    moved.write_bytes(b"boot from the network")
+    assert in_place(repo, snapshot, "--no-backup-first", "--with-definition")["files"] == [str(moved)]
+    assert moved.read_bytes() == b"boot from vda"
+    assert nvram_of(guest) == str(moved)
+    connect.defineXML(plain)
+    assert nvram_of(guest) is None
+    nvram.unlink()
+    assert in_place(repo, snapshot, "--no-backup-first", "--with-definition")["files"] == [str(nvram)]
+    assert nvram.read_bytes() == b"boot from vda"
+    assert nvram_of(guest) == str(nvram)
+
+
+def test_another_guest_keeps_its_own_files_of_the_machine(
+    firmware_guest: tuple[DiskGuest, Path], repo: Repo, disk_guest: MakeGuest
+) -> None:
+    guest, nvram = firmware_guest
+    then = moment(guest)
+    snapshot = repo.json("backup", guest.name, "--quiesce", "none")["guests"][0]["snapshot"]
+    nvram.write_bytes(b"boot from the network")
+    other = disk_guest(DiskSpec("vda", Kind.RAW, _SIZE_BYTES), started=False)
+    own = nvram.with_name("other.fd")
+    with_nvram(other, own)
+    own.write_bytes(b"")
+    done = in_place(repo, snapshot, "--no-backup-first", "--with-definition", "--guest", other.name)
+    assert done["files"] == [str(own)]
+    assert own.read_bytes() == b"boot from vda"
+    assert nvram.read_bytes() == b"boot from the network"
+    assert nvram_of(other) == str(own)
+    assert other.disk_source("vda")[0] == str(other.disks["vda"].path)
+    put_back(other, then)
 
 
 def test_the_state_of_a_tpm_goes_back(disk_guest: MakeGuest, repo: Repo) -> None:

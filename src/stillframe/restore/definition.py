@@ -83,6 +83,19 @@ def block_disk(path: str, image_format: str = "raw") -> NewDisk:
     return NewDisk("block", image_format, _text(ET.Element("source", dev=path)))
 
 
+def stored_definition(inactive: str, live: str) -> str:
+    """Return what defines the guest of a snapshot that has these definitions, "" if it has none."""
+    if not (inactive and live):
+        return inactive or live
+    # libvirt decides at the start where a guest's NVRAM is, if the definition does not.
+    root, nvram = ET.fromstring(inactive), ET.fromstring(live).find("os/nvram")
+    mine = root.find("os")
+    if nvram is None or mine is None or mine.find("nvram") is not None:
+        return inactive
+    mine.append(nvram)
+    return _text(root)
+
+
 def same_identity(xml_text: str) -> Identity:
     """Return the identity that the definition has."""
     root = ET.fromstring(xml_text)

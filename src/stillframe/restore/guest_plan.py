@@ -33,6 +33,7 @@ from stillframe.restore.definition import (
     file_disk,
     new_identity,
     same_identity,
+    stored_definition,
 )
 from stillframe.restore.host_check import Finding, HostFacts, accept, host_facts, lacking
 from stillframe.restore.machine_files import (
@@ -210,25 +211,12 @@ def refuse_guest(connection: Connection, name: str, uuid: str) -> None:
 
 
 def _definition(manifest: Manifest) -> str:
-    text = manifest.inactive_xml or manifest.live_xml
+    text = stored_definition(manifest.inactive_xml, manifest.live_xml)
     if not text:
         raise DefinitionMissing(
             f"The snapshot of {manifest.guest} has no definition: no libvirt ran the guest.",
             f"stillframe restore {manifest.sid[:12]} --to FOLDER/ --repo REPO   # its disks")
-    # libvirt decides at the start where a guest's NVRAM is, if the definition does not.
-    if manifest.live_xml and manifest.inactive_xml:
-        return _with_nvram(text, manifest.live_xml)
     return text
-
-
-def _with_nvram(text: str, live: str) -> str:
-    root, system = ET.fromstring(text), ET.fromstring(live).find("os")
-    mine = root.find("os")
-    nvram = None if system is None else system.find("nvram")
-    if nvram is None or mine is None or mine.find("nvram") is not None:
-        return text
-    mine.append(nvram)
-    return ET.tostring(root, encoding="unicode")
 
 
 def _identity(

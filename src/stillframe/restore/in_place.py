@@ -34,7 +34,7 @@ from stillframe.restore.compare import Comparison, Differences, Stretch
 from stillframe.restore.in_place_plan import is_size
 from stillframe.restore.known import Known, may_differ
 from stillframe.restore.machine_in_place import check_machine, write_machine
-from stillframe.restore.protect import let_go, protect
+from stillframe.restore.protect import defined, let_go, protect
 from stillframe.restore.qcow2 import open_image_target
 from stillframe.restore.run import Lost
 from stillframe.restore.target import Target, open_existing_target
@@ -187,7 +187,7 @@ class _Run:
         for disk in self.record.disks:
             self._write(disk)
         machine = write_machine(
-            self._manifest, self._tools.domain, self._tools.places, skip_bad=self._skip_bad,
+            self._manifest, self._definition(), self._tools.places, skip_bad=self._skip_bad,
         ) if self.record.whole else None
         self._enter(RestorePhase.WRITTEN)
         finish_untorn(self.record, self._tools.store, self._tools.domain)
@@ -237,12 +237,16 @@ class _Run:
         self._tools.store.write(record)
         self.record = record
 
+    def _definition(self) -> str:
+        """Return what the guest will be defined by in the end, but for its images."""
+        return self.record.definition or defined(self.record, self._tools.domain).text
+
     def _check_readable(self) -> None:
         """Read what is to be written once, so that a lost chunk is known before the first write."""
         if self._skip_bad:
             return
         if self.record.whole:
-            check_machine(self._manifest, self._tools.domain, self._tools.places)
+            check_machine(self._manifest, self._definition(), self._tools.places)
         if sum(each.data_bytes for each in self._found.values()) > _CHECKED_BYTES:
             return
         for target, found in self._found.items():

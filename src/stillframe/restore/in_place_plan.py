@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,10 @@ from stillframe.errors import (
     TargetInUse,
     TargetSmall,
 )
-from stillframe.hypervisor.domain_xml import read_domain_xml, with_source
 from stillframe.hypervisor.guest import Guest
 from stillframe.hypervisor.model import DomainView, DomainXml, Power
 from stillframe.repository.manifest import DiskEntry, Manifest
+from stillframe.restore.definition_in_place import definition_in_place
 from stillframe.restore.known import Known, known_disks
 from stillframe.restore.protect import is_marked
 from stillframe.units import size_text
@@ -128,7 +129,7 @@ def go_on(found: Restoring, domain: Guest, wish: InPlaceWish) -> Restoring:
     disks = tuple(msgspec.structs.replace(
         disk, done_bytes=disk.done_bytes if same and _is_there(disk) else 0) for disk in found.disks)
     definition = found.definition if same and not wish.with_definition else _definition(
-        domain, domain.view().inactive, wish)
+        domain.view().inactive, wish)
     return msgspec.structs.replace(
         found, sid=wish.manifest.sid, snapshot=wish.name, repository=wish.repository, disks=disks,
         whole=wish.whole, definition=definition)
@@ -149,7 +150,7 @@ def _fitting(domain: Guest, view: DomainView, wish: InPlaceWish) -> tuple[Sequen
     plan = _planned(domain, view, {disk.target for disk in wish.disks}, wish)
     for record in plan:
         _refuse_size(domain, record, wish)
-    return plan, _definition(domain, view.inactive, wish)
+    return plan, _definition(view.inactive, wish)
 
 
 def _refuse_other_disks(definition: DomainXml, wish: InPlaceWish) -> None:
@@ -234,23 +235,14 @@ def _why_not_resized(image: ImageInfo) -> str:
     return f"its bitmap {lost[0]} was not closed well (qemu-img bitmap --remove)" if lost else ""
 
 
-def _definition(domain: Guest, now: DomainXml | None, wish: InPlaceWish) -> str:
-    """Return the snapshot's definition for this guest, whose name, UUID and images stay as they are.
+def _definition(now: DomainXml | None, wish: InPlaceWish) -> str:
+    """Return the snapshot's definition for the guest that is defined as *now*, "" if it is not wanted.
 
-    "" if it is not wanted. What names the images while they are restored is put right in the end.
+    What names the images while they are restored is put right in the end.
     """
     if not wish.with_definition:
         return ""
-    text = wish.manifest.inactive_xml or wish.manifest.live_xml
-    if not text or now is None:
+    text = "" if now is None else definition_in_place(wish.manifest, now, random.SystemRandom())
+    if not text:
         raise GuestUnfit(f"The snapshot {wish.name} has no definition.", f"{wish.again()}   # without it")
-    root = ET.fromstring(text)
-    for tag, value in (("name", domain.name), ("uuid", domain.uuid)):
-        element = root.find(tag)
-        if element is None:
-            element = ET.SubElement(root, tag)
-        element.text = value
-    text = ET.tostring(root, encoding="unicode")
-    for target in read_domain_xml(text).disks.keys() & now.disks.keys():
-        text = with_source(text, target, now.disks[target].top)
     return text

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from stillframe.errors import SlotDamaged
 from stillframe.hypervisor.domain_xml import nvram_file
-from stillframe.hypervisor.guest import Guest
 from stillframe.repository.manifest import NVRAM, TPM, FileEntry, Manifest
 from stillframe.repository.places import Places
 from stillframe.repository.reader import read_whole
@@ -34,17 +33,22 @@ class MachineInPlace:
     warnings: tuple[str, ...]
 
 
-def check_machine(manifest: Manifest, domain: Guest, places: Places) -> None:
+def check_machine(manifest: Manifest, definition: str, places: Places) -> None:
     """Read the machine's files that would be written. Raises SlotDamaged, StorageError."""
-    for entry, path in _placed(manifest, domain):
+    for entry, path in _placed(manifest, definition):
         if path:
             read_whole(places, entry)
 
 
-def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad: bool) -> MachineInPlace:
-    """Write the machine's files; it can be repeated. Raises SlotDamaged and what a target raises."""
+def write_machine(
+    manifest: Manifest, definition: str, places: Places, *, skip_bad: bool
+) -> MachineInPlace:
+    """Write the files of a machine that will be defined so; it can be repeated.
+
+    Raises SlotDamaged and what a target raises.
+    """
     files, lost, warnings = list[str](), list[str](), list[str]()
-    for entry, path in _placed(manifest, domain):
+    for entry, path in _placed(manifest, definition):
         if not path:
             warnings.append(f"the guest has no {entry.role} now: {entry.path} was not restored")
             continue
@@ -64,17 +68,13 @@ def write_machine(manifest: Manifest, domain: Guest, places: Places, *, skip_bad
     return MachineInPlace(tuple(files), tuple(lost), tuple(warnings))
 
 
-def _placed(manifest: Manifest, domain: Guest) -> Iterator[tuple[FileEntry, str]]:
-    definition = domain.view().inactive
+def _placed(manifest: Manifest, definition: str) -> Iterator[tuple[FileEntry, str]]:
+    """Yield the files, each with where the guest has it, "" if it has none like it."""
+    root = ET.fromstring(definition)
+    has_tpm = root.find("./devices/tpm/backend[@type='emulator']") is not None
     for entry in manifest.files:
-        yield entry, _path(entry, manifest.uuid, domain.uuid, "" if definition is None else definition.text)
-
-
-def _path(entry: FileEntry, old_uuid: str, uuid: str, definition: str) -> str:
-    """Return where the guest has the file now, "" if it has none like it."""
-    root = ET.fromstring(definition) if definition else ET.Element("domain")
-    if entry.role == NVRAM:
-        return nvram_file(root) or ""
-    if entry.role == TPM and root.find("./devices/tpm/backend[@type='emulator']") is not None:
-        return tpm_path(entry, old_uuid, uuid)
-    return ""
+        if entry.role == NVRAM:
+            yield entry, nvram_file(root) or ""
+        else:
+            is_wanted = entry.role == TPM and has_tpm
+            yield entry, tpm_path(entry, manifest.uuid, root.findtext("uuid", "")) if is_wanted else ""
