@@ -5,8 +5,9 @@
 STEP is ``name#number``: the number of times that the named step was reached. Steps are the phases that are
 written down (`protecting`, `writing`, `written`, `removed`), `protected`, `renamed` (an image has its other
 name, and nothing lies in its place), `unmarked` (an image was called back), `freed` (so was the definition),
-and `wrote` (data is on its way to an image). At STEP the process kills itself; at ``server:name#number`` it
-kills its qemu-nbd, and at ``term:name#number`` it sends itself a SIGTERM.
+`asked` (the guest, to shut down), `checked` (all can be read), and `wrote` (data is on its way to an image).
+At STEP the process kills itself; at ``server:name#number`` it kills its qemu-nbd, and at
+``term:name#number`` it sends itself a SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from stillframe.capture import restoring
 from stillframe.cli import restore_in_place as command
 from stillframe.cli.main import app
+from stillframe.hypervisor import domain
 from stillframe.restore import in_place, protect
 
 
@@ -64,6 +66,8 @@ def install(strike: Striker) -> None:
     _before(os, "symlink", strike, "renamed")
     _after(protect, "_unmark", strike, "unmarked")
     _after(in_place, "let_go", strike, "freed")
+    _after(in_place._Run, "_check_readable", strike, "checked")
+    _after(domain.Domain, "ask_to_shut_down", strike, "asked")
 
 
 def _after(holder: Any, name: str, strike: Striker, step: str) -> None:

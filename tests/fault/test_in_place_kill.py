@@ -16,7 +16,7 @@ from lab.diskguest import DiskGuest
 from lab.disks import Kind
 from lab.images import MIB
 from stillframe.capture.restoring import MARK
-from stillframe.errors import EXIT_FELL_BACK, DestinationLost, Interrupted, NeedsAttention
+from stillframe.errors import EXIT_FELL_BACK, DestinationLost, GuestState, Interrupted, NeedsAttention
 from tests.fault.harness import Place, recover
 from tests.integration.repositories import ROOT, Repo, make_repo
 from tests.integration.test_in_place import change, changed_snapshot, in_place, moment, put_back
@@ -37,10 +37,15 @@ def repo(place: Place, tmp_path: Path) -> Repo:
     return make_repo(place, tmp_path)
 
 
+def strike(repo: Repo, step: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command and strike at *step*."""
+    command = [sys.executable, "-m", "tests.fault.in_place_driver", step, *repo.command(*words)[3:]]
+    return forked.run(command, env=repo.environment(), cwd=ROOT, timeout_s=120)
+
+
 def struck(repo: Repo, step: str, *words: str) -> int:
     """Run the command and strike at *step*; return the exit code, -9 if it was killed."""
-    command = [sys.executable, "-m", "tests.fault.in_place_driver", step, *repo.command(*words)[3:]]
-    done = forked.run(command, env=repo.environment(), cwd=ROOT, timeout_s=120)
+    done = strike(repo, step, *words)
     if ":" in step:
         assert "are only partly restored" in done.stderr, done.stderr
         assert "Next:" in done.stderr
@@ -137,6 +142,30 @@ def test_killed_before_the_first_write_or_after_the_last(torn: Torn, repo: Repo,
     guest.assert_disk_equals_model("vda")
     # Over, but for the record's end.
     assert struck(repo, "removed#1", "restore", snapshot, "--in-place", "--no-backup-first") == -9
+    put_back(guest, then)
+
+
+def test_an_interrupt_before_the_first_write_leaves_the_guest_alone(torn: Torn, repo: Repo) -> None:
+    guest, snapshot, then, now = torn
+    words = ("restore", snapshot, "--in-place", "--no-backup-first")
+    done = strike(repo, "term:checked#1", *words)
+    assert done.returncode == Interrupted.exit_code
+    assert f"The disks of {guest.name} are as they were." in done.stderr
+    assert GuestState.UNTOUCHED.value in done.stderr
+    put_back(guest, now)
+    # While it is waited for, too.
+    guest.start()
+    done = strike(repo, "term:asked#1", *words, "--shutdown", "--shutdown-timeout", "20s")
+    assert done.returncode == Interrupted.exit_code, done.stderr
+    assert f"{guest.name} was told to shut down, and still may." in done.stderr
+    assert guest.running()
+    guest.destroy()
+    # A moment later it is torn, and nobody says that the disks are as they were.
+    done = strike(repo, "term:writing#1", *words)
+    assert done.returncode == Interrupted.exit_code
+    assert "are only partly restored" in done.stderr
+    assert "as they were" not in done.stderr
+    in_place(repo, snapshot)
     put_back(guest, then)
 
 

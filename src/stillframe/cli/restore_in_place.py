@@ -50,6 +50,9 @@ from stillframe.restore.known import Known
 from stillframe.storage.address import folder_of
 from stillframe.units import duration_text, size_text
 
+#: What is said of an interrupt from the first write on.
+_KEPT = "What was written is kept."
+
 
 @dataclass(frozen=True)
 class Order:
@@ -142,6 +145,7 @@ class _Call:
                 begin(self._domain, self._wish, self._session.clock)  # refuse before a long backup
         if found is not None:
             self.before = found.before
+            self._session.kept = _KEPT
             self._session.screen.say(f"{found.words()}: going on")
         elif self._order.options.backup_first:
             self.before = self._back_up().snapshot
@@ -198,7 +202,8 @@ class _Call:
                               f"{self._domain.advice.resume}   # or --force, which cuts its power")
         refuse_unfit(self._domain, self._wish)
         self._session.screen.say(f"shutting {self._domain.name} down")
-        turn_off(self._domain, self._limits(), self._session.clock, force=self._order.force)
+        turn_off(self._domain, self._limits(), self._session.clock, lambda: stop_of(self._session),
+                 force=self._order.force)
         self._ended = True
 
     def _limits(self) -> Limits:
@@ -232,7 +237,7 @@ class _Call:
 
         def report(target: str, doing: str, done: int, total: int) -> None:
             if doing == WRITING:
-                session.kept = "What was written is kept."
+                session.kept = _KEPT
             session.screen.bar(f"{target}: {doing}", done, total)
 
         return InPlaceTools(Places(session.repository), self._domain, self._store, session.clock,

@@ -55,11 +55,13 @@ WRITING = "write"
 
 #: Told of a disk what is done with it, how many of its bytes are done, and how many there are.
 Report = Callable[[str, str, int, int], None]
+#: Returns the error to end with, if there is a reason.
+Stop = Callable[[], StillframeError | None]
 
 
 @dataclass(frozen=True, slots=True)
 class InPlaceTools:
-    """What a restore in place works with. *stop* returns the error to end it with, if there is a reason.
+    """What a restore in place works with.
 
     *known* is what is known of disks without reading them, by target; the others are read whole.
     """
@@ -68,7 +70,7 @@ class InPlaceTools:
     domain: Guest
     store: RestoringStore
     clock: Clock
-    stop: Callable[[], StillframeError | None]
+    stop: Stop
     report: Report
     known: Mapping[str, Known] = field(default_factory=dict)
 
@@ -138,10 +140,10 @@ def finish_untorn(restoring: Restoring, store: RestoringStore, domain: Guest) ->
     store.remove(restoring.uuid)
 
 
-def turn_off(domain: Domain, limits: Limits, clock: Clock, *, force: bool) -> None:
+def turn_off(domain: Domain, limits: Limits, clock: Clock, stop: Stop, *, force: bool) -> None:
     """Shut the guest down, by asking it or by force, and wait until its QEMU is gone.
 
-    Raises ShutdownTimedOut.
+    Raises ShutdownTimedOut, and the reason to *stop*.
     """
     if domain.power() is not Power.OFF:
         if force:
@@ -155,6 +157,13 @@ def turn_off(domain: Domain, limits: Limits, clock: Clock, *, force: bool) -> No
                 f"{domain.name} did not shut down within {limits.shutdown_s:.0f} s. It runs on.",
                 f"{domain.advice.state}   # a longer time: --shutdown-timeout; --force cuts its power",
                 GuestState.UNTOUCHED)
+        reason = stop()
+        if reason is not None:
+            reason.guest = GuestState.UNKNOWN
+            reason.message = f"{reason.message} {domain.name} was told to shut down, and still may."
+            reason.args = (reason.message,)
+            reason.next_command = f"{domain.advice.state}; then {reason.next_command}"
+            raise reason
         domain.connection.wait_change(_POLL_S)
 
 
@@ -183,6 +192,7 @@ class _Run:
             self.compare(disk, disk.meanwhile)
         if not self.record.phase.is_torn:
             self._check_readable()
+        self._end_if_asked()
         self._enter(RestorePhase.WRITING)
         for disk in self.record.disks:
             self._write(disk)
@@ -233,6 +243,11 @@ class _Run:
     def _enter(self, phase: RestorePhase) -> None:
         self._note(msgspec.structs.replace(self.record, phase=phase))
 
+    def _end_if_asked(self) -> None:
+        reason = self._tools.stop()
+        if reason is not None:
+            raise reason
+
     def _note(self, record: Restoring) -> None:
         self._tools.store.write(record)
         self.record = record
@@ -255,6 +270,7 @@ class _Run:
 
     def _write(self, disk: RestoringDisk) -> None:
         entry, found, done = self._entries[disk.target], self._found[disk.target], self.done[disk.target]
+        self._tools.report(disk.target, WRITING, disk.done_bytes, entry.size_bytes)
         if not is_size(block_tools.image_info(disk.meanwhile).virtual_size_bytes, entry.size_bytes):
             block_tools.resize(disk.meanwhile, -(-entry.size_bytes // 512) * 512)
         kept = done.written_bytes
@@ -312,9 +328,7 @@ class _Run:
     def _taken(
         self, jobs: InOrder[Stretch, list[_Part]], target: str, doing: str, size_bytes: int
     ) -> Iterator[_Part]:
-        reason = self._tools.stop()
-        if reason is not None:
-            raise reason
+        self._end_if_asked()
         stretch, parts = jobs.take()
         for part in parts:
             if part.error is not None and not self._skip_bad:
