@@ -16,8 +16,12 @@ from stillframe.repository.generation import (
 )
 from stillframe.repository.layout import MAX_GENERATION, PackKind, PackName, generation_key
 from stillframe.repository.mark import Marker
+from stillframe.repository.opened import Repository
 from stillframe.repository.pack import PackBuilder, read_footer
 from stillframe.repository.places import Places
+from stillframe.repository.reader import DiskView
+from stillframe.repository.snapshots import read_snapshot as read_entry
+from tests.unit.repository_disks import whole
 from tests.unit.repository_snapshots import World
 from tests.unit.test_collect import changed, disk, plan
 from tests.unit.test_copy import beside, check_whole, copy_all
@@ -30,14 +34,14 @@ def forge(world: World, **said: object) -> None:
     assert create_generation(repository.storage, Generation(number, **said), repository.key)  # type: ignore[arg-type]
 
 
-def false_copy(world: World, pack: PackName, *, junk: bool) -> PackName:
+def false_copy(world: World, pack: PackName, *, junk: bool, into: Repository | None = None) -> PackName:
     """Create a pack that claims to have all slots of *pack*: with other bytes, or none at all."""
     storage = world.repository.storage
     builder = PackBuilder(PackName(pack.kind, os.urandom(16), 0))
     for row in read_footer(storage, pack, world.packs()[pack]):
         if junk:
             builder.add_moved(row, os.urandom(row.stored_bytes))
-    storage.create(builder.name.key, builder.finished())
+    (into or world.repository).storage.create(builder.name.key, builder.finished())
     return builder.name
 
 
@@ -188,3 +192,34 @@ def test_a_generation_under_the_name_of_another_is_none() -> None:
     target = beside(world)
     copy_all(world, target)
     check_whole(world, target)
+
+
+@pytest.mark.parametrize("kind", list(PackKind))
+@pytest.mark.parametrize("junk", [True, False])
+@pytest.mark.parametrize("forged", ["source", "target"])
+def test_a_copy_holds_all_that_it_needs(kind: PackKind, junk: bool, forged: str) -> None:
+    """It goes by no generation that says of slots that they are where they are not, on either side."""
+    world = World()
+    world.backup(disk(60, 1))
+    target = beside(world)
+    packs = [pack for pack in world.packs() if pack.kind == kind.value]
+    at = world
+    if forged == "target":
+        at = World()
+        at.repository = target
+    copies = {pack: false_copy(world, pack, into=at.repository, junk=junk) for pack in packs}
+    forge(at, moved={pack: [(copy, (1 << 64) - 1)] for pack, copy in copies.items()})
+    copy_all(world, target)
+    check_whole(world, target)
+
+
+def test_what_a_true_home_has_is_read_though_a_later_generation_names_a_false_one() -> None:
+    world = World()
+    latest = compacted(world)
+    forge(world, moved={birth: [(false_copy(world, homes[0][0], junk=True), homes[0][1])]
+                        for birth, homes in latest.moved.items()})
+    world.check()
+    (name,) = world.expected
+    manifest = read_entry(world.repository, name)
+    with DiskView(Places(world.repository), manifest.disks[0]) as view:
+        assert whole(view) == world.expected[name]

@@ -1,8 +1,8 @@
 """Copying slots into new packs: out of packs that mostly are not needed, or out of another repository.
 
-Stored bytes are copied as they are; no key is needed. A slot keeps its birth, for its key and for all
-references; the next generation says where it is. What is not what was stored is left where it is: a copy with
-a new hash would look good. Memory: one pack and one read.
+Stored bytes are copied as they are; a compaction needs no key for it. A slot keeps its birth, for its key and
+for all references; the next generation says where it is. What is not what was stored is left where it is: a
+copy with a new hash would look good. Memory: one pack and one read.
 """
 
 from __future__ import annotations
@@ -43,18 +43,21 @@ OnBad = Callable[[PackName, int | None, str], None]
 class SlotCopier:
     """Copies slots out of packs of *source* into packs of *target* that the session *sid* creates.
 
-    *on_bad* may raise, which ends the copying. *tick* is told of each stretch that was copied, in bytes, and
-    may raise, too.
+    *on_bad* may raise, which ends the copying. *is_true* is asked of slots that were copied before: their row
+    says only what whoever made that copy put there. *tick* is told of each stretch that was copied, in bytes,
+    and may raise, too.
     """
 
     def __init__(self, source: Storage, target: Storage, sid: str, pack_bytes: int, on_bad: OnBad,
-                 tick: Callable[[int], None] = lambda _: None) -> None:
+                 tick: Callable[[int], None] = lambda _: None,
+                 is_true: Callable[[SlotRow, memoryview], bool] = lambda _row, _stored: True) -> None:
         self._source = source
         self._target = target
         self._sid = bytes.fromhex(sid)
         self._pack_bytes = pack_bytes
         self._on_bad = on_bad
         self._tick = tick
+        self._is_true = is_true
         self._numbers: dict[str, int] = {}
         self._builder: PackBuilder | None = None
         self._held: list[tuple[PackName, int]] = []
@@ -102,7 +105,7 @@ class SlotCopier:
             self._tick(sum(row.stored_bytes for row in run))
 
     def _add(self, source: PackName, row: SlotRow, stored: memoryview) -> None:
-        if not row.is_intact(stored):
+        if not row.is_intact(stored) or (row.birth != source and not self._is_true(row, stored)):
             self._on_bad(row.birth, 1 << row.slot, f"its bytes in {source.text} are not what was stored")
             self.copies.damaged.append((row.birth, row.slot))
             return

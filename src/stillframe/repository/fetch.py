@@ -6,6 +6,7 @@ plain size; what callers hold beyond that is theirs.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -120,13 +121,15 @@ class SlotFetcher:
 
     def _open(self, place: SlotRef, stored: memoryview | None, coming: Coming) -> None:
         try:
-            found = self._places.stored(place) if stored is None else stored
-            try:
-                coming.set_result(self._repository.codec.open_chunks(place.pack, place.slot, found))
-            except ValueError as error:
-                raise SlotDamaged(place, str(error)) from error
+            coming.set_result(self._opened(place, stored))
         except SlotDamaged as damage:
             self._failed(place, coming, damage)
+
+    def _opened(self, place: SlotRef, stored: memoryview | None) -> Chunks:
+        if stored is not None:
+            with contextlib.suppress(ValueError):  # another home may have it
+                return self._repository.codec.open_chunks(place.pack, place.slot, stored)
+        return self._places.chunks(place)
 
 
 def _requests(orders: Iterable[_Order]) -> Iterator[list[_Order]]:

@@ -1,11 +1,14 @@
 """Moving a snapshot's slots into a repository with the same key and sizes: as they are stored, unopened.
 
 Nodes of the source's trees are read, to see which slots are needed; those that the target lacks are copied
-into packs of the target's session as a compaction would (compact.py), each checked by its stored hash. They
+into packs of the target's session as a compaction would (compact.py), each checked by its stored hash. Where
+a generation says that a slot was moved, its bytes must open, too: whoever has the key can write one that is
+not true (believe.py), and a snapshot is listed only once all of its slots were brought. They
 keep their births, so trees and references stay as they are, and a generation says where they are (`adopt`).
 
 What may be referred to in the target is what a writer might (FORMAT, "Writing"): slots in packs that were
-listed since the session was opened and are not condemned in its generation. Beneath a node that an older copy
+listed since the session was opened and are not condemned in its generation, and there the same bytes as in
+the source if the generation says that they were moved. Beneath a node that an older copy
 has at the same place nothing is looked at, if that copy may be reused unseen.
 
 A run that is ended adopts what it brought; one that is killed loses what it brought since the last time. So
@@ -18,7 +21,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 from stillframe.clock import Clock, utc_text
-from stillframe.errors import RepositoryDamaged, SlotDamaged, StillframeError
+from stillframe.errors import ObjectMissing, RepositoryDamaged, SlotDamaged, StillframeError
 from stillframe.repository.collect import list_packs
 from stillframe.repository.compact import SlotCopier
 from stillframe.repository.decide import homes_of
@@ -29,7 +32,7 @@ from stillframe.repository.layout import PackName, SnapshotName
 from stillframe.repository.manifest import Manifest
 from stillframe.repository.nodes import leaf_slots
 from stillframe.repository.opened import Repository
-from stillframe.repository.pack import SlotRef
+from stillframe.repository.pack import SlotRef, SlotRow
 from stillframe.repository.places import Places
 from stillframe.repository.session import Session
 from stillframe.repository.tree import Tree
@@ -58,9 +61,11 @@ class Mover:
         self._stop = stop
         self._report = report
         self._bad = read_bad(target.storage)
+        self._there = Places(target, session.generation)
         self._listed = list_packs(target.storage).keys()
-        #: The slots to bring: a bitset for each pack in which one was born; and what they take.
+        #: The slots to bring: a bitset for each pack in which one was born; which are left; what they take.
         self._wanted: dict[PackName, int] = {}
+        self._left: dict[PackName, int] = {}
         self._wanted_bytes = self._brought_bytes = 0
 
     def bring(self, name: SnapshotName, manifest: Manifest, before: tuple[Manifest, Manifest] | None) -> int:
@@ -75,7 +80,8 @@ class Mover:
             self._look(trunk, known.get(trunk.disk))
         copier = SlotCopier(
             self._source.repository.storage, self._target.storage, self._session.sid,
-            self._target.parameters.pack_bytes, _refuse_bad, self._tick)
+            self._target.parameters.pack_bytes, _refuse_bad, self._tick, self._opens)
+        self._left = dict(self._wanted)
         for batch in self._batches():
             try:
                 copier.copy(batch, self._wanted, self._source.generation)
@@ -84,6 +90,9 @@ class Mover:
                     self._adopt(copier)
                 raise
             self._adopt(copier)
+        for pack, slots in self._left.items():
+            if slots:
+                _refuse_bad(pack, slots, "it is not where the latest generation says that it was moved to")
         return self._brought_bytes
 
     # --- what is needed -----------------------------------------------------------------------
@@ -126,7 +135,25 @@ class Mover:
         if (place.pack, place.slot) in self._bad:
             raise SlotDamaged(place, f"it is known to be damaged in {self._target.address}")
         home = self._session.generation.home(place.pack, place.slot)
-        return home not in self._listed or home in self._session.generation.condemned
+        if home not in self._listed or home in self._session.generation.condemned:
+            return True
+        if home != place.pack:
+            self._refuse_false(home, place)
+        return False
+
+    def _refuse_false(self, home: PackName, place: SlotRef) -> None:
+        """Raise RepositoryDamaged unless *home*, in the target, has what the source has.
+
+        Nothing is brought then: beside a false home, a prune would not believe the true one.
+        """
+        there = self._there.row(place)
+        try:
+            is_true = there.digest == self._source.row(place).digest
+        except (SlotDamaged, ObjectMissing):
+            return  # what the source has lost can't be compared
+        if not is_true:
+            _refuse_bad(place.pack, 1 << place.slot,
+                        f"{self._target.address} has other bytes in {home.text}, where it says that it is")
 
     # --- bringing it --------------------------------------------------------------------------
 
@@ -146,9 +173,19 @@ class Mover:
 
     def _adopt(self, copier: SlotCopier) -> None:
         moved = copier.take_moved()
+        for birth, targets in moved.items():
+            for slots in targets.values():
+                self._left[birth] &= ~slots
         if moved:
             adopt(self._target.storage, self._target.key, moved, self._session.sid,
                   utc_text(self._clock.now()))
+
+    def _opens(self, row: SlotRow, stored: memoryview) -> bool:
+        try:
+            self._target.key.open_slot(row.birth, row.slot, stored)
+        except ValueError:
+            return False
+        return True
 
     def _tick(self, copied_bytes: int) -> None:
         self._brought_bytes += copied_bytes

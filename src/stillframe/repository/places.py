@@ -1,15 +1,15 @@
 """Getting slots from where they are now: their birth pack, or where a compaction moved them.
 
 A reference says where a slot was born. The generation that was loaded may know a newer home; a home
-that is gone means that a later generation may know better: it is loaded and asked again, until there is
-no later one.
+that is gone, or has something else, means that the next home or a later generation may know better: it is
+loaded and asked again, until there is no later one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TypeVar
 
@@ -68,16 +68,12 @@ class Places:
                 self._opened.popitem(last=False)
         return chunks
 
-    def stored(self, place: SlotRef) -> bytes:
-        """Return a slot's stored bytes, unchecked. Raises SlotDamaged, StorageError."""
-        known = self._generation
-        stored = self._from_homes(known, place)
-        while stored is None:
-            newer = self._reloaded(known)
-            if newer is known:
-                raise SlotDamaged(place, "its pack is missing or cut short")
-            known, stored = newer, self._from_homes(newer, place)
-        return stored
+    def row(self, place: SlotRef) -> SlotRow:
+        """Return what the footer of a slot's home, by the loaded generation, says of it.
+
+        Raises SlotDamaged, StorageError.
+        """
+        return self._row(self._generation.home(place.pack, place.slot), place)
 
     def located(self, place: SlotRef) -> SlotRef:
         """Return where the bytes of a slot are by the loaded generation (the pack is where they lie).
@@ -91,22 +87,30 @@ class Places:
         return SlotRef(home, place.slot, row.offset_bytes, row.stored_bytes)
 
     def _opened_with(self, place: SlotRef, opener: Callable[[PackName, int, bytes], T]) -> T:
-        try:
-            return opener(place.pack, place.slot, self.stored(place))
-        except ValueError as error:
-            raise SlotDamaged(place, str(error)) from error
+        known, why = self._generation, ""
+        while True:
+            for stored in self._from_homes(known, place):
+                try:
+                    return opener(place.pack, place.slot, stored)
+                except ValueError as error:  # a forged generation may name a home that has something else
+                    why = why or str(error)
+            newer = self._reloaded(known)
+            if newer is known:
+                raise SlotDamaged(place, why or "its pack is missing or cut short")
+            known = newer
 
-    def _from_homes(self, generation: Generation, place: SlotRef) -> bytes | None:
+    def _from_homes(self, generation: Generation, place: SlotRef) -> Iterator[bytes]:
+        """Yield the slot's stored bytes, unchecked, from each home that has them."""
         for home in generation.homes(place.pack, place.slot):
             try:
                 offset, stored = place.offset_bytes, place.stored_bytes
                 if home != place.pack:
                     row = self._row(home, place)
                     offset, stored = row.offset_bytes, row.stored_bytes
-                return self.repository.storage.get(home.key, offset, stored)
+                content = self.repository.storage.get(home.key, offset, stored)
             except (ObjectMissing, ObjectTruncated, SlotDamaged):
                 continue
-        return None
+            yield content
 
     def _row(self, home: PackName, place: SlotRef) -> SlotRow:
         try:
