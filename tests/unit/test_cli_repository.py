@@ -27,7 +27,7 @@ from stillframe.errors import EXIT_OK, EXIT_PARTIAL, EXIT_USAGE
 from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.keyslots import Kdf, SlotKind
-from stillframe.repository.layout import SnapshotName
+from stillframe.repository.layout import SnapshotName, new_sid
 from stillframe.repository.manifest import DiskEntry, FileEntry, Manifest, Root, Versions, encode_manifest
 from stillframe.repository.opened import Repository, Secret, init_repository, open_repository
 from stillframe.repository.places import Places
@@ -651,6 +651,38 @@ def test_a_second_site_with_the_same_keys(call: Call, repository: Repository, tm
     assert (copied["moved"], copied["origin"]) == (True, first)
     assert call("restore", copied["id"], "--to", image, "--repo", second).returncode == EXIT_OK
     assert image.read_bytes() == content
+
+
+def test_what_is_no_copy_does_not_keep_a_snapshot_from_being_copied(
+    call: Call, repository: Repository, tmp_path: Path,
+) -> None:
+    """Neither what who may only add puts beside it, nor a copy that is damaged."""
+    add_snapshot(repository, "web", _DAY, disk(), tags=("audit",))
+    second, image = tmp_path / "second", tmp_path / "out.img"
+    assert call("init", second).returncode == EXIT_OK
+    storage = LocalStorage(second)
+    name = SnapshotName("lab", "web", _DAY, new_sid())
+    storage.create(name.key, b"x" * 200)
+    words = ("copy", "--from", repository.address, "--to", second, "--json")
+    wrong = name.sid
+    for _ in range(2):
+        shown = body(call(*words, "--dry-run"))
+        assert (len(shown["missing"]), len(shown["unreadable"])) == (1, 1)
+        done = call(*words)
+        (copied,) = body(done)["copied"]
+        (unreadable,) = body(done)["unreadable"]
+        assert unreadable["id"] == wrong
+        forget = f"forget {wrong} --repo {second}"
+        assert f"stillframe {forget}" in done.stderr
+        assert call(*forget.split()).returncode == EXIT_OK
+        again = body(call(*words))
+        assert (again["copied"], again["unreadable"]) == ([], [])
+        assert call("restore", copied["id"], "--to", image, "--repo", second).returncode == EXIT_OK
+        assert image.read_bytes() == disk()
+        image.unlink()
+        wrong = copied["id"]
+        (listed,) = storage.list("main/m/")
+        storage.replace(listed.key, storage.get(listed.key)[:-1] + b"?")
 
 
 def test_what_is_wrong_with_the_source_of_a_copy_is_said_of_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 
 from stillframe.cli.session import Session
@@ -19,7 +20,7 @@ from stillframe.errors import (
     SnapshotUnknown,
 )
 from stillframe.repository.catalog import list_snapshots
-from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills
+from stillframe.repository.copy import Copied, Copier, copy_drill, missing, missing_drills, no_copies
 from stillframe.repository.hints import ChunkHints
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.opened import read_parameters
@@ -61,14 +62,15 @@ def _copy(session: Session, source: Session, guest: str | None, *, dry_run: bool
     if source_id == read_parameters(session.storage).id:
         raise RepositoryRefused(f"{source.address} and {session.address} are one repository.",
                                 "name another one with --to")
-    left = [name for name in missing(originals, list_snapshots(session.storage))
-            if guest in (None, name.guest)]
+    originals = [name for name in originals if guest in (None, name.guest)]
+    left, unreadable = _left(session, originals)
     if dry_run:
         for name in left:
             session.screen.result(f"would copy  {name_words(name)}")
         drills = len(missing_drills(source.storage, session.storage, guest))
         session.screen.json(
-            {"dry_run": True, "missing": [name_body(name) for name in left], "drills": drills})
+            {"dry_run": True, "missing": [name_body(name) for name in left], "unreadable": unreadable,
+             "drills": drills})
         return EXIT_OK
     session.kept = "What was copied is whole; the snapshot that was under way is not listed."
     copied, failed = _copied(session, source, left)
@@ -77,8 +79,22 @@ def _copy(session: Session, source: Session, guest: str | None, *, dry_run: bool
         session.screen.result(f"{drills} drill{'s' * (drills != 1)} copied")
     if not left and not drills:
         session.screen.say("nothing to copy")
-    session.screen.json({"dry_run": False, "copied": copied, "failed": failed, "drills": drills})
+    session.screen.json({"dry_run": False, "copied": copied, "failed": failed, "unreadable": unreadable,
+                         "drills": drills})
     return EXIT_PARTIAL if failed else EXIT_OK
+
+
+def _left(
+    session: Session, originals: list[SnapshotName],
+) -> tuple[list[SnapshotName], list[dict[str, object]]]:
+    """Return which of *originals* are to be copied, and what is in the place of a copy and can't be read."""
+    copies = list_snapshots(session.storage)
+    unreadable = no_copies(originals, session.repository) if copies else []
+    for name in unreadable:
+        session.screen.warn(
+            f"{name_words(name)} can't be read at {session.address}, so it is no copy. To be rid of it: "
+            f"stillframe forget {name.sid} --repo {shlex.quote(session.address)}")
+    return missing(originals, set(copies).difference(unreadable)), [name_body(name) for name in unreadable]
 
 
 def _copied(

@@ -5,8 +5,8 @@ sealed with the other: of a guest's first all is read; of the next ones only wha
 as the trees of the two say, if the target holds a copy of that one; what the target has by its ID moves no
 byte. With the same key and sizes its slots move as they are stored (move.py); where that can't be, because
 something is damaged that may be healed, or generations may not be written, it is opened all the same. A copy
-keeps host, guest and moment, and by them it is known to be there already. So copying goes on where it ended,
-a snapshot at a time.
+keeps host, guest and moment, and by them it is known to be there already, if it can be read. So copying goes
+on where it ended, a snapshot at a time.
 
 Drills come along (`missing_drills`): what booted there has the same bytes here.
 
@@ -27,6 +27,7 @@ from stillframe.clock import Clock, utc_text
 from stillframe.errors import (
     ObjectMissing,
     RepositoryDamaged,
+    RepositoryNewer,
     SnapshotUnknown,
     StillframeError,
     StorageRefused,
@@ -81,6 +82,23 @@ def missing(source: Iterable[SnapshotName], target: Iterable[SnapshotName]) -> l
     there = {_moment(name) for name in target}
     return sorted(
         (name for name in source if _moment(name) not in there), key=lambda each: (each.utc, each.sid))
+
+
+def no_copies(source: Iterable[SnapshotName], target: Repository) -> list[SnapshotName]:
+    """Return what is listed in *target* as copies of *source*, and is none: its manifest can't be read.
+
+    Who may only add can put anything beside a snapshot; what is damaged by itself is no copy, either. Raises
+    StorageError.
+    """
+    moments, found = {_moment(name) for name in source}, []
+    for name in list_snapshots(target.storage):
+        if _moment(name) in moments:
+            try:
+                with contextlib.suppress(RepositoryNewer, SnapshotUnknown):  # it was forgotten just now
+                    read_snapshot(target, name)
+            except RepositoryDamaged:
+                found.append(name)
+    return found
 
 
 class Copier:
@@ -218,11 +236,12 @@ def missing_drills(source: Storage, target: Storage, guest: str | None) -> list[
     No key is needed. Raises StorageError.
     """
     originals = {name.sid: _moment(name) for name in list_snapshots(source)}
-    copies = {_moment(name): name.sid for name in list_snapshots(target)}
+    copies: dict[tuple[str, str, str], list[str]] = {}
+    for name in list_snapshots(target):  # there may be several, not all of which can be read
+        copies.setdefault(_moment(name), []).append(name.sid)
     there = {(each.sid, each.utc) for each in list_drills(target)}
-    found = [(each, copies.get(originals.get(each.sid, ("", "", "")), ""))
-             for each in list_drills(source) if guest in (None, each.guest)]
-    return [(each, sid) for each, sid in found if sid and (sid, each.utc) not in there]
+    return [(each, sid) for each in list_drills(source) if guest in (None, each.guest)
+            for sid in copies.get(originals.get(each.sid, ("", "", "")), ()) if (sid, each.utc) not in there]
 
 
 def copy_drill(source: Repository, target: Repository, name: DrillName, sid: str) -> None:
