@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from stillframe.repository.generation import (
 )
 from stillframe.repository.layout import MAX_GENERATION, PackKind, PackName, generation_key
 from stillframe.repository.mark import Marker
-from stillframe.repository.opened import Repository
+from stillframe.repository.opened import Repository, with_cache
 from stillframe.repository.pack import PackBuilder, read_footer
 from stillframe.repository.places import Places
 from stillframe.repository.reader import DiskView
@@ -169,6 +170,17 @@ def assert_moves_out(world: World) -> None:
     target = beside(world)
     assert all(each.moved for each in copy_all(world, target))
     check_whole(world, target)
+
+
+def test_a_number_that_comes_again_after_a_rollback_is_read_anew(tmp_path: Path) -> None:
+    """A host that read the generation before has a cache; it must not go by what is no more."""
+    world = World()
+    latest = compacted(world)
+    near = with_cache(world.repository, tmp_path)
+    assert latest_generation(near.storage, near.key).moved == latest.moved
+    world.repository.storage.delete([generation_key(latest.number)])
+    forge_at(world, latest.number, Generation(latest.number, dict.fromkeys(world.packs(), latest.number)))
+    assert latest_generation(near.storage, near.key).condemned.keys() == world.packs().keys()
 
 
 def test_a_forged_number_that_leaves_none_ends_pruning_and_nothing_else() -> None:

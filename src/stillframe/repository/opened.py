@@ -28,7 +28,6 @@ from stillframe.errors import (
 from stillframe.repository.crypto import DomainKey
 from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind, decode_slot, recovery_secret, unwrap, wrap
 from stillframe.repository.layout import (
-    GENERATIONS,
     INIT_CLAIM,
     KEY_SLOTS,
     MANIFESTS,
@@ -100,12 +99,13 @@ def _is_commit(key: str, content: Content) -> bool:
     return key.startswith(MANIFESTS) and not is_tombstone(memoryview(content).nbytes)
 
 
-#: Created once and never changed, and needed again by the next backup of this host.
-_KEPT_NEAR = (packs_prefix(PackKind.TREE), MANIFESTS, GENERATIONS)
+#: Created once and never changed, and needed again by the next backup of this host. Generations are not among
+#: them: a number comes again, with other content, after a server was rolled back.
+_KEPT_NEAR = (packs_prefix(PackKind.TREE), MANIFESTS)
 
 
 def with_cache(repository: Repository, caches: Path) -> Repository:
-    """Return *repository* with its trees, manifests and generations kept in a folder of its own in *caches*.
+    """Return *repository* with its trees and manifests kept in a folder of its own in *caches*.
 
     For who finds by a listing what it reads: a backup, a restore, a list. Not for who must see what is
     missing or damaged in the storage (`verify`), or decides what to delete by it (`prune`).
