@@ -281,6 +281,33 @@ def test_key_slots_are_added_listed_and_removed(call: Call, repository: Reposito
     assert call("prune", "--dry-run", "--passphrase-file", second).returncode == EXIT_OK
 
 
+def test_a_damaged_key_slot_is_listed_left_out_and_removed(
+    call: Call, repository: Repository, tmp_path: Path,
+) -> None:
+    (good,) = (listed.key for listed in repository.storage.list("main/keys/"))
+    added = call("key", "add", "--new-passphrase-file", secret_file(tmp_path / "second", "other"), "--json")
+    damaged = body(added)["key_slot"]["id"]
+    content = bytearray(repository.storage.get(f"main/keys/{damaged}"))
+    content[-20] ^= 1
+    repository.storage.replace(f"main/keys/{damaged}", content)
+    listed = call("key", "list", "--json", secret=False)
+    assert listed.returncode == EXIT_OK
+    assert {slot["id"]: slot["kind"] for slot in body(listed)["key_slots"]} == {
+        good.rpartition("/")[2]: "passphrase", damaged: "damaged"}
+    assert f"stillframe key remove {damaged} --repo {repository.address}" in listed.stderr
+    wrong = secret_file(tmp_path / "wrong", "wrong")
+    new = ("init", tmp_path / "new", "--same-keys-as", repository.address)
+    said = assert_error(call(*new, "--passphrase-file", wrong), errors.RepositoryDamaged)
+    assert f"stillframe key list --repo {repository.address} " in said
+    made = call(*new, "--json")
+    assert [slot["kind"] for slot in body(made)["key_slots"]] == ["passphrase"]
+    assert damaged in made.stderr
+    # The one that is whole is the last.
+    assert_error(call("key", "remove", good.rpartition("/")[2]), errors.RepositoryRefused)
+    assert call("key", "remove", damaged).returncode == EXIT_OK
+    assert [slot["kind"] for slot in body(call("key", "list", "--json"))["key_slots"]] == ["passphrase"]
+
+
 def test_a_recovery_key_opens_the_repository_as_people_type_it(
     call: Call, repository: Repository, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from pathlib import Path
 
 from stillframe.cli.secret import make_key_file, read_secret
@@ -11,7 +12,14 @@ from stillframe.cli.session import Session
 from stillframe.clock import utc_text
 from stillframe.config import RepositorySettings, storage_of
 from stillframe.errors import EXIT_OK, RepositoryExists, RepositoryRefused
-from stillframe.repository.keyslots import KeySlot, SlotKind, new_recovery_key, recovery_secret, wrap
+from stillframe.repository.keyslots import (
+    DamagedSlot,
+    KeySlot,
+    SlotKind,
+    new_recovery_key,
+    recovery_secret,
+    wrap,
+)
 from stillframe.repository.opened import (
     Repository,
     Secret,
@@ -27,6 +35,7 @@ from stillframe.storage.local import UNFINISHED
 from stillframe.storage.model import Storage
 from stillframe.storage.own import create_own
 
+_DAMAGED = "damaged"
 _MAY_BE_THERE = (UNFINISHED, "lost+found")
 
 
@@ -44,7 +53,11 @@ def init(session: Session, new_key_file: Path | None, label: str) -> int:
 def init_like(session: Session, first: Session) -> int:
     """Make a repository that all opens that opens *first*'s; return the exit code."""
     _refuse_full(folder_of(session.address))
-    other = first.repository
+    with first.completing():
+        other = first.repository
+        for slot in key_slots(other.storage):
+            if isinstance(slot, DamagedSlot):
+                session.screen.warn(f"{slot.why} It is left out.")
     made = init_with_keys_of(other, _new_storage(session), session.clock)
     _tell_made(session, made, f"Whatever opens {other.address} now opens it. Copies between the two move as "
                               f"they are stored.")
@@ -75,6 +88,11 @@ def list_all(session: Session) -> int:
     read_parameters(session.storage)
     slots = list(key_slots(session.storage))
     for slot in slots:
+        if isinstance(slot, DamagedSlot):
+            session.screen.result(f"{slot.id}  {_DAMAGED}")
+            session.screen.warn(f"{slot.why} To be rid of it: stillframe key remove {shlex.quote(slot.id)} "
+                                f"--repo {shlex.quote(session.address)}")
+            continue
         label = f"  {slot.label}" if slot.label else ""
         session.screen.result(f"{slot.id}  {slot.kind.value:<10}  {slot.created_at[:19]}Z{label}")
     session.screen.json({"key_slots": [_slot_body(slot) for slot in slots]})
@@ -82,21 +100,22 @@ def list_all(session: Session) -> int:
 
 
 def remove(session: Session, name: str, *, dry_run: bool) -> int:
-    """Remove the one key slot whose ID begins with *name*; return the exit code."""
+    """Remove the one key slot whose ID begins with *name*, a damaged one, too; return the exit code."""
     repository = session.repository
     slots = list(key_slots(repository.storage))
     slot = _the_slot(slots, name, repository.address)
-    if len(slots) == 1:
+    if [each for each in slots if isinstance(each, KeySlot)] == [slot]:
         raise last_slot(repository.storage, slot)
     if not dry_run:
         remove_slot(repository.storage, slot)
     did = "would remove" if dry_run else "removed"
-    session.screen.result(f"{did} the key slot {slot.id} ({slot.kind.value}), {len(slots) - 1} are left")
+    body = _slot_body(slot)
+    session.screen.result(f"{did} the key slot {slot.id} ({body['kind']}), {len(slots) - 1} are left")
     if not dry_run:
         session.screen.say(
             "whoever read that slot and knows its secret has the repository's key all the same: for new "
             "data, make a new repository")
-    session.screen.json({"dry_run": dry_run, "removed": _slot_body(slot), "left": len(slots) - 1})
+    session.screen.json({"dry_run": dry_run, "removed": body, "left": len(slots) - 1})
     return EXIT_OK
 
 
@@ -155,7 +174,7 @@ def _refuse_full(folder: Path | None) -> None:
                 f"choose an empty folder, or: stillframe list --repo {folder}")
 
 
-def _the_slot(slots: list[KeySlot], name: str, address: str) -> KeySlot:
+def _the_slot(slots: list[KeySlot | DamagedSlot], name: str, address: str) -> KeySlot | DamagedSlot:
     found = [slot for slot in slots if name and slot.id.startswith(name)]
     if len(found) != 1:
         what = "Several key slots begin" if found else "No key slot begins"
@@ -163,5 +182,7 @@ def _the_slot(slots: list[KeySlot], name: str, address: str) -> KeySlot:
     return found[0]
 
 
-def _slot_body(slot: KeySlot) -> dict[str, object]:
+def _slot_body(slot: KeySlot | DamagedSlot) -> dict[str, object]:
+    if isinstance(slot, DamagedSlot):
+        return {"id": slot.id, "kind": _DAMAGED, "label": "", "created_at": ""}
     return {"id": slot.id, "kind": slot.kind.value, "label": slot.label, "created_at": slot.created_at}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import enum
 import secrets
+from dataclasses import dataclass, field
 
 import msgspec
 from blake3 import blake3
@@ -77,6 +78,24 @@ class KeySlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def right_digest(self) -> str:
         """Return the digest that the slot should have."""
         return blake3(msgspec.structs.replace(self, digest=msgspec.UNSET).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedSlot:
+    """An object in the place of a key slot that can't be read; *why* is for people."""
+
+    key: str
+    content: bytes = field(repr=False)
+    why: str
+
+    @property
+    def id(self) -> str:
+        """What it is called: by its object."""
+        return self.key.removeprefix(KEY_SLOTS)
+
+    def encode(self) -> bytes:
+        """Return the object as it is."""
+        return self.content
 
 
 class _Version(msgspec.Struct):

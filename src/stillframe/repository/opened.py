@@ -26,7 +26,16 @@ from stillframe.errors import (
     StorageError,
 )
 from stillframe.repository.crypto import DomainKey
-from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind, decode_slot, recovery_secret, unwrap, wrap
+from stillframe.repository.keyslots import (
+    DamagedSlot,
+    Kdf,
+    KeySlot,
+    SlotKind,
+    decode_slot,
+    recovery_secret,
+    unwrap,
+    wrap,
+)
 from stillframe.repository.layout import (
     INIT_CLAIM,
     KEY_SLOTS,
@@ -149,10 +158,12 @@ def init_with_keys_of(first: Repository, storage: Storage, clock: Clock) -> Repo
     """Make a repository with key, key slots and sizes of *first*: what is stored there has the same bytes.
 
     So copies between the two need not be opened and sealed anew. Session IDs are random, so nothing is sealed
-    twice with one key and nonce. Raises RepositoryExists, RepositoryUnsafe, RepositoryDamaged, StorageError.
+    twice with one key and nonce. Damaged slots are left out. Raises RepositoryExists, RepositoryUnsafe,
+    RepositoryNewer, StorageError.
     """
     parameters = msgspec.structs.replace(first.parameters, id=_new_id(), created_at=utc_text(clock.now()))
-    return _made(storage, first.key, list(key_slots(first.storage)), parameters)
+    slots = [slot for slot in key_slots(first.storage) if isinstance(slot, KeySlot)]
+    return _made(storage, first.key, slots, parameters)
 
 
 def _new_id() -> str:
@@ -222,18 +233,18 @@ def read_parameters(storage: Storage) -> Parameters:
     return decode_parameters(content, storage.address)
 
 
-def key_slots(storage: Storage) -> Iterator[KeySlot]:
-    """Yield the key slots. Raises RepositoryDamaged at one that can't be read."""
+def key_slots(storage: Storage) -> Iterator[KeySlot | DamagedSlot]:
+    """Yield the key slots. Raises RepositoryNewer, StorageError."""
     for listed in storage.list(KEY_SLOTS):
         with contextlib.suppress(ObjectMissing):  # it was removed meanwhile
-            yield _key_slot(storage, listed.key)
+            content = storage.get(listed.key)
+            try:
+                yield decode_slot(listed.key, content)
+            except RepositoryDamaged as error:
+                yield DamagedSlot(listed.key, content, error.message)
 
 
-def _key_slot(storage: Storage, key: str) -> KeySlot:
-    return decode_slot(key, storage.get(key))
-
-
-def remove_slot(storage: Storage, slot: KeySlot) -> None:
+def remove_slot(storage: Storage, slot: KeySlot | DamagedSlot) -> None:
     """Remove a key slot, unless others have removed all the others by now.
 
     Raises RepositoryRefused then, StorageError.
@@ -245,7 +256,7 @@ def remove_slot(storage: Storage, slot: KeySlot) -> None:
         raise last_slot(storage, slot)
 
 
-def last_slot(storage: Storage, slot: KeySlot) -> RepositoryRefused:
+def last_slot(storage: Storage, slot: KeySlot | DamagedSlot) -> RepositoryRefused:
     """Return the error that says that a key slot can't be removed."""
     return RepositoryRefused(
         f"{slot.id} is the last key slot of {storage.address}: nobody could open it any more.",
@@ -256,7 +267,7 @@ def _unlocked(storage: Storage, secret: Secret) -> DomainKey:
     tried, damaged = [], []
     for listed in storage.list(KEY_SLOTS):
         try:
-            slot = _key_slot(storage, listed.key)
+            slot = decode_slot(listed.key, storage.get(listed.key))
             value = secret.for_slot(slot.kind)
             if value is not None:
                 tried.append(slot.id)
