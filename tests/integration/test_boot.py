@@ -258,10 +258,12 @@ def test_a_guest_has_variables_and_a_tpm_of_its_own(booting: Booting, images_dir
     sid = str(booting.repo.backup(guest, "--method", "overlay")["snapshot"])
     guest.destroy()
     before = nvram.read_bytes(), state.read_bytes()
-    done = booting.repo.json("boot", sid, "--as", "b1", "--pool", booting.pool)
+    words = ("boot", sid, "--as", "b1", "--pool", str(booting.pool))
+    own = assert_only_what_it_made_is_removed(booting, *words)
+    done = booting.repo.json(*words)
     record = booting.record("b1")
     assert record is not None
-    own = next(Path(path) for path in record["files"] if "VARS" in path)
+    assert str(own) in record["files"]
     assert own.read_bytes()[-4096:] == before[0][-4096:]
     assert (TPM_FOLDER / done["uuid"] / "tpm2/tpm2-00.permall").exists()
     assert booting.guest("b1").running()
@@ -272,6 +274,46 @@ def test_a_guest_has_variables_and_a_tpm_of_its_own(booting: Booting, images_dir
     assert (nvram.read_bytes(), state.read_bytes()) == before
     guest.domain().undefineFlags(UNDEFINE_WHOLLY)
     guest.remove()
+
+
+def assert_only_what_it_made_is_removed(booting: Booting, *words: str) -> Path:
+    """Begin boots while somebody else makes a guest of that name; return where its variables go."""
+    begun = BootRun(booting, BootState.MAKING, "intent", 1, *words)
+    assert begun.wait_reached(), begun.output
+    record = booting.record("b1")
+    assert record is not None
+    own = next(Path(path) for path in record["files"] if "VARS" in path)
+    own.write_bytes(b"another guest's")
+    assert begun.go_on() == TargetExists.exit_code, begun.output
+    assert own.read_bytes() == b"another guest's"
+    own.unlink()
+    booting.assert_nothing_is_left("b1")
+
+    killed = BootRun(booting, BootState.MAKING, "intent", 1, *words)
+    assert killed.wait_reached(), killed.output
+    killed.kill()
+    for way in (("restore", *words[1:]), words):
+        error = booting.repo.json(*way, code=GuestExists.exit_code)["error"]
+        assert "stillframe discard b1" in error["next_command"]
+    own.write_bytes(b"another guest's")
+    booting.repo.json("recover")
+    assert own.read_bytes() == b"another guest's"
+    own.unlink()
+    booting.assert_nothing_is_left("b1")
+
+    made = BootRun(booting, BootState.MAKING, "done", len(record["files"]), *words)
+    assert made.wait_reached(), made.output
+    made.kill()
+    left = booting.record("b1")
+    assert left is not None
+    assert left["made"].keys() == set(left["files"])
+    assert own.exists()
+    assert not all(Path(path).exists() for path in left["files"]), "the last one has no name yet"
+    booting.repo.json("recover")
+    assert not any(Path(path).exists() for path in left["folders"])
+    assert not [path for path in own.parent.iterdir() if "b1" in path.name]
+    booting.assert_nothing_is_left("b1")
+    return own
 
 
 def test_what_somebody_else_made_is_not_thrown_away(booting: Booting) -> None:

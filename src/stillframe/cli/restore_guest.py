@@ -95,7 +95,10 @@ def _plan(session: Session, manifest: Manifest, order: Order, claims: Claims) ->
     earlier = claims.read(order.wish.name)
     if not order.dry_run:
         earlier = forget_defined(claims, earlier, session.connection)
-    return plan_guest(manifest, order.wish, session.connection, earlier, random.SystemRandom())
+    plan = plan_guest(manifest, order.wish, session.connection, earlier, random.SystemRandom())
+    # A boot that was broken off is not known to libvirt, and has the same names.
+    session.boot_store.refuse_known(plan.claim.name, plan.claim.uuid)
+    return plan
 
 
 def _show(session: Session, plan: GuestPlan, head: dict[str, object]) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -23,25 +23,29 @@ from stillframe.errors import (
     TargetExists,
 )
 from stillframe.repository.opened import Repository
+from stillframe.repository.places import Places
+from stillframe.repository.reader import read_whole
 from stillframe.restore.boot_record import BootDisk, BootRecord, BootState, give_name
 from stillframe.restore.boot_server import serve, served_place
 from stillframe.restore.boot_steps import BootTools, BootWay
+from stillframe.restore.machine_files import MachineTarget, make_folder, write_machine_file
 
 
 @dataclass(frozen=True, slots=True)
 class BootPlan:
     """A boot that may begin: the record as it is to be, and the new guest's definition.
 
-    *free_bytes* are left where the overlays go. *write_machine* makes the files and folders that the record
-    names (NVRAM, TPM), and that of the overlays.
+    *folders* are to be made, *files* are the machine's (NVRAM, TPM); *free_bytes* are left where the
+    overlays go.
     """
 
     record: BootRecord
     definition: str
     repository: Repository
+    folders: tuple[str, ...] = ()
+    files: tuple[MachineTarget, ...] = ()
     free_bytes: int = 0
     warnings: tuple[str, ...] = ()
-    write_machine: Callable[[], None] = lambda: None
 
 
 Stop = Callable[[], StillframeError | None]
@@ -71,7 +75,11 @@ class _Boot:
     def run(self, record: BootRecord) -> BootRecord:
         store, domain = self._tools.store, self._tools.domain(record)
         record = self._enter(record, BootState.MAKING)
-        self._plan.write_machine()
+        for folder in self._plan.folders:
+            make_folder(folder)
+        places = Places(self._plan.repository)
+        for target in self._plan.files:
+            record = self._write(record, target, places)
         for disk in record.disks:
             record = self._make(record, disk)
         record = self._enter(store.note(record), BootState.SERVING)
@@ -92,20 +100,24 @@ class _Boot:
         self._tools.say(f"{record.name}: {state.value}")
         return self._tools.store.enter(record, state, define_begun=define_begun or record.define_begun)
 
+    def _write(self, record: BootRecord, target: MachineTarget, places: Places) -> BootRecord:
+        """Write a file of the machine. It is known by its identity before it gets its name."""
+        making = record.making_path(target.path)
+        write_machine_file(replace(target, path=making), read_whole(places, target.entry))
+        with _making(target.path):
+            made = {**record.made, target.path: file_identity(making)}
+            record = self._tools.store.note(record, made=made)
+            give_name(making, target.path)
+        return record
+
     def _make(self, record: BootRecord, disk: BootDisk) -> BootRecord:
         """Make a disk's overlay. It is known by its identity before it gets its name."""
-        try:
+        with _making(disk.overlay_path):
             making = disk.making_path(disk.overlay_path)
             create_overlay(making, served_place(disk), disk.content.size_bytes)
             changed = msgspec.structs.replace(disk, overlay_identity=file_identity(making))
             record = self._tools.store.note(record, disks=record.with_disk(changed))
             give_name(making, disk.overlay_path)
-        except FileExistsError as error:
-            raise TargetExists(
-                f"{disk.overlay_path} exists.", "choose another name with --as, or --pool") from error
-        except (OSError, ProgramFailed) as error:
-            raise BootFailed(f"The overlay {disk.overlay_path} can't be made: {error}.",
-                             f"df {os.path.dirname(disk.overlay_path)}") from error
         return record
 
     def _start(self, record: BootRecord) -> None:
@@ -119,6 +131,17 @@ class _Boot:
             raise BootFailed(
                 f"{record.name} could not be started: {error.message}",
                 f"tail /var/log/libvirt/qemu/{record.name}.log") from error
+
+
+@contextlib.contextmanager
+def _making(path: str) -> Iterator[None]:
+    """Raise what goes wrong within the block as TargetExists or BootFailed."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise TargetExists(f"{path} exists.", "choose another name with --as, or --pool") from error
+    except (OSError, ProgramFailed) as error:
+        raise BootFailed(f"{path} can't be made: {error}.", f"df {os.path.dirname(path)}") from error
 
 
 def _undo(record: BootRecord, tools: BootTools, error: BaseException) -> None:

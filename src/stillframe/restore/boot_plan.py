@@ -5,25 +5,21 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from stillframe.capture.growth import free_bytes
 from stillframe.clock import utc_text
-from stillframe.errors import GuestExists, NotPermitted, TargetSmall
+from stillframe.errors import NotPermitted, TargetSmall
 from stillframe.repository.catalog import display_name
 from stillframe.repository.layout import SnapshotName
 from stillframe.repository.manifest import Content, Manifest
 from stillframe.repository.opened import Repository
-from stillframe.repository.places import Places
-from stillframe.repository.reader import read_whole
 from stillframe.restore.boot import BootPlan
 from stillframe.restore.boot_record import PATIENCE_S, BootDisk, BootRecord, BootState
 from stillframe.restore.boot_server import socket_of
 from stillframe.restore.boot_steps import BootTools
 from stillframe.restore.boot_xml import policies_of, with_policies, with_snapshot
-from stillframe.restore.guest_plan import GuestPlan, GuestWish, PlannedDisk, plan_guest
-from stillframe.restore.machine_files import make_folder, write_machine_file
+from stillframe.restore.guest_plan import GuestWish, PlannedDisk, plan_guest
 from stillframe.units import MIB, size_text
 
 #: What the file system of the overlays must have free: a guest that can't write is paused at once.
@@ -44,18 +40,16 @@ def plan_boot(
 ) -> BootPlan:
     """Return the plan. Changes nothing.
 
-    Raises what plan_guest and GuestPlan.check do, and TargetSmall.
+    Raises what plan_guest and GuestPlan.check do, GuestExists, TargetSmall.
     """
     if os.geteuid() != 0:
         raise NotPermitted(
             "Only root can hand sockets and images over to QEMU's user.", "run stillframe as root")
     name = wish.guest.name
-    if tools.store.named(name) is not None:
-        raise GuestExists(
-            f"A guest called {name} was booted from a snapshot here.", "choose another name: --as NAME")
     plan = plan_guest(manifest, wish.guest, tools.connection, None, random.SystemRandom())
-    plan.check(room=False)
     uuid = plan.claim.uuid
+    tools.store.refuse_known(name, uuid)
+    plan.check(room=False)
     disks = tuple(_disk(disk, uuid, plan.original) for disk in plan.disks)
     free = _check_room(disks)
     own = tuple(folder for folder in plan.claim.folders if uuid in Path(folder).parts)
@@ -66,7 +60,7 @@ def plan_boot(
         files=tuple(target.path for target in plan.files), folders=own)
     definition = with_policies(with_snapshot(plan.definition, disks), disks, pauses=wish.pauses)
     warnings = (*plan.warnings, *(each.text for each in plan.findings))
-    return BootPlan(record, definition, repository, free, warnings, partial(_write, plan, Places(repository)))
+    return BootPlan(record, definition, repository, plan.claim.folders, plan.files, free, warnings)
 
 
 def _disk(disk: PlannedDisk, uuid: str, original: str) -> BootDisk:
@@ -75,13 +69,6 @@ def _disk(disk: PlannedDisk, uuid: str, original: str) -> BootDisk:
         target=entry.target, overlay_path=os.path.realpath(disk.wishes.path),
         socket=socket_of(uuid, entry.target), content=Content(size_bytes=entry.size_bytes, root=entry.root),
         data_bytes=entry.data_bytes, policies=policies_of(original, entry.target))
-
-
-def _write(plan: GuestPlan, places: Places) -> None:
-    for folder in plan.claim.folders:
-        make_folder(folder)
-    for target in plan.files:
-        write_machine_file(target, read_whole(places, target.entry))
 
 
 def _check_room(disks: tuple[BootDisk, ...]) -> int:

@@ -11,14 +11,14 @@ import contextlib
 import enum
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from stillframe.block.image import FileIdentity, file_identity
 from stillframe.durable import fsync, write_record
-from stillframe.errors import GuestState, GuestUnknown, StateFolderUnusable
+from stillframe.errors import GuestExists, GuestState, GuestUnknown, StateFolderUnusable
 from stillframe.repository.manifest import Content
 
 #: A read waits so long for a repository that vanished, before the guest is paused or gets an error.
@@ -109,10 +109,8 @@ class BootDisk(msgspec.Struct, frozen=True, kw_only=True):
         return self.landed and self.copy is not None
 
     def making_path(self, path: str) -> str:
-        """Return what an image is called while it is made: nobody else makes a file of this name."""
-        folder, name = os.path.split(path)
-        uuid = os.path.basename(os.path.dirname(self.socket))
-        return os.path.join(folder, f".{name}.{uuid}")
+        """Return what an image is called while it is made."""
+        return _making_path(path, os.path.basename(os.path.dirname(self.socket)))
 
     def overlay_is_ours(self) -> bool:
         """Return whether the overlay that was made is there, whatever was written to it since."""
@@ -120,10 +118,16 @@ class BootDisk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def give_name(making_path: str, path: str) -> None:
-    """Give an image, whose identity is written down by now, its name. Raises OSError, FileExistsError."""
+    """Give a file, whose identity is written down by now, its name. Raises OSError, FileExistsError."""
     os.link(making_path, path)
     os.unlink(making_path)
     fsync(Path(path).parent)
+
+
+def _making_path(path: str, uuid: str) -> str:
+    """Return what a file is called while it is made for a guest: nobody else makes one of this name."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{uuid}")
 
 
 def _is_same(path: str, identity: FileIdentity | None) -> bool:
@@ -137,7 +141,8 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     *snapshot* is for people, *sid* names it; *origin* is the UUID of the guest that it is of. *pauses*: the
     guest is paused where the repository can't be read for *patience_s*; else it gets I/O errors. *files*
-    are the machine's files (NVRAM) that were made, *folders* such folders (a TPM's state).
+    are the machine's files (NVRAM) that it needs, *folders* such folders (a TPM's state); *made* has those
+    files that were made, by path, each known before the file gets its name.
     *define_begun*: what libvirt has of that UUID may be this guest. *held*: it was stopped for the switch
     that is under way, and goes on after it.
     """
@@ -156,6 +161,7 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[BootDisk, ...]
     files: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
+    made: Mapping[str, FileIdentity] = {}
     define_begun: bool = False
     held: bool = False
     detail: str = ""
@@ -171,6 +177,14 @@ class BootRecord(msgspec.Struct, frozen=True, kw_only=True):
     def with_disk(self, changed: BootDisk) -> tuple[BootDisk, ...]:
         """Return the disks, one of them changed."""
         return tuple(changed if disk.target == changed.target else disk for disk in self.disks)
+
+    def making_path(self, path: str) -> str:
+        """Return what one of the *files* is called while it is made."""
+        return _making_path(path, self.uuid)
+
+    def file_is_ours(self, path: str) -> bool:
+        """Return whether one of the *files* is there as it was made, whatever was written to it since."""
+        return _is_same(path, self.made.get(path))
 
 
 #: Called after each durable write with (state, "intent" or "done"): the fault tests stop here.
@@ -248,6 +262,15 @@ class BootStore:
                 f"{name_or_uuid} is no guest that was booted from a snapshot here, or it has landed.",
                 "stillframe status")
         return found
+
+    def refuse_known(self, name: str, uuid: str) -> None:
+        """Raise GuestExists if there is a record of a guest of that name or UUID."""
+        found = self.named(name) or self.named(uuid)
+        if found is not None:
+            raise GuestExists(
+                f"The guest {found.name} (UUID {found.uuid}) was booted from a snapshot here, or a boot of "
+                "it was broken off.",
+                f"choose another name: --as NAME; or, where it is of no use: stillframe discard {found.name}")
 
     def current(self, record: BootRecord) -> BootRecord | None:
         """Return the record as it is now: after a failed step it may know more. None if it is gone."""

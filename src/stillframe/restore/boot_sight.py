@@ -12,6 +12,7 @@ from stillframe.restore.boot_decide import BootSight, DiskSight, Image, Stand
 from stillframe.restore.boot_record import BootDisk, BootRecord, BootStore
 from stillframe.restore.boot_server import find_server
 from stillframe.restore.boot_xml import stand_of
+from stillframe.restore.target import unfinished
 
 
 def look_at_boot(store: BootStore, record: BootRecord, domain: Domain) -> BootSight:
@@ -24,7 +25,10 @@ def look_at_boot(store: BootStore, record: BootRecord, domain: Domain) -> BootSi
 
 def left_of(record: BootRecord) -> list[str]:
     """Return the files and folders that were made for the guest and are there."""
-    ours, others = [], [*record.files, *record.folders]
+    ours, others = [path for path in record.files if record.file_is_ours(path)], [*record.folders]
+    for path in record.files:
+        making = record.making_path(path)
+        others += [making, *unfinished(making)]
     for disk in record.disks:
         others.append(disk.making_path(disk.overlay_path))
         if disk.overlay_is_ours():

@@ -316,6 +316,8 @@ def refuse_shared(domain: Domain, paths: Iterable[str]) -> None:
 
 def _remove(paths: Iterable[str]) -> None:
     for path in paths:
+        if not os.path.lexists(path):
+            continue  # it went with the folder that it was in
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
