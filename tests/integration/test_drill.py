@@ -37,10 +37,12 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.together]
 _UUID = "6c1f8f56-6ad9-4f0e-a1c1-0b3a5f1d2e70"
 GREETING = "BOOTED FROM THE SNAPSHOT"
 _PNG = b"\x89PNG"
+_RUNNING = libvirt.VIR_DOMAIN_RUNNING
 _SHORT = ("--timeout", "3s")
 #: What a test that is to pass waits for, however slow the machine is.
 _LONG = ("--timeout", "120s")
 _SCREEN = "<graphics type='vnc' autoport='yes'/><video><model type='vga'/></video>"
+_CHANNEL = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 
 
 def boot_sector(greeting: str) -> bytes:
@@ -110,12 +112,21 @@ def assert_nothing_left(drilled: Drilled) -> None:
 @contextlib.contextmanager
 def drill_that_waits(drilled: Drilled) -> Iterator[subprocess.Popen[bytes]]:
     """Give a drill whose guest runs, and never prints what it waits for; it is killed in the end."""
+    with begun_drill(drilled.repo, drilled.guest.daemons, drilled.whole, "--expect", "never printed") as tool:
+        yield tool
+
+
+@contextlib.contextmanager
+def begun_drill(
+    repo: Repo, daemons: LibvirtDaemons, sid: str, *options: str,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Give a drill whose guest runs; it is killed in the end."""
     quiet = subprocess.DEVNULL
     tool = subprocess.Popen(
-        drilled.repo.command("drill", drilled.whole, "--expect", "never printed", *_LONG),
-        cwd=drilled.repo.root, env=drilled.repo.environment(), stdin=quiet, stdout=quiet, stderr=quiet)
+        repo.command("drill", sid, *options, *_LONG),
+        cwd=repo.root, env=repo.environment(), stdin=quiet, stdout=quiet, stderr=quiet)
     try:
-        wait_for("the drill's guest runs", lambda: drills_running(drilled.guest.daemons) != [], PATIENCE_S)
+        wait_for("the drill's guest runs", lambda: drills_running(daemons) != [], PATIENCE_S)
         yield tool
     finally:
         tool.kill()
@@ -349,7 +360,31 @@ def test_variables_and_a_tpm_are_copies(
         guest.remove()
 
 
-@pytest.mark.slow  # three guests boot; `make demo` ends with such a drill
+def test_a_guest_that_ends_while_its_agent_is_waited_for_fails(
+    daemons: LibvirtDaemons, place: Place, tmp_path: Path, images_dir: Path,
+) -> None:
+    repo = make_repo(place, tmp_path)
+    guest = DiskGuest(daemons, images_dir, "leaving", [DiskSpec("vda", size_bytes=MIB)], devices=_CHANNEL)
+    try:
+        guest.define()
+        guest.start()
+        sid = str(repo.backup(guest)["snapshot"])
+        with begun_drill(repo, daemons, sid) as tool:
+            name, = drills_running(daemons)
+            drilled = daemons.connect().lookupByName(name)
+            wait_for("its start is over", lambda: drilled.state()[0] == _RUNNING, PATIENCE_S)
+            daemons.kill_qemu(name)
+            assert tool.wait(PATIENCE_S) == DrillFailed.exit_code
+        last, = repo.json("list")["drills"]
+        assert (last["snapshot"], last["passed"]) == (sid, False)
+        shown = repo.json("show", sid)["last_drill"]
+        assert "the guest stopped by itself" in shown["reason"]
+        assert shown["waited_for"] == ["agent"]
+    finally:
+        guest.remove()
+
+
+@pytest.mark.slow  # four guests boot; `make demo` ends with such a drill
 def test_a_database_guest_is_checked_by_its_agent_while_the_original_writes_on(
     place: Place, tmp_path: Path, db_guest: Callable[..., DbGuest],
 ) -> None:
@@ -369,5 +404,8 @@ def test_a_database_guest_is_checked_by_its_agent_while_the_original_writes_on(
                         "--check-timeout", "2s", *_LONG, code=DrillFailed.exit_code)["drills"]
     assert [each["exit_code"] for each in failed["checks"]] == [3, None]
     assert "it is broken" in failed["checks"][0]["output"]
+    ended, = repo.json("drill", sid, "--check", "echo o > /proc/sysrq-trigger; sleep 600", *_LONG,
+                       code=DrillFailed.exit_code)["drills"]
+    assert "the guest stopped by itself" in ended["reason"]
     assert guest.daemons.qemu_pid(guest.name) == machine
     assert guest.wait_more_rows(5) > before

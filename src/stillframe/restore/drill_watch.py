@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillframe import process
 from stillframe.clock import Clock, Deadline
-from stillframe.errors import ConnectionLost, DrillFailed, HypervisorError, StillframeError
+from stillframe.errors import ConnectionLost, DrillFailed, GuestUnknown, HypervisorError, StillframeError
 from stillframe.hypervisor.model import Power
 from stillframe.hypervisor.transient import TransientGuest
 from stillframe.repository.drills import CheckResult
@@ -99,11 +99,18 @@ class Watch:
                    f"it did not print {expect.pattern!r}")
 
     def _wait(self, deadline: Deadline, came: Callable[[], bool], otherwise: str) -> None:
-        while not came():
+        while not self._came(came):
             self._look()
             if deadline.passed():
                 raise DrillFailed(f"{otherwise} within {duration_text(deadline.timeout_s)}")
             self.clock.pause(_LOOK_S)
+
+    def _came(self, came: Callable[[], bool]) -> bool:
+        try:
+            return came()
+        except GuestUnknown:  # it ended: libvirt forgets a guest that is not defined
+            self._look()
+            raise
 
     def _look(self) -> None:
         """Raise what ends the drill: a signal, a guest that does not run, a disk that can't be read."""
@@ -134,7 +141,7 @@ class Watch:
                     break
                 self._look()
                 self.clock.pause(_LOOK_S)
-        except ConnectionLost:
+        except (ConnectionLost, GuestUnknown):
             self._look()
             raise
         except HypervisorError as error:
