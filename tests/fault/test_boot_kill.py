@@ -14,7 +14,7 @@ from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.capture.growth import free_bytes
 from stillframe.capture.lock import lock_holder
-from stillframe.errors import Interrupted, LandFailed
+from stillframe.errors import GuestState, Interrupted, LandFailed
 from stillframe.restore.boot_record import BootState
 from tests.fault.harness import small_file_system
 from tests.integration.booting import Booting, BootRun, end_servers
@@ -213,6 +213,28 @@ def test_something_is_killed_between_the_switch_and_what_follows_it(booting: Boo
     assert_whole(booting, guest)
     assert not is_stopped(guest)
     assert guest.image("vda").parent == (booting.pool if victim == "qemu" else other)
+    write_a_little(guest, 0x66)
+    booting.repo.json("land", _NAME)
+    booting.assert_landed(guest, other)
+
+
+def test_a_copy_that_could_not_be_made_durable_does_not_leave_the_guest_so(booting: Booting) -> None:
+    other = booting.pool / "other"
+    other.mkdir()
+    guest = booting.boot(_NAME)
+    write_a_little(guest)
+    run = BootRun(booting, BootState.SWITCHING, "intent", 1, "land", _NAME, "--pool", str(other))
+    assert run.wait_reached(), run.output
+    copy = other / f"{_NAME}-vda.qcow2"
+    copy.rename(other / "away")  # opening it to make it durable fails, as on a share that is gone
+    assert run.go_on() == LandFailed.exit_code, run.output
+    assert "could not be made durable" in run.output
+    assert GuestState.STOPPED.value in run.output
+    assert is_stopped(guest)
+    (other / "away").rename(copy)
+    await_guard(booting)
+    assert guest.running()
+    assert not is_stopped(guest)
     write_a_little(guest, 0x66)
     booting.repo.json("land", _NAME)
     booting.assert_landed(guest, other)

@@ -71,11 +71,11 @@ def persist(clock: Clock, attempt: Callable[[Deadline], bool | None]) -> bool:
     """Call *attempt* until it says True (done) or False (nothing is to be done), for an hour at most.
 
     Errors do not end it: libvirtd may be away, a call of the dead run may still hold libvirt's lock on the
-    guest.
+    guest, a file system may be full or not answer.
     """
     deadline = Deadline(clock, _PERSISTENCE_S)
     while not deadline.passed():
-        with contextlib.suppress(StillframeError):
+        with contextlib.suppress(StillframeError, OSError):
             outcome = attempt(deadline)
             if outcome is not None:
                 return outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,18 @@ from stillframe.capture.neighbours import other_users
 from stillframe.capture.watched import Watched
 from stillframe.clock import Clock, Deadline
 from stillframe.durable import fsync
-from stillframe.errors import GuestState, HypervisorError, ImageShared, NeedsAttention, StillframeError
+from stillframe.errors import (
+    GuestState,
+    HypervisorError,
+    ImageShared,
+    LandFailed,
+    NeedsAttention,
+    StillframeError,
+)
 from stillframe.hypervisor import monitor
 from stillframe.hypervisor.connection import Connection
 from stillframe.hypervisor.domain import Domain
-from stillframe.hypervisor.model import Power
+from stillframe.hypervisor.model import DomainView, Power
 from stillframe.repository.opened import Repository, read_parameters
 from stillframe.restore.boot_decide import BootDecision, BootSight, BootStep, Stand, decide_boot
 from stillframe.restore.boot_record import BootDisk, BootRecord, BootState, BootStore
@@ -206,7 +213,8 @@ class BootWay:
         inactive = self._domain.view().inactive
         if inactive is not None:
             self._domain.define(changed(inactive.text))
-            fsync_definition(self._domain)
+            with self._making_durable("its definition"):
+                fsync_definition(self._domain)
 
     def _serve(self, targets: tuple[str, ...]) -> None:
         record, tools = self.known, self.tools
@@ -233,11 +241,11 @@ class BootWay:
     def _flush(self, target: str) -> None:
         """See to it that QEMU has written down what it pulled, and note that the disk has landed."""
         disk = self.known.disk(target)
-        qemu = self._domain.view().qemu
-        if qemu is None:
+        node = _node_of(self._domain.view(), target)
+        if node is None:
             return  # it ended just now: the next look decides
         self.record = self.tools.store.enter(self.known, BootState.LANDING, f"{target} is pulled")
-        self._write_down(qemu.disks[target].node, disk.overlay_path)
+        self._write_down(node, disk.overlay_path)
         if disk.copy is not None:  # somebody pulled what was to be copied
             drop_copy(disk)
         self.note(msgspec.structs.replace(disk, copy=None, landed=True))
@@ -249,16 +257,31 @@ class BootWay:
         started on overlay and snapshot, which hold the same.
         """
         disk, view = self.known.disk(target), self._domain.view()
-        if view.qemu is not None:
-            self._write_down(view.qemu.disks[target].node, disk.image_path)
+        node = _node_of(view, target)
+        off = None if view.power.has_qemu or view.inactive is None else view.inactive.disks.get(target)
+        if node is not None:
+            self._write_down(node, disk.image_path)
             self._define_alone((target,))
-        elif view.inactive is None or stand_of(view.inactive.disks.get(target), disk) is not Stand.COPY:
-            return  # it ended just now: the next look decides
+        elif stand_of(off, disk) is not Stand.COPY:
+            return  # it changed just now: the next look decides
         self.note(msgspec.structs.replace(disk, landed=True))
 
     def _write_down(self, node: str, path: str) -> None:
         self._domain.qmp(lambda qmp: monitor.flush_node(qmp, node))
-        fsync(Path(path))
+        with self._making_durable(path):
+            fsync(Path(path))
+
+    @contextlib.contextmanager
+    def _making_durable(self, what: str) -> Iterator[None]:
+        """Raise what the host's storage says within the block as LandFailed: the step can be taken again."""
+        try:
+            yield
+        except OSError as error:
+            name = self.known.name
+            raise LandFailed(
+                f"{name} has not landed: {what} could not be made durable ({error}).",
+                f"stillframe recover {name}   # goes on with it, once the host's storage works",
+                GuestState.STOPPED if self.known.held else GuestState.OVERLAID) from error
 
     def note(self, disk: BootDisk) -> None:
         """Write down what is now known of one disk."""
@@ -312,6 +335,12 @@ def refuse_shared(domain: Domain, paths: Iterable[str]) -> None:
     """Raise ImageShared if another guest uses one of the images."""
     for path, user in other_users(domain, set(paths)).items():
         raise ImageShared(f"{path} is also an image of {user}.", f"virsh domblklist {user}")
+
+
+def _node_of(view: DomainView, target: str) -> str | None:
+    """Return QEMU's node for a disk, None if there is none now."""
+    seen = None if view.qemu is None else view.qemu.disks.get(target)
+    return None if seen is None else seen.node
 
 
 def _remove(paths: Iterable[str]) -> None:
