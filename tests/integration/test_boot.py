@@ -18,11 +18,13 @@ from lab.daemons import UNDEFINE_WHOLLY
 from lab.images import MIB
 from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
+from stillframe.capture.growth import free_bytes
 from stillframe.clock import SystemClock
 from stillframe.errors import (
     BootFailed,
     GuestExists,
     GuestShutOff,
+    GuestState,
     GuestUnfit,
     GuestUnknown,
     NeedsAttention,
@@ -332,8 +334,48 @@ def test_a_guest_whose_boot_fails_leaves_nothing(booting: Booting) -> None:
     with small_file_system(booting.pool / "small", 64 * 1024) as full:
         (full / "fill").write_bytes(bytes(60 * 1024))
         done = booting.repo.call("boot", booting.snapshot.sid, "--as", "b1", "--pool", full)
-        assert done.returncode in (BootFailed.exit_code, TargetSmall.exit_code), done.stderr
+        assert done.returncode == TargetSmall.exit_code, done.stderr
         assert [path.name for path in full.iterdir()] == ["fill"]
+    booting.assert_nothing_is_left("b1")
+
+
+def test_a_guest_whose_boot_fails_half_made_leaves_nothing(booting: Booting) -> None:
+    with small_file_system(booting.pool / "small", 20 * MIB) as small:
+        run = BootRun(booting, BootState.MAKING, "done", 1, "boot", booting.snapshot.sid, "--as", "b1",
+                      "--pool", str(small))
+        assert run.wait_reached(), run.output
+        with (small / "fill").open("wb") as file:
+            file.write(bytes(free_bytes(str(small))))
+        made = [path.name for path in small.iterdir() if "b1-vda" in path.name]
+        assert made
+        assert run.go_on() == BootFailed.exit_code, run.output
+        assert "b1-vdb.qcow2 can't be made" in run.output
+        assert GuestState.UNTOUCHED.value in run.output
+        assert [path.name for path in small.iterdir()] == ["fill"]
+    booting.assert_nothing_is_left("b1")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_boot_that_fails_after_the_guest_ran_says_that_it_is_there(booting: Booting, *, runs: bool) -> None:
+    run = BootRun(booting, BootState.STARTING, "intent", 1, "boot", booting.snapshot.sid, "--as", "b1",
+                  "--pool", str(booting.pool))
+    assert run.wait_reached(), run.output
+    guest = booting.guest("b1")
+    guest.domain().create()  # so that its start is refused, or fails, once it has run
+    guest.write("vda", 5 * MIB, 4096, 0x44)
+    guest.flush()
+    if not runs:
+        guest.domain().destroy()
+        end_servers()
+    assert run.go_on() == BootFailed.exit_code, run.output
+    assert f"b1 ran all the same, and is there: it is {'running' if runs else 'shut off'}" in run.output
+    assert GuestState.OVERLAID.value in run.output
+    assert "stillframe discard b1" in run.output
+    assert guest.running() is runs
+    if not runs:
+        guest.domain().create()
+    guest.assert_disk_equals_model("vda")
+    booting.repo.json("discard", "b1")
     booting.assert_nothing_is_left("b1")
 
 

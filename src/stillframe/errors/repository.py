@@ -196,7 +196,7 @@ class SessionFenced(RunFailed):
 
 
 class BootFailed(RunFailed):
-    """A guest could not be booted from a snapshot; what was made for it was removed."""
+    """A guest could not be booted from a snapshot; what was made was removed, unless it says that it ran."""
 
     code = "boot-failed"
     exit_code = 51
@@ -204,7 +204,7 @@ class BootFailed(RunFailed):
 
 
 class LandFailed(RunFailed):
-    """A booted guest still reads from its snapshot: not everything could be pulled."""
+    """A booted guest still reads from its snapshot: not everything could be pulled, or made durable."""
 
     code = "land-failed"
     exit_code = 52

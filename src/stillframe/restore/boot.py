@@ -145,15 +145,25 @@ def _making(path: str) -> Iterator[None]:
 
 
 def _undo(record: BootRecord, tools: BootTools, error: BaseException) -> None:
-    """Remove what a failed boot made, by the same way as recover does."""
-    way = BootWay(tools.store.current(record), tools)
+    """Remove what a failed boot made, by the same way as recover does; a guest that ran stays."""
+    name, way = record.name, BootWay(tools.store.current(record), tools)
     try:
         way.settle()
+        power = None if way.is_over() else tools.domain(record).power()
     except StillframeError as trouble:
-        if isinstance(error, StillframeError):
-            error.message += f" What was made is still there: {trouble.message}"
-            error.next_command = f"stillframe recover {record.name}"
-            error.guest = GuestState.UNKNOWN
+        _tell(error, GuestState.UNKNOWN, f" What was made is still there: {trouble.message}",
+              f"stillframe recover {name}")
     else:
-        with contextlib.suppress(AttributeError):
-            error.guest = GuestState.UNTOUCHED  # type: ignore[attr-defined]
+        if power is None:
+            _tell(error, GuestState.UNTOUCHED)
+        else:
+            _tell(error, GuestState.OVERLAID, f" {name} ran all the same, and is there: it is {power.value}.",
+                  f"stillframe discard {name}   # or bring it home: stillframe land {name}")
+
+
+def _tell(error: BaseException, guest: GuestState, words: str = "", next_command: str = "") -> None:
+    """Have an error of ours say what became of the guest."""
+    if isinstance(error, StillframeError):
+        error.message += words
+        error.next_command = next_command or error.next_command
+        error.guest = guest
