@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import subprocess
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from lab.booted import BootedGuest
 from lab.daemons import UNDEFINE_WHOLLY
-from lab.images import MIB
+from lab.images import MIB, to_raw
 from lab.waiting import PATIENCE_S, wait_for
 from lab.written import WriteFailed
 from stillframe.capture.growth import free_bytes
@@ -328,6 +329,26 @@ def test_what_somebody_else_made_is_not_thrown_away(booting: Booting) -> None:
     assert str(ours) in error["message"]
     assert guest.is_defined()
     assert ours.exists()
+
+
+def test_an_overlay_that_was_deleted_under_a_running_guest_is_asked_about(booting: Booting) -> None:
+    guest = booting.boot("b1")
+    guest.write("vda", 5 * MIB, 4096, 0x44)
+    guest.flush()
+    (booting.pool / "b1-vda.qcow2").unlink()
+    assert "copy it before you shut" in booting.repo.json(
+        "status", code=NeedsAttention.exit_code)["booted"][0]["trouble"]
+    booting.repo.json("land", "b1", "--dry-run", code=NeedsAttention.exit_code)
+    error = booting.repo.json("land", "b1", code=NeedsAttention.exit_code)["error"]
+    assert "b1-vda.qcow2" in error["message"]
+    assert "b1-vdb.qcow2" not in error["message"]
+    assert guest.running()
+    saved = booting.pool / "saved"
+    advice = error["next_command"].partition(";")[0].replace("FILE", str(saved))
+    subprocess.run(shlex.split(advice), check=True)
+    guest.model("vda").assert_equal(to_raw(saved, "qcow2", booting.folder / "saved.raw"))
+    booting.repo.json("discard", "b1")
+    booting.assert_nothing_is_left("b1")
 
 
 def test_a_guest_whose_boot_fails_leaves_nothing(booting: Booting) -> None:

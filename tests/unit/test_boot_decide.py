@@ -80,6 +80,7 @@ def test_no_combination_leads_to_a_step_that_loses_something() -> None:
         if step is BootStep.END_SERVERS:
             assert state is BootState.LANDED or not seen.power.has_qemu, where
         if step is BootStep.FLUSH:
+            assert one.image not in (Image.ABSENT, Image.OTHER), where
             assert one.running is Stand.WHOLE, where
             assert not one.busy, where
         if step is BootStep.REDEFINE:
@@ -131,6 +132,10 @@ def test_no_combination_takes_an_older_image_for_the_newer_one() -> None:
     (BootState.BOOTED, sight(Power.OFF, Image.OTHER, Stand.NONE), BootStep.ASK),
     (BootState.BOOTED, sight(Power.GONE, Image.WRITTEN, Stand.NONE, Stand.NONE), BootStep.ASK),
     (BootState.BOOTED, sight(running=Stand.OTHER), BootStep.ASK),
+    (BootState.BOOTED, sight(image=Image.ABSENT), BootStep.ASK),
+    (BootState.BOOTED, sight(image=Image.OTHER, served=False), BootStep.ASK),
+    (BootState.LANDING, sight(image=Image.ABSENT, running=Stand.WHOLE), BootStep.ASK),
+    (BootState.SWITCHING, sight(Power.PAUSED, image=Image.ABSENT), BootStep.RELEASE),
     (BootState.LANDING, sight(busy=True), BootStep.NOTHING),
     (BootState.LANDING, sight(running=Stand.WHOLE), BootStep.FLUSH),
     (BootState.LANDING, sight(Power.OFF, Image.WRITTEN, Stand.NONE, names=False), BootStep.STAND),

@@ -87,16 +87,20 @@ class BootStep(enum.Enum):
 
 
 _WHOLE = "its images hold everything themselves"
+_UNNAMED = ("it runs on an image whose file was removed, or whose name another file has: what that holds is "
+            "gone once the guest ends, so copy it before you shut the guest down")
+_SAVE = "virsh blockcopy {name} {target} FILE --format qcow2 --transient-job --wait --finish"
 _ASTRAY = "a disk has landed in its copy, but the overlay is in use again, which is older"
 
 
 @dataclass(frozen=True, slots=True)
 class BootDecision:
-    """The step, the disks that it is for, and why."""
+    """The step, the disks that it is for, and why. *advice* is what a person had best do first, if asked."""
 
     step: BootStep
     reason: str
     targets: tuple[str, ...] = ()
+    advice: str = ""
 
 
 def decide_boot(record: BootRecord, sight: BootSight) -> BootDecision:
@@ -198,6 +202,9 @@ def _startable(record: BootRecord, sight: BootSight) -> BootDecision:
 
 
 def _running(record: BootRecord, sight: BootSight) -> BootDecision:
+    if targets := _lost(sight):
+        advice = "; ".join(_SAVE.format(name=record.name, target=target) for target in targets)
+        return BootDecision(BootStep.ASK, _UNNAMED, targets, advice)
     waiting = _waiting(record, sight)
     if targets := _those(sight, waiting, lambda disk: disk.running is Stand.WHOLE and not disk.busy):
         return BootDecision(BootStep.FLUSH, "QEMU reads nothing from the snapshot any more", targets[:1])

@@ -110,7 +110,7 @@ class BootWay:
     def take(self, decision: BootDecision) -> None:
         """Take one step."""
         if decision.step is BootStep.ASK:
-            raise _attention(self.known, decision)
+            raise attention(self.known, decision)
         step = decision.step
         self.tools.say(f"{self.known.name}: {step.value}, because {decision.reason}")
         self._take(decision)
@@ -354,12 +354,14 @@ def _remove(paths: Iterable[str]) -> None:
         fsync(Path(path).parent)
 
 
-def _attention(record: BootRecord, decision: BootDecision) -> NeedsAttention:
+def attention(record: BootRecord, decision: BootDecision) -> NeedsAttention:
+    """Return the error that asks a person."""
     paths = [disk.overlay_path for disk in record.disks if disk.target in decision.targets]
     about = f" {', '.join(paths)}." if paths else ""
     return NeedsAttention(
         f"{record.name}, which was booted from {record.snapshot}: {decision.reason}.{about}",
-        f"virsh dumpxml {record.name}; or, to throw it away: stillframe discard {record.name}",
+        f"{decision.advice or f'virsh dumpxml {record.name}'}; "
+        f"or, to throw it away: stillframe discard {record.name}",
         GuestState.OVERLAID)
 
 

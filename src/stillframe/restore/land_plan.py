@@ -14,9 +14,9 @@ from stillframe.errors import (
     TargetExists,
     TargetSmall,
 )
-from stillframe.restore.boot_decide import BootSight, Stand
+from stillframe.restore.boot_decide import BootSight, BootStep, Stand, decide_boot
 from stillframe.restore.boot_record import BootDisk, BootRecord, Copy
-from stillframe.restore.boot_steps import BootTools
+from stillframe.restore.boot_steps import BootTools, attention
 from stillframe.restore.guest_plan import pool_folder
 from stillframe.units import MIB, size_text
 
@@ -57,11 +57,14 @@ def plan_landing(
 ) -> tuple[Landing, ...]:
     """Return how each disk lands that has not: first those that do so where they are. Changes nothing.
 
-    Raises GuestShutOff, DestinationUnwritable, TargetExists, TargetSmall.
+    Raises GuestShutOff, NeedsAttention, DestinationUnwritable, TargetExists, TargetSmall.
     """
     if not sight.power.has_qemu:
         raise GuestShutOff(f"{record.name} is {sight.power.value}; a guest lands while it runs.",
                            f"virsh start {record.name}")
+    decision = decide_boot(record, sight)
+    if decision.step is BootStep.ASK:
+        raise attention(record, decision)
     folder = os.path.realpath(pool_folder(tools.connection, wish.pool)) if wish.pool else ""
     if folder and not os.path.isdir(folder):
         raise DestinationUnwritable(f"The folder {folder} does not exist.", f"mkdir -p {folder}")
