@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from lab.diskguest import DiskGuest
 from lab.disks import DiskSpec, Kind
@@ -158,3 +159,28 @@ def test_sftp_names_files_by_what_the_account_may_do(tmp_path: Path, refused: st
             with pytest.raises(ObjectExists):
                 storage.create(key, b"again")
             assert storage.get(key) == key.encode()
+
+
+_KEY = "127.0.0.1 ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGqWHJLTe1R1P4oVgP8wZ0aR6lTgb3q0z3yYQYyTgY8G"
+
+
+@pytest.mark.parametrize(("file", "content", "said"), [
+    ("none", "", "/none'"), ("identity", "", "/none'"), ("known_hosts", "field\n", "field"),
+    ("known_hosts", f"@trusted {_KEY}\n", "trusted"), (".ssh/config", "Port abc\n", "config"),
+    (".ssh/config", "ProxyCommand /nowhere/program\n", "/nowhere/program"),
+])
+def test_a_wrong_file_of_ssh_is_told_and_is_no_missing_repository(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, said: str,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / file).write_text(content)
+    place = servers.sftp.place(servers.unused)
+    if file == "identity":
+        place = replace_struct(place, identity=str(tmp_path / "none"))
+    elif not file.startswith("."):
+        place = replace_struct(place, known_hosts=str(tmp_path / file))
+    if file == "none":
+        (tmp_path / file).unlink()
+    with pytest.raises(StorageRefused, match=said):
+        SftpServer(place).read("repo.json", 0, None)

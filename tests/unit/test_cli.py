@@ -209,18 +209,23 @@ def test_a_state_folder_that_cant_be_used(call: Call, tmp_path: Path) -> None:
 # --- Bugs -------------------------------------------------------------------------------------
 
 
+class PanicError(BaseException):
+    """As pyo3 raises it where a library in Rust panics."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, PanicError])
 def test_a_bug_shows_no_traceback_but_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[BaseException],
 ) -> None:
     def broken() -> None:
-        raise RuntimeError("a bug")
+        raise kind("a bug")
 
     monkeypatch.setattr(main_module, "app", broken)
     with pytest.raises(SystemExit) as caught:
         main_module.main()
     assert caught.value.code == 1
     shown = capsys.readouterr().err
-    assert "RuntimeError: a bug" in shown
+    assert f"{kind.__name__}: a bug" in shown
     assert "stillframe recover" in shown
     assert "Traceback" not in shown
 

@@ -324,6 +324,9 @@ def test_a_recovery_key_opens_the_repository_as_people_type_it(
 @pytest.mark.parametrize("address", [
     "file://other-host/x", "https://x", "ftp://host/x", "s3:///x", "s3://bucket/x?profile=y", "s3://user@bucket/x",
     "s3://bucket:1/x", "sftp://host", "sftp://host/~", "sftp://host/x?port=1", "sftp://host:port/x", "smb://host/",
+    "sftp://u@a..b/x", "sftp://a b/x", "smb://a..b/share", "s3://b/p?endpoint=http://h:abc",
+    "s3://b/p?endpoint=http://", "s3://b/p?endpoint=ftp://h", "s3://b/p?endpoint=h:80",
+    "s3://b/p?endpoint=http://h%20h/", "s3://b/p?endpoint=http://h/a%20b",
     "smb:///share"])
 def test_other_kinds_of_addresses_are_refused(call: Call, address: str) -> None:
     assert_error(call("list", "--repo", address), errors.RepositoryRefused)

@@ -89,6 +89,18 @@ def test_what_is_no_toml_is_found_at_its_line(text: bytes, line: int) -> None:
     assert [each.line for each in all_problems(text)] == [line]
 
 
+@pytest.mark.parametrize("address", [
+    "sftp://u@host/srv?identity={}", "sftp://u@host/srv?known_hosts={}", "sftp://u@a..b/srv?identity={}",
+    "s3://b/p?endpoint=http://{}:abc",
+])
+def test_an_address_that_can_reach_nothing(tmp_path: Path, address: str) -> None:
+    lacking = str(tmp_path / "none") if address.startswith("sftp") else "host"
+    text = f'repository = "{address.format(lacking)}"\nkey_file = "/nowhere/key"\n'
+    found = [each for each in all_problems(text.encode()) if each.key == "repository"]
+    assert [(each.line, each.is_warning) for each in found] == [(1, False)]
+    assert "a..b" in address or lacking in found[0].message
+
+
 def test_files_with_secrets_are_looked_at(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("username = me\nhunter2\n")

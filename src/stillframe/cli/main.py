@@ -356,7 +356,8 @@ def _run() -> int:
         return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001 -- the last resort: a bug still tells the user what to do
+    # The last resort: a bug still tells the user what to do. A panic of a library in Rust is no Exception.
+    except BaseException as error:  # noqa: BLE001
         print(
             f"stillframe failed unexpectedly: {type(error).__name__}: {error}\n"
             "The state of the guest was not established.\n"

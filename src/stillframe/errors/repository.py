@@ -281,7 +281,7 @@ class StorageLost(StorageError):
 
 
 class StorageRefused(StorageError):
-    """The storage can be reached and says no: wrong credentials, no such bucket, an unknown host key."""
+    """The storage says no (credentials, bucket, host key), or what this host needs to ask it is missing."""
 
     code = "storage-refused"
     exit_code = 120

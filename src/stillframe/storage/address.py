@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 #: The servers that have folders with files.
 FILE_SERVERS = ("sftp", "smb")
 _SERVERS = ("s3", *FILE_SERVERS)
+#: Of a host's name as a resolver gets it, or of an IP address.
+_HOST = re.compile(rb"[A-Za-z0-9._:%-]+")
+#: Neither blanks nor what would have to be escaped: obstore panics over them.
+_URL = re.compile(r"[!-~]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -71,12 +75,19 @@ def below(address: str, name: str) -> str:
 
 
 def check_address(address: str) -> None:
-    """Raise RepositoryRefused if *address* is no address of a repository; nothing is reached."""
+    """Raise RepositoryRefused if *address* is none of a repository, or names a file that is not here.
+
+    No server is reached.
+    """
     kind = scheme_of(address)
     if kind == "s3":
         _in_bucket(address, NOBODY)
     elif kind == "sftp":
-        _on_host(address)
+        place = _on_host(address)
+        for name in ("identity", "known_hosts"):
+            if (file := getattr(place, name)) and not Path(file).expanduser().exists():
+                raise RepositoryRefused(
+                    f"There is no file {file}, the {name} of {place.address}.", f"ls -l {file}")
     elif kind == "smb":
         _on_share(address, NOBODY)
     else:
@@ -89,7 +100,26 @@ def _in_bucket(address: str, access: Access) -> tuple[str, str, Access]:
     parts, options = _parts(address, how, "endpoint", "region")
     if parts.username or parts.port:
         raise _no_address(address, how)
-    return parts.netloc, unquote(parts.path).strip("/"), msgspec.structs.replace(access, **options)
+    access = msgspec.structs.replace(access, **options)
+    if access.endpoint and not _is_endpoint(access.endpoint):
+        raise RepositoryRefused(
+            f"The endpoint {access.endpoint} of {address.partition('?')[0]} is not the address of a server.",
+            "write it as https://HOST or https://HOST:PORT")
+    return parts.netloc, unquote(parts.path).strip("/"), access
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(_URL.fullmatch(text)) and _has_host(parts)
+    except ValueError:
+        return False
+
+
+def _has_host(parts: SplitResult) -> bool:
+    """Return whether *parts* have a host that a resolver takes. Raises ValueError, also for a wrong port."""
+    _ = parts.port
+    return bool(parts.hostname and _HOST.fullmatch(parts.hostname.encode("idna")))
 
 
 def _on_host(address: str) -> SftpPlace:
@@ -127,11 +157,11 @@ def _parts(address: str, how: str, *known: str) -> tuple[SplitResult, dict[str, 
     """Return the parts of an address, and its options, which must be *known*. Raises RepositoryRefused."""
     try:
         parts = urlsplit(address)
-        _ = parts.port
+        has_host = _has_host(parts)
     except ValueError as error:
         raise _no_address(address, how) from error
     options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    if not parts.hostname or parts.fragment or options.keys() - set(known):
+    if not has_host or parts.fragment or options.keys() - set(known):
         raise _no_address(address, how)
     return parts, options
 

@@ -269,11 +269,12 @@ class SftpServer:
                     "port": place.port or None, "username": place.user or None,
                     "client_keys": [place.identity] if place.identity else None,
                     "known_hosts": place.known_hosts or None}
-                self._connection = await asyncio.wait_for(asyncssh.connect(
-                    place.host, encryption_algs=_CIPHERS, keepalive_interval=_KEEPALIVE_S,
-                    keepalive_count_max=_KEEPALIVES_LOST, login_timeout=_CONNECT_TIMEOUT_S,
-                    **{name: value for name, value in given.items() if value is not None},
-                ), _CONNECT_TIMEOUT_S)
+                with self._own_files():
+                    self._connection = await asyncio.wait_for(asyncssh.connect(
+                        place.host, encryption_algs=_CIPHERS, keepalive_interval=_KEEPALIVE_S,
+                        keepalive_count_max=_KEEPALIVES_LOST, login_timeout=_CONNECT_TIMEOUT_S,
+                        **{name: value for name, value in given.items() if value is not None},
+                    ), _CONNECT_TIMEOUT_S)
                 self._client = await self._connection.start_sftp_client()
             return self._client
 
@@ -293,6 +294,28 @@ class SftpServer:
             return self._loop
 
     @contextlib.contextmanager
+    def _own_files(self) -> Iterator[None]:
+        """Raise StorageRefused for a file of this host that connecting needs and that is missing or wrong.
+
+        What the network and the server raise goes through: it has no file's name.
+        """
+        try:
+            yield
+        except asyncssh.KeyImportError:
+            raise
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOENT and error.filename is None:
+                raise
+            known_hosts = self._place.known_hosts or "~/.ssh/known_hosts"
+            raise StorageRefused(
+                f"The storage {self.address} can't be reached as this host is set up ({error}).",
+                f"put that right (~/.ssh/config, {known_hosts}, the key), then: {self._by_hand}") from error
+
+    @property
+    def _by_hand(self) -> str:
+        return f"sftp {self._place.user or '$USER'}@{self._place.host}"
+
+    @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         try:
             yield
@@ -303,7 +326,7 @@ class SftpServer:
         except (asyncssh.SFTPPermissionDenied, asyncssh.SFTPWriteProtect, *_WHY_REFUSED) as error:
             raise StorageRefused(
                 f"The storage {self.address} refuses ({error}): {what}.",
-                f"sftp {self._place.user or '$USER'}@{self._place.host}   # does it let you in?",
+                f"{self._by_hand}   # does it let you in?",
             ) from error
         except (asyncssh.SFTPNoSpaceOnFilesystem, asyncssh.SFTPQuotaExceeded) as error:
             raise self._full(what) from error
@@ -313,8 +336,6 @@ class SftpServer:
                 raise self._full(what) from error
             raise self._lost(what, str(error)) from error
         except (asyncssh.Error, OSError, TimeoutError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOENT:
-                raise self._lost(what, "the connection could not be made") from error
             raise self._lost(what, str(error) or type(error).__name__) from error
 
     def _has_no_room(self) -> bool:
@@ -324,7 +345,7 @@ class SftpServer:
 
         try:
             return asyncio.run_coroutine_threadsafe(self._call(call), self._started()).result(_CALL_TIMEOUT_S)
-        except (asyncssh.Error, OSError, TimeoutError):
+        except (asyncssh.Error, OSError, TimeoutError, StorageRefused):
             return False
 
     def _full(self, what: str) -> StorageFull:
@@ -334,7 +355,7 @@ class SftpServer:
     def _lost(self, what: str, why: str) -> StorageLost:
         return StorageLost(
             f"The storage {self.address} failed ({why}): {what}. What was stored before is whole.",
-            f"sftp {self._place.user or '$USER'}@{self._place.host}   # then run again")
+            f"{self._by_hand}   # then run again")
 
 
 class _SftpFile:
