@@ -2,8 +2,9 @@
 
 flock on a file in the folder, which the kernel lets go when the process dies. Some
 network shares don't know it: there a file is created that must not exist yet, with the
-holder's host, process and start in it. It is taken over only from a process of this host that
-is seen to be dead.
+holder's host, process and start in it. It is taken over only from a process that could be seen from
+here, and is gone: of this host, this boot and the same process numbers. A host's name alone does not tell
+it from a clone or a container.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ def folder_lock(folder: Path, holder: str, keep: Callable[[], bool]) -> Iterator
     hangs in that folder.
     """
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    text = _me(holder)
     try:
         by_file = not _flocked(fd, folder)
         if by_file:
-            _take_file(folder / LOCK_HELD, _me(holder))
+            _take_file(folder / LOCK_HELD, text)
         else:
             # Only for people, and for the one that finds the lock taken.
             os.ftruncate(fd, 0)
-            os.pwrite(fd, _me(holder).encode(), 0)
+            os.pwrite(fd, text.encode(), 0)
     except BaseException:
         os.close(fd)
         raise
@@ -48,7 +50,7 @@ def folder_lock(folder: Path, holder: str, keep: Callable[[], bool]) -> Iterator
         yield
     finally:
         if not keep():
-            if by_file:
+            if by_file and _text(folder / LOCK_HELD) == text:
                 os.unlink(folder / LOCK_HELD)
             os.close(fd)
 
@@ -59,14 +61,16 @@ def far_lock(server: FileServer, address: str, holder: str, keep: Callable[[], b
 
     Raises DestinationBusy, StorageError.
     """
-    _take_far_file(server, address, _me(holder))
+    text = _me(holder)
+    _take_far_file(server, address, text)
     try:
         yield
     finally:
         if not keep():
             # What can't be removed now is taken over by the next run: this process is dead then.
             with contextlib.suppress(StorageError, FileNotFoundError):
-                server.remove(LOCK_HELD)
+                if _far_text(server, LOCK_HELD) == text:  # else it was removed by hand, and another has it
+                    server.remove(LOCK_HELD)
 
 
 def _take_far_file(server: FileServer, address: str, text: str) -> None:
@@ -82,18 +86,25 @@ def _take_far_file(server: FileServer, address: str, text: str) -> None:
         found = _far_text(server, LOCK_HELD)
         if not _is_dead(found):
             raise _busy(address, found, f"{LOCK_HELD} there")
-        _take_away(server, found, f"{mine}.dead")
+        _take_away(server, address, found, f"{mine}.dead")
     raise _busy(address, "", f"{LOCK_HELD} there")
 
 
-def _take_away(server: FileServer, dead: str, aside: str) -> None:
-    """Remove the lock of a holder that is dead, unless another run did so and has it by now."""
+def _take_away(server: FileServer, address: str, dead: str, aside: str) -> None:
+    """Remove the lock of a holder that is dead, unless another run did so and has it by now.
+
+    Raises DestinationBusy if a third one took it while this one gave the other's back.
+    """
     with contextlib.suppress(FileNotFoundError):
         server.publish(LOCK_HELD, aside)
         if _far_text(server, aside) == dead:
             server.remove(aside)
-        else:
+            return
+        try:
             server.publish(aside, LOCK_HELD)
+        except FileExistsError:
+            server.remove(aside)
+            raise _busy(address, _far_text(server, LOCK_HELD), f"{LOCK_HELD} there") from None
 
 
 def _far_text(server: FileServer, path: str) -> str:
@@ -122,7 +133,7 @@ def _take_file(path: Path, text: str) -> None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
-            found = path.read_text(encoding="utf-8", errors="replace")
+            found = _text(path)
             if not _is_dead(found):
                 raise _busy(path.parent, found, path) from None
             path.unlink(missing_ok=True)
@@ -136,17 +147,26 @@ def _take_file(path: Path, text: str) -> None:
     raise _busy(path.parent, "", path)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
 def _is_dead(text: str) -> bool:
-    """Return whether the holder that *text* names was a process of this host and is gone."""
+    """Return whether the holder that *text* names was a process that could be seen from here, and is gone."""
     fields = dict(line.partition(" ")[::2] for line in text.splitlines())
-    if fields.get("host") != socket.gethostname() or not fields.get("pid", "").isdigit():
+    here = (socket.gethostname(), process.process_space())
+    if (fields.get("host"), fields.get("space")) != here or not fields.get("pid", "").isdigit():
         return False
     return not process.is_alive(int(fields["pid"]), fields.get("started", ""))
 
 
 def _me(holder: str) -> str:
     pid = os.getpid()
-    return f"holder {holder}\nhost {socket.gethostname()}\npid {pid}\nstarted {process.start_mark(pid)}\n"
+    return (f"holder {holder}\nhost {socket.gethostname()}\npid {pid}\nstarted {process.start_mark(pid)}\n"
+            f"space {process.process_space()}\n")
 
 
 def _busy(folder: Path | str, text: str, path: Path | str | None = None) -> DestinationBusy:
