@@ -39,6 +39,12 @@ class Server:
         """Return the end of what the process has printed."""
         return (self._folder / "output").read_bytes()[-most_bytes:].decode(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def __enter__(self) -> Self:
         raise NotImplementedError
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -18,9 +20,13 @@ from lab.images import KIB, MIB, run
 from lab.proxy import Chances, HttpProxy, unconditional
 from lab.s3 import S3Server
 from lab.sftp import SftpDaemon
-from stillframe.errors import ObjectExists, RepositoryUnsafe, StorageFull, StorageRefused
+from lab.smb import SmbDaemon
+from stillframe.clock import SystemClock
+from stillframe.errors import ObjectExists, RepositoryUnsafe, StorageFull, StorageLost, StorageRefused
+from stillframe.storage import smb
 from stillframe.storage.files import FileStorage
 from stillframe.storage.sftp import SftpServer
+from stillframe.storage.smb import SmbServer
 from tests.contract.addresses import ADDRESSES, Address
 from tests.contract.drivers import Servers
 from tests.fault.driver import PASSPHRASE
@@ -159,6 +165,38 @@ def test_sftp_names_files_by_what_the_account_may_do(tmp_path: Path, refused: st
             with pytest.raises(ObjectExists):
                 storage.create(key, b"again")
             assert storage.get(key) == key.encode()
+
+
+def test_a_share_that_hangs_is_given_up_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a request, and in a pack that it does not take in; no thread stays in there."""
+    with SmbDaemon(tmp_path / "smb") as server:
+        shares = SmbServer(server.place(""), server.access, SystemClock())
+        shares.write("first", memoryview(b"1"))
+        with stopped(server), monkeypatch.context() as patched:
+            patched.setattr(smb, "_CALL_TIMEOUT_S", 0.5)
+            with pytest.raises(StorageLost, match="no answer"):
+                shares.stat("first")
+        assert shares.read("first", 0, None) == (b"1", 1)
+        with stopped(server), monkeypatch.context() as patched:
+            patched.setattr(smb, "_CALL_TIMEOUT_S", 0.5)
+            with pytest.raises(StorageLost, match="no answer"):
+                shares.write("second", memoryview(bytes(32 * MIB)))
+            shares._threads.shutdown(wait=True)
+
+
+@contextlib.contextmanager
+def stopped(server: SmbDaemon) -> Iterator[None]:
+    """Let a server answer nothing within the block, on the connections that it has."""
+    pids = [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 _KEY = "127.0.0.1 ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGqWHJLTe1R1P4oVgP8wZ0aR6lTgb3q0z3yYQYyTgY8G"

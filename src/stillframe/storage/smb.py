@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import socket
 import stat as stat_bits
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
@@ -38,11 +39,13 @@ from stillframe.storage.access import Access
 from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
 from stillframe.storage.open_files import FileFacts, OpenFile
-from stillframe.units import MIB
+from stillframe.units import MIB, duration_text
 
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 20
+#: The library waits ten minutes, and as long again.
+_CALL_TIMEOUT_S = 120.0
 _PORT = 445
 _WRITE_BYTES = MIB
 #: Calls at a time; those beyond it wait.
@@ -216,7 +219,12 @@ class SmbServer:
         smbclient keeps errors, and with them the frames of whoever called it: buffers would live on in there.
         """
         with self._errors(what):
-            return self._threads.submit(call).result()
+            asked = self._threads.submit(call)
+            wait([asked], _CALL_TIMEOUT_S)
+            if not asked.done():
+                asked.cancel()
+                raise TimeoutError(f"no answer within {duration_text(_CALL_TIMEOUT_S)}")
+            return asked.result()
 
     def _patiently(self, statuses: tuple[int, ...], call: Callable[[], T]) -> T:
         """Return what *call* does, tried again while the server says one of *statuses*."""
@@ -285,11 +293,11 @@ class SmbServer:
                            "free some space there, then run again")
 
     def _drop(self) -> None:
+        _cut(self._connections)  # who waits there lets go of the lock
         with self._lock:
             self._is_in = False
             broken, self._connections = self._connections, {}
-        with contextlib.suppress(SMBException, OSError, ValueError):
-            smbclient.reset_connection_cache(fail_on_error=False, connection_cache=broken)
+        _cut(broken)
 
     def _refused(self, what: str, why: str) -> StorageRefused:
         return StorageRefused(
@@ -378,6 +386,16 @@ class _SmbFile:
         finally:
             with self._lock:
                 self._idle.append(handle)
+
+
+def _cut(connections: dict[str, Any]) -> None:
+    """End connections, and with them what waits for a reply there. A farewell would wait for one, too."""
+    for connection in list(connections.values()):
+        with contextlib.suppress(SMBException, OSError, ValueError):
+            if connection.transport.connected:
+                # First, since closing waits for whoever is sending.
+                connection.transport._sock.shutdown(socket.SHUT_RDWR)  # noqa: SLF001 -- it has no other door
+            connection.disconnect(close=False)
 
 
 def _read(file: Any, length_bytes: int) -> bytes:
