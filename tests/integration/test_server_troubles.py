@@ -19,8 +19,10 @@ from lab.disks import DiskSpec, Kind
 from lab.images import KIB, MIB, run
 from lab.proxy import Chances, HttpProxy, unconditional
 from lab.s3 import S3Server
+from lab.server import Server
 from lab.sftp import SftpDaemon
 from lab.smb import SmbDaemon
+from lab.waiting import PATIENCE_S, wait_for
 from stillframe.clock import SystemClock
 from stillframe.errors import ObjectExists, RepositoryUnsafe, StorageFull, StorageLost, StorageRefused
 from stillframe.storage import smb
@@ -167,6 +169,15 @@ def test_sftp_names_files_by_what_the_account_may_do(tmp_path: Path, refused: st
             assert storage.get(key) == key.encode()
 
 
+def test_no_connection_stays_where_sftp_does_not_start(tmp_path: Path) -> None:
+    with SftpDaemon(tmp_path / "sftp", "rename -Z") as server:  # an option that it does not know ends it
+        storage = SftpServer(server.place(""))
+        for _ in range(3):
+            with pytest.raises(StorageLost):
+                storage.stat("x")
+        wait_for("all connections are gone", lambda: not children(server), PATIENCE_S)
+
+
 def test_a_share_that_hangs_is_given_up_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,10 +197,15 @@ def test_a_share_that_hangs_is_given_up_and_comes_back(
             shares._threads.shutdown(wait=True)
 
 
+def children(server: Server) -> list[int]:
+    """Return the processes that a server has for its connections, among others."""
+    return [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
+
+
 @contextlib.contextmanager
 def stopped(server: SmbDaemon) -> Iterator[None]:
     """Let a server answer nothing within the block, on the connections that it has."""
-    pids = [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
+    pids = children(server)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:

@@ -270,12 +270,17 @@ class SftpServer:
                     "client_keys": [place.identity] if place.identity else None,
                     "known_hosts": place.known_hosts or None}
                 with self._own_files():
-                    self._connection = await asyncio.wait_for(asyncssh.connect(
+                    connection = await asyncio.wait_for(asyncssh.connect(
                         place.host, encryption_algs=_CIPHERS, keepalive_interval=_KEEPALIVE_S,
                         keepalive_count_max=_KEEPALIVES_LOST, login_timeout=_CONNECT_TIMEOUT_S,
                         **{name: value for name, value in given.items() if value is not None},
                     ), _CONNECT_TIMEOUT_S)
-                self._client = await self._connection.start_sftp_client()
+                try:
+                    self._client = await connection.start_sftp_client()
+                except BaseException:
+                    connection.abort()
+                    raise
+                self._connection = connection
             return self._client
 
     def _drop(self, client: asyncssh.SFTPClient) -> None:
