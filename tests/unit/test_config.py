@@ -10,8 +10,11 @@ import pytest
 from stillframe import config
 from stillframe.capture.limits import Limits
 from stillframe.capture.states import Quiesce
+from stillframe.capture.watched import STALL_TIMEOUT_S
 from stillframe.config import GuestSettings, Settings, for_guest, read_settings, wishes
+from stillframe.config.settings import LEAST_RATE, RepositorySettings
 from stillframe.errors import ConfigInvalid
+from stillframe.repository.layout import Parameters
 from stillframe.units import GIB, MIB
 
 _WHOLE = """
@@ -112,6 +115,15 @@ def test_a_bad_size_or_time_is_named_with_its_key(tmp_path: Path, key: str, valu
         for_guest(settings, "db", GuestSettings())
     assert value in caught.value.message
     assert key.replace("_", "-") in caught.value.message.replace("_", "-")
+
+
+def test_a_rate_at_which_a_pack_takes_longer_than_a_storage_may_be_silent_is_refused() -> None:
+    parameters = Parameters("", "")
+    largest_pack_bytes = parameters.pack_bytes + 2 * parameters.slot_chunks * parameters.chunk_bytes
+    assert config.rate_of(RepositorySettings(limit_rate="64K")) == LEAST_RATE
+    assert largest_pack_bytes / LEAST_RATE < STALL_TIMEOUT_S
+    with pytest.raises(ConfigInvalid, match="too slow a rate: '50K'"):
+        config.rate_of(RepositorySettings(limit_rate="50K"))
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def _type_of(field: msgspec.structs.FieldInfo) -> str:
     """Return what the guide calls the type of a key."""
     readers = {"repository": "address", "standing_limit": "size, or a share like `\"50%\"`",
                "drill_expect": "regular expression", "guests": "sections", "copy": "section",
-               "defaults": "section", "tags": "list of words"}
+               "defaults": "section", "tags": "list of words", "limit_rate": "size"}
     if field.name in readers:
         return readers[field.name]
     if field.name in READERS:

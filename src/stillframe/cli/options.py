@@ -102,7 +102,8 @@ def guest_options(
 
 
 CredentialsFile = Annotated[str | None, typer.Option(help="file that says who we are to the server")]
-LimitRate = Annotated[str | None, typer.Option(help="so many bytes a second at most, each way: 50M")]
+LimitRate = Annotated[str | None, typer.Option(help=(
+    "so many bytes a second at most, each way: 50M (64K at least)"))]
 
 
 def server_options(

@@ -12,12 +12,14 @@ import msgspec
 from stillframe.capture.method import Method
 from stillframe.capture.states import Quiesce
 from stillframe.storage.address import check_address
-from stillframe.units import parse_duration_s, parse_share, parse_size_bytes
+from stillframe.units import KIB, parse_duration_s, parse_share, parse_size_bytes
 
 DEFAULT_STATE_FOLDER = Path("/var/lib/stillframe")
 DEFAULT_URI = "qemu:///system"
 #: What opens a repository; one of them may be named.
 SECRETS = ("passphrase_file", "passphrase_command", "key_file")
+#: A pack waits for its turn without a sign of life; below this, longer than a storage may give none.
+LEAST_RATE = 64 * KIB
 
 _TAG = r"^[^\s,]{1,64}\Z"
 
@@ -118,6 +120,13 @@ def _positive_s(text: str) -> float:
     return seconds
 
 
+def _rate(text: str) -> int:
+    rate = parse_size_bytes(text)
+    if rate < LEAST_RATE:
+        raise ValueError(f"too slow a rate: {text!r} (64K at least: a pack must go through in ten minutes)")
+    return rate
+
+
 def _size_or_share(text: str) -> tuple[int | None, float]:
     """Return bytes, or None and a share of the disk: "20G", "50%"."""
     if text.endswith("%"):
@@ -128,7 +137,8 @@ def _size_or_share(text: str) -> tuple[int | None, float]:
 #: What the texts of these keys stand for; each function raises ValueError for one that stands for nothing.
 #: Where it matters is where it is read, so that a guest's wrong value does not stop the others.
 READERS: Mapping[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("overlay_limit", "min_free", "limit_rate"), parse_size_bytes),
+    **dict.fromkeys(("overlay_limit", "min_free"), parse_size_bytes),
+    "limit_rate": _rate,
     **dict.fromkeys(("freeze_timeout", "agent_timeout", "shutdown_timeout", "commit_timeout",
                      "full_read_every", "drill_timeout"), _positive_s),
     "keep_within": parse_duration_s,
