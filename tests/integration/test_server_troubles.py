@@ -25,8 +25,9 @@ from lab.smb import SmbDaemon
 from lab.waiting import PATIENCE_S, wait_for
 from stillframe.clock import SystemClock
 from stillframe.errors import ObjectExists, RepositoryUnsafe, StorageFull, StorageLost, StorageRefused
-from stillframe.storage import smb
+from stillframe.storage import sftp, smb
 from stillframe.storage.files import FileStorage
+from stillframe.storage.patience import call_timeout_s
 from stillframe.storage.sftp import SftpServer
 from stillframe.storage.smb import SmbServer
 from tests.contract.addresses import ADDRESSES, Address
@@ -169,6 +170,25 @@ def test_sftp_names_files_by_what_the_account_may_do(tmp_path: Path, refused: st
             assert storage.get(key) == key.encode()
 
 
+@pytest.mark.parametrize("kind", ["sftp", "smb"])
+def test_a_pack_may_take_as_long_as_its_size_asks_for(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, kind: str,
+) -> None:
+    module, server = (sftp, SftpServer(servers.sftp.place(""))) if kind == "sftp" else (
+        smb, SmbServer(servers.smb.place(""), servers.smb.access, SystemClock()))
+    asked: list[float] = []
+
+    def timeout_s(size_bytes: int) -> float:
+        asked.append(size_bytes)
+        return call_timeout_s(size_bytes)
+
+    monkeypatch.setattr(module, "call_timeout_s", timeout_s)
+    name = servers.unused
+    server.write(name, memoryview(bytes(MIB)))
+    assert server.read(name, 0, MIB)[0] == bytes(MIB)
+    assert asked == [MIB, MIB]
+
+
 def test_no_connection_stays_where_sftp_does_not_start(tmp_path: Path) -> None:
     with SftpDaemon(tmp_path / "sftp", "rename -Z") as server:  # an option that it does not know ends it
         storage = SftpServer(server.place(""))
@@ -186,12 +206,12 @@ def test_a_share_that_hangs_is_given_up_and_comes_back(
         shares = SmbServer(server.place(""), server.access, SystemClock())
         shares.write("first", memoryview(b"1"))
         with stopped(server), monkeypatch.context() as patched:
-            patched.setattr(smb, "_CALL_TIMEOUT_S", 0.5)
+            patched.setattr(smb, "call_timeout_s", lambda _size: 0.5)
             with pytest.raises(StorageLost, match="no answer"):
                 shares.stat("first")
         assert shares.read("first", 0, None) == (b"1", 1)
         with stopped(server), monkeypatch.context() as patched:
-            patched.setattr(smb, "_CALL_TIMEOUT_S", 0.5)
+            patched.setattr(smb, "call_timeout_s", lambda _size: 0.5)
             with pytest.raises(StorageLost, match="no answer"):
                 shares.write("second", memoryview(bytes(32 * MIB)))
             shares._threads.shutdown(wait=True)

@@ -42,6 +42,8 @@ from stillframe.storage.model import (
     readable_bytes,
     view_of,
 )
+from stillframe.storage.patience import CALL_TIMEOUT_S, call_timeout_s
+from stillframe.units import MIB
 
 if TYPE_CHECKING:
     from obstore.store import S3Config  # it exists for type checkers alone
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 10
-#: A pack of 32 MiB must go through within it: 0.3 MB/s is enough.
-_REQUEST_TIMEOUT_S = 120
+#: Packs of the usual size are somewhat smaller; the client has one time limit for all of its requests.
+_LARGEST_BYTES = 36 * MIB
 _TIME_TIMEOUT_S = 10.0
 #: DeleteObjects takes no more.
 _DELETE_KEYS_MAX = 1000
@@ -82,13 +84,18 @@ class S3Storage:
             # Amazon takes no PUT without one where the bucket locks objects. It is what is signed anyway.
             "checksum_algorithm": "SHA256"}
         config = cast("S3Config", {name: value for name, value in given.items() if value})
-        self._store = S3Store(
-            bucket, prefix=prefix or None, config=config,
-            client_options={
-                "allow_http": self._endpoint.startswith("http://"), "timeout": f"{_REQUEST_TIMEOUT_S}s",
-                "connect_timeout": f"{_CONNECT_TIMEOUT_S}s",
-            },
-            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=_REQUEST_TIMEOUT_S)})
+
+        def store(timeout_s: float) -> S3Store:
+            return S3Store(
+                bucket, prefix=prefix or None, config=config,
+                client_options={
+                    "allow_http": self._endpoint.startswith("http://"), "timeout": f"{timeout_s:.0f}s",
+                    "connect_timeout": f"{_CONNECT_TIMEOUT_S}s",
+                },
+                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)})
+
+        self._store = store(CALL_TIMEOUT_S)
+        self._store_of_packs = store(call_timeout_s(_LARGEST_BYTES))
 
     @property
     def address(self) -> str:
@@ -183,8 +190,9 @@ class S3Storage:
     def _put(self, key: str, content: Content, mode: Any) -> None:
         check_key(key)
         view = view_of(content)
+        store = self._store if call_timeout_s(view.nbytes) <= CALL_TIMEOUT_S else self._store_of_packs
         # One request: of several parts, not every server makes one object only where there is none.
-        self._asked(key, lambda: obstore.put(self._store, key, view, mode=mode, use_multipart=False))
+        self._asked(key, lambda: obstore.put(store, key, view, mode=mode, use_multipart=False))
 
     def _list(self, prefix: str) -> Iterator[Listed]:
         # obstore takes a prefix for a folder's name: what lies in the folder above is chosen from here.

@@ -30,12 +30,11 @@ from stillframe.errors import StorageFull, StorageLost, StorageRefused
 from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
 from stillframe.storage.open_files import FileFacts, OpenFile
+from stillframe.storage.patience import CALL_TIMEOUT_S, call_timeout_s
 
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 20.0
-#: A pack of 32 MiB must go through within it: 0.3 MB/s is enough.
-_CALL_TIMEOUT_S = 120.0
 _KEEPALIVE_S = 15
 _KEEPALIVES_LOST = 4
 #: The fastest first (FACTS 10); the others are asyncssh's own.
@@ -107,7 +106,7 @@ class SftpServer:
                 wanted = max(0, end - offset_bytes)
                 return (await file.read(wanted, offset_bytes) if wanted else b""), size
 
-        return self._run(f"reading {path}", call)
+        return self._run(f"reading {path}", call, length_bytes or 0)
 
     def write(self, path: str, content: memoryview) -> None:
         """See FileServer."""
@@ -119,7 +118,7 @@ class SftpServer:
                 with contextlib.suppress(asyncssh.SFTPOpUnsupported):
                     await file.fsync()
 
-        self._run(f"writing {path}", call)
+        self._run(f"writing {path}", call, len(data))
 
     def publish(self, temporary: str, path: str) -> None:
         """See FileServer."""
@@ -237,20 +236,28 @@ class SftpServer:
     def _path(self, path: str) -> str:
         return f"{self._place.path or '.'}/{path}" if path else self._place.path or "."
 
-    def _run(self, what: str, call: Callable[[asyncssh.SFTPClient], Coroutine[Any, Any, T]]) -> T:
-        """Run *call* in the loop's thread, on a connection. Its errors become those of a storage."""
-        future = asyncio.run_coroutine_threadsafe(self._call(call), self._started())
+    def _run(
+        self, what: str, call: Callable[[asyncssh.SFTPClient], Coroutine[Any, Any, T]], size_bytes: int = 0,
+    ) -> T:
+        """Run *call*, which moves *size_bytes*, in the loop's thread, on a connection.
+
+        Its errors become those of a storage.
+        """
+        timeout_s = call_timeout_s(size_bytes)
+        future = asyncio.run_coroutine_threadsafe(self._call(call, timeout_s), self._started())
         try:
             with self._errors(what):
-                return future.result(_CONNECT_TIMEOUT_S + _CALL_TIMEOUT_S + _KEEPALIVE_S)
+                return future.result(_CONNECT_TIMEOUT_S + timeout_s + _KEEPALIVE_S)
         finally:
             future.cancel()
             del future  # it has the error, whose traceback has this frame: what callers hold would live on
 
-    async def _call(self, call: Callable[[asyncssh.SFTPClient], Coroutine[Any, Any, T]]) -> T:
+    async def _call(
+        self, call: Callable[[asyncssh.SFTPClient], Coroutine[Any, Any, T]], timeout_s: float,
+    ) -> T:
         client = await self._connected()
         try:
-            return await asyncio.wait_for(call(client), _CALL_TIMEOUT_S)
+            return await asyncio.wait_for(call(client), timeout_s)
         except _BROKEN:
             self._drop(client)
             raise
@@ -349,7 +356,8 @@ class SftpServer:
             return (facts.bavail or 0) == 0 or (facts.favail == 0 and (facts.files or 0) > 0)
 
         try:
-            return asyncio.run_coroutine_threadsafe(self._call(call), self._started()).result(_CALL_TIMEOUT_S)
+            asked = self._call(call, CALL_TIMEOUT_S)
+            return asyncio.run_coroutine_threadsafe(asked, self._started()).result(CALL_TIMEOUT_S)
         except (asyncssh.Error, OSError, TimeoutError, StorageRefused):
             return False
 

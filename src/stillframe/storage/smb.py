@@ -39,13 +39,12 @@ from stillframe.storage.access import Access
 from stillframe.storage.listing import Entry
 from stillframe.storage.model import Stat
 from stillframe.storage.open_files import FileFacts, OpenFile
+from stillframe.storage.patience import call_timeout_s
 from stillframe.units import MIB, duration_text
 
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 20
-#: The library waits ten minutes, and as long again.
-_CALL_TIMEOUT_S = 120.0
 _PORT = 445
 _WRITE_BYTES = MIB
 #: Calls at a time; those beyond it wait.
@@ -115,7 +114,7 @@ class SmbServer:
                 file.seek(offset_bytes)
                 return _read(file, max(0, end - offset_bytes)), size
 
-        return self._run(f"reading {path}", call)
+        return self._run(f"reading {path}", call, length_bytes or 0)
 
     def write(self, path: str, content: memoryview) -> None:
         """See FileServer."""
@@ -126,7 +125,7 @@ class SmbServer:
                 _write(file, data)
                 file.flush()
 
-        self._run(f"writing {path}", call)
+        self._run(f"writing {path}", call, len(data))
 
     def publish(self, temporary: str, path: str) -> None:
         """See FileServer."""
@@ -213,17 +212,19 @@ class SmbServer:
         return self._run("looking how much room is left", lambda: int(
             smbclient.stat_volume(self._path(""), **self._options()).caller_available_size))
 
-    def _run(self, what: str, call: Callable[[], T]) -> T:
-        """Run *call* in a thread of our own. Its errors become those of a storage.
+    def _run(self, what: str, call: Callable[[], T], size_bytes: int = 0) -> T:
+        """Run *call*, which moves *size_bytes*, in a thread of our own. Its errors become those of a storage.
 
+        The library itself would wait for ten minutes, and as long again.
         smbclient keeps errors, and with them the frames of whoever called it: buffers would live on in there.
         """
         with self._errors(what):
+            timeout_s = call_timeout_s(size_bytes)
             asked = self._threads.submit(call)
-            wait([asked], _CALL_TIMEOUT_S)
+            wait([asked], timeout_s)
             if not asked.done():
                 asked.cancel()
-                raise TimeoutError(f"no answer within {duration_text(_CALL_TIMEOUT_S)}")
+                raise TimeoutError(f"no answer within {duration_text(timeout_s)}")
             return asked.result()
 
     def _patiently(self, statuses: tuple[int, ...], call: Callable[[], T]) -> T:
