@@ -96,7 +96,7 @@ def test_a_second_site(disk_guest: MakeGuest, repo: Repo, place: Place, tmp_path
     assert repo.json(*words)["copied"] == []
 
 
-def test_secrets_of_a_server_are_in_no_message(repo: Repo, servers: Servers) -> None:
+def test_secrets_of_a_server_are_in_no_message(repo: Repo) -> None:
     wrong = {"AWS_SECRET_ACCESS_KEY": "not-this-one", "AWS_ACCESS_KEY_ID": "labkey"}
     if repo.address.startswith("s3"):
         done = Repo(repo.path, repo.place, address=repo.address, settings=wrong).call("list")
@@ -106,10 +106,20 @@ def test_secrets_of_a_server_are_in_no_message(repo: Repo, servers: Servers) -> 
         settings = {"STILLFRAME_CREDENTIALS_FILE": str(file)}
         done = Repo(repo.path, repo.place, address=repo.address, settings=settings).call("list")
     else:
-        known_hosts = repo.path.with_suffix(".hosts")
-        kind, key, *_ = servers.sftp.other_key().read_text().split()
-        known_hosts.write_text(f"[127.0.0.1]:{servers.sftp.port} {kind} {key}\n")
-        address = repo.address.partition("known_hosts=")[0] + urlencode({"known_hosts": known_hosts})
+        key = repo.path.with_suffix(".key")
+        words = "OPENSSH PRIVATE KEY-----"
+        key.write_text(f"-----BEGIN {words}\nnot-this-one\n-----END {words}\n")
+        address = f"{repo.address.partition('?')[0]}?{urlencode({'identity': key})}"
         done = Repo(repo.path, repo.place, address=address).call("list")
     assert done.returncode == StorageRefused.exit_code, done.stdout + done.stderr
     assert "not-this-one" not in done.stdout + done.stderr
+
+
+def test_another_key_of_the_host_is_refused(servers: Servers, place: Place, tmp_path: Path) -> None:
+    known_hosts = tmp_path / "known_hosts"
+    kind, key, *_ = servers.sftp.other_key().read_text().split()
+    known_hosts.write_text(f"[127.0.0.1]:{servers.sftp.port} {kind} {key}\n")
+    where = servers.sftp.url(servers.unused).partition("known_hosts=")[0]
+    address = where + urlencode({"known_hosts": known_hosts})
+    done = Repo(tmp_path / "repository", place, address=address).call("list")
+    assert done.returncode == StorageRefused.exit_code, done.stdout + done.stderr
