@@ -102,8 +102,9 @@ def _in_bucket(address: str, access: Access) -> tuple[str, str, Access]:
         raise _no_address(address, how)
     access = msgspec.structs.replace(access, **options)
     if access.endpoint and not _is_endpoint(access.endpoint):
+        shown = access.endpoint.rpartition("@")[2]  # a password before it would end up in a log
         raise RepositoryRefused(
-            f"The endpoint {access.endpoint} of {address.partition('?')[0]} is not the address of a server.",
+            f"The endpoint {shown} of {address.partition('?')[0]} is not the address of a server.",
             "write it as https://HOST or https://HOST:PORT")
     return parts.netloc, unquote(parts.path).strip("/"), access
 
