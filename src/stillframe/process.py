@@ -160,6 +160,15 @@ def process_space() -> str:
     return f"{boot_id()}:{os.stat('/proc/self/ns/pid').st_ino}"
 
 
+def machine_id() -> str:
+    """Return what tells this machine from others over all its boots, "" if it has nothing like that."""
+    try:
+        with open("/etc/machine-id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def boot_id() -> str:
     """Return a text that tells this boot of the machine from any other."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from stillframe import process
 from stillframe.errors import DestinationBusy
 from stillframe.mirror.layout import LOCK_HELD
 from stillframe.mirror.lock import far_lock
@@ -61,7 +62,7 @@ def dead_text(files: Files) -> str:
 def test_a_lock_of_the_same_host_name_elsewhere_is_not_taken_over() -> None:
     files = Files()
     dead = dead_text(files)
-    lines = dead.splitlines(keepends=True)
+    lines = dead.splitlines(keepends=True)  # in another space of process numbers, or of an older stillframe
     old = "".join(line for line in lines if not line.startswith("space "))
     for text in (dead.replace("space ", "space other-boot-"), old):
         files.content = {LOCK_HELD: text.encode()}
@@ -69,6 +70,22 @@ def test_a_lock_of_the_same_host_name_elsewhere_is_not_taken_over() -> None:
             held(files, "second")
         assert files.content == {LOCK_HELD: text.encode()}
     files.content = {LOCK_HELD: dead.encode()}
+    held(files, "second")
+    assert files.content == {}
+
+
+def test_a_lock_of_an_earlier_boot_is_taken_over_on_the_same_machine_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = Files()
+    monkeypatch.setattr(process, "machine_id", lambda: "1f2e")
+    earlier = dead_text(files).replace(process.boot_id(), "an-earlier-boot").encode()
+    for other in ("2f2e", ""):
+        files.content = {LOCK_HELD: earlier}
+        with monkeypatch.context() as patch:
+            patch.setattr(process, "machine_id", lambda mine=other: mine)
+            with pytest.raises(DestinationBusy):
+                held(files, "second")
     held(files, "second")
     assert files.content == {}
 

@@ -2,9 +2,7 @@
 
 flock on a file in the folder, which the kernel lets go when the process dies. Some
 network shares don't know it: there a file is created that must not exist yet, with the
-holder's host, process and start in it. It is taken over only from a process that could be seen from
-here, and is gone: of this host, this boot and the same process numbers. A host's name alone does not tell
-it from a clone or a container.
+holder's host, process and start in it. It is taken over only from a process that is gone for certain.
 """
 
 from __future__ import annotations
@@ -155,22 +153,32 @@ def _text(path: Path) -> str:
 
 
 def _is_dead(text: str) -> bool:
-    """Return whether the holder that *text* names was a process that could be seen from here, and is gone."""
-    fields = dict(line.partition(" ")[::2] for line in text.splitlines())
-    here = (socket.gethostname(), process.process_space())
-    if (fields.get("host"), fields.get("space")) != here or not fields.get("pid", "").isdigit():
+    """Return whether the holder that *text* names is gone for certain.
+
+    It is with a process that could be seen from here, and with an earlier boot of this machine. A host's name
+    alone does not tell it from a clone or a container.
+    """
+    fields = _fields(text)
+    if fields.get("host") != socket.gethostname() or not fields.get("pid", "").isdigit():
         return False
-    return not process.is_alive(int(fields["pid"]), fields.get("started", ""))
+    if fields.get("space") == process.process_space():
+        return not process.is_alive(int(fields["pid"]), fields.get("started", ""))
+    machine = process.machine_id()
+    return machine != "" and fields.get("machine") == machine and fields.get("boot") != process.boot_id()
+
+
+def _fields(text: str) -> dict[str, str]:
+    return dict(line.partition(" ")[::2] for line in text.splitlines())
 
 
 def _me(holder: str) -> str:
     pid = os.getpid()
     return (f"holder {holder}\nhost {socket.gethostname()}\npid {pid}\nstarted {process.start_mark(pid)}\n"
-            f"space {process.process_space()}\n")
+            f"space {process.process_space()}\nmachine {process.machine_id()}\nboot {process.boot_id()}\n")
 
 
 def _busy(folder: Path | str, text: str, path: Path | str | None = None) -> DestinationBusy:
-    fields = dict(line.partition(" ")[::2] for line in text.splitlines())
+    fields = _fields(text)
     named = (f"{fields['holder']}, process {fields.get('pid', '?')} on {fields.get('host', '?')}"
              if "holder" in fields else "another run")
     advice = "wait until that run is done, then run the command again"
