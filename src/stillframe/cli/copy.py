@@ -90,7 +90,7 @@ def _left(
     """Return which of *originals* are to be copied, and what is in the place of a copy and can't be read."""
     copies = list_snapshots(session.storage)
     # What was whole once is not fetched again: whether it is now, is for `verify`.
-    unreadable = no_copies(originals, session.near_repository) if copies else []
+    unreadable = no_copies(originals, copies, session.near_repository) if copies else []
     for name in unreadable:
         session.screen.warn(
             f"{name_words(name)} can't be read at {session.address}, so it is no copy. To be rid of it: "

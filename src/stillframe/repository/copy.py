@@ -84,14 +84,16 @@ def missing(source: Iterable[SnapshotName], target: Iterable[SnapshotName]) -> l
         (name for name in source if _moment(name) not in there), key=lambda each: (each.utc, each.sid))
 
 
-def no_copies(source: Iterable[SnapshotName], target: Repository) -> list[SnapshotName]:
-    """Return what is listed in *target* as copies of *source*, and is none: its manifest can't be read.
+def no_copies(
+    source: Iterable[SnapshotName], listed: Iterable[SnapshotName], target: Repository,
+) -> list[SnapshotName]:
+    """Return what is *listed* in *target* as copies of *source*, and is none: its manifest can't be read.
 
     Who may only add can put anything beside a snapshot; what is damaged by itself is no copy, either. Raises
     StorageError.
     """
     moments, found = {_moment(name) for name in source}, []
-    for name in list_snapshots(target.storage):
+    for name in listed:
         if _moment(name) in moments:
             try:
                 with contextlib.suppress(RepositoryNewer, SnapshotUnknown):  # it was forgotten just now
