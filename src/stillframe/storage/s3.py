@@ -15,6 +15,7 @@ import http.client
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -77,25 +78,28 @@ class S3Storage:
     def __init__(self, bucket: str, prefix: str, access: Access, address: str = "") -> None:
         self._address = address or f"s3://{bucket}{'/' if prefix else ''}{prefix}"
         self._endpoint = access.endpoint or f"https://s3.{access.region}.amazonaws.com"
-        self._bucket = bucket
+        self._bucket, self._prefix = bucket, prefix
         given: dict[str, Any] = {
             "region": access.region, "access_key_id": access.user, "endpoint": access.endpoint,
             "secret_access_key": access.secret, "session_token": access.token,
             # Amazon takes no PUT without one where the bucket locks objects. It is what is signed anyway.
             "checksum_algorithm": "SHA256"}
-        config = cast("S3Config", {name: value for name, value in given.items() if value})
+        self._config = cast("S3Config", {name: value for name, value in given.items() if value})
+        self._store = self._store_for(CALL_TIMEOUT_S)
 
-        def store(timeout_s: float) -> S3Store:
-            return S3Store(
-                bucket, prefix=prefix or None, config=config,
-                client_options={
-                    "allow_http": self._endpoint.startswith("http://"), "timeout": f"{timeout_s:.0f}s",
-                    "connect_timeout": f"{_CONNECT_TIMEOUT_S}s",
-                },
-                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)})
+    @cached_property
+    def _store_of_packs(self) -> S3Store:
+        # Made when it is needed: a client takes 12 ms to make, and most commands store no pack.
+        return self._store_for(call_timeout_s(_LARGEST_BYTES))
 
-        self._store = store(CALL_TIMEOUT_S)
-        self._store_of_packs = store(call_timeout_s(_LARGEST_BYTES))
+    def _store_for(self, timeout_s: float) -> S3Store:
+        return S3Store(
+            self._bucket, prefix=self._prefix or None, config=self._config,
+            client_options={
+                "allow_http": self._endpoint.startswith("http://"), "timeout": f"{timeout_s:.0f}s",
+                "connect_timeout": f"{_CONNECT_TIMEOUT_S}s",
+            },
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)})
 
     @property
     def address(self) -> str:
