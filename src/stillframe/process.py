@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,12 @@ def running(
         yield process
     finally:
         stop(process)
+
+
+def own_module(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module of stillframe's in a process of its own."""
+    # -P: no module of the folder that somebody happens to be in.
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def start_detached(

@@ -47,8 +47,7 @@ class Guard:
 def start_guard(module: str, arguments: Sequence[str], clock: Clock) -> Guard | None:
     """Start *module*, which calls stand_by(), as a guard; None if it could not be started."""
     try:
-        # -P: no module of the folder that somebody happens to be in.
-        child = process.start_detached([sys.executable, "-P", "-m", module, *arguments])
+        child = process.start_detached(process.own_module(module, *arguments))
     except (OSError, StillframeError):
         return None
     guard = Guard(child)

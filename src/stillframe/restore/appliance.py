@@ -12,7 +12,6 @@ import io
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,9 +194,8 @@ def _worker(folder: Path, clock: Clock) -> Iterator[Wire]:
         with its:
             log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
-                # -P: no module of the folder that somebody happens to be in.
                 worker = stack.enter_context(process.running(
-                    [sys.executable, "-P", "-m", "stillframe.restore.appliance_worker", str(its.fileno())],
+                    process.own_module("stillframe.restore.appliance_worker", str(its.fileno())),
                     environment=python_environment(), output=log, passing=(its.fileno(),)))
             finally:
                 os.close(log)
