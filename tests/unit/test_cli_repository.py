@@ -26,10 +26,17 @@ from stillframe.clock import SystemClock, utc_text
 from stillframe.errors import EXIT_OK, EXIT_PARTIAL, EXIT_USAGE
 from stillframe.repository.heal import read_bad, write_heals
 from stillframe.repository.hints import ChunkHints
-from stillframe.repository.keyslots import Kdf, SlotKind
+from stillframe.repository.keyslots import Kdf, KeySlot, SlotKind
 from stillframe.repository.layout import SnapshotName, new_sid
 from stillframe.repository.manifest import DiskEntry, FileEntry, Manifest, Root, Versions, encode_manifest
-from stillframe.repository.opened import Repository, Secret, init_repository, open_repository
+from stillframe.repository.opened import (
+    Repository,
+    Secret,
+    init_repository,
+    key_slots,
+    open_repository,
+    remove_slot,
+)
 from stillframe.repository.places import Places
 from stillframe.repository.scan import BytesSource
 from stillframe.repository.session import open_session
@@ -304,6 +311,9 @@ def test_a_damaged_key_slot_is_listed_left_out_and_removed(
     assert damaged in made.stderr
     # The one that is whole is the last.
     assert_error(call("key", "remove", good.rpartition("/")[2]), errors.RepositoryRefused)
+    [whole] = (slot for slot in key_slots(repository.storage) if isinstance(slot, KeySlot))
+    with pytest.raises(errors.RepositoryRefused):  # as if another had removed the other one that is whole
+        remove_slot(repository.storage, whole)
     assert call("key", "remove", damaged).returncode == EXIT_OK
     assert [slot["kind"] for slot in body(call("key", "list", "--json"))["key_slots"]] == ["passphrase"]
 

@@ -245,13 +245,13 @@ def key_slots(storage: Storage) -> Iterator[KeySlot | DamagedSlot]:
 
 
 def remove_slot(storage: Storage, slot: KeySlot | DamagedSlot) -> None:
-    """Remove a key slot, unless others have removed all the others by now.
+    """Remove a key slot, unless others have removed all the others that are whole by now.
 
     Raises RepositoryRefused then, StorageError.
     """
     storage.delete([slot.key])
     # Two may remove the last two at once. Whoever was later finds none, and puts its own back.
-    if next(iter(storage.list(KEY_SLOTS)), None) is None:
+    if not any(isinstance(each, KeySlot) for each in key_slots(storage)):
         create_own(storage, slot.key, slot.encode())
         raise last_slot(storage, slot)
 
